@@ -1,0 +1,17 @@
+# Two commands for a fresh machine: `make demo` and `make test`.
+.PHONY: demo test setup lint bench unit
+
+demo: setup
+	.venv/bin/cfs-lab demo
+
+test: setup lint
+	.venv/bin/python -m pytest tests
+
+setup:
+	@packaging/setup
+
+lint: setup
+	@packaging/lint
+
+bench: setup
+	.venv/bin/python -m bench

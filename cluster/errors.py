@@ -1,0 +1,88 @@
+"""Errors of the whole stack: a sentence, an exit code, and a hint that says what to do.
+
+Assertions are for our own bugs; these classes are for the world's.
+"""
+
+from __future__ import annotations
+
+EXIT_OK = 0
+EXIT_FAILED = 1
+EXIT_USAGE = 2
+EXIT_NOT_QUORATE = 3
+EXIT_REFUSED = 4
+EXIT_BUSY = 5
+EXIT_UNREACHABLE = 6
+
+
+class StackError(Exception):
+    """Something failed."""
+
+    exit_code = EXIT_FAILED
+    default_hint = ""
+
+    def __init__(self, message: str, *, hint: str = "") -> None:
+        super().__init__(message)
+        self.hint = hint or self.default_hint
+
+    @property
+    def message(self) -> str:
+        return str(self.args[0])
+
+
+class UsageError(StackError):
+    """The request makes no sense as it was given."""
+
+    exit_code = EXIT_USAGE
+
+
+class ConfigError(UsageError):
+    """A configuration file is wrong; the message names the key path."""
+
+
+class NotQuorateError(StackError):
+    """The register cannot be decided at the moment."""
+
+    exit_code = EXIT_NOT_QUORATE
+    default_hint = "wait until a majority of the voters is back; see: clusterctl status"
+
+
+class RefusedError(StackError):
+    """The request would destroy something and was not confirmed."""
+
+    exit_code = EXIT_REFUSED
+    default_hint = "say --yes (or --force) if you mean it"
+
+
+class BusyError(StackError):
+    """Somebody else holds what the request needs."""
+
+    exit_code = EXIT_BUSY
+
+
+class UnreachableError(StackError):
+    """The daemon does not answer."""
+
+    exit_code = EXIT_UNREACHABLE
+    default_hint = "is clusterd running? see: systemctl status clusterd"
+
+
+class ProtocolError(StackError):
+    """A peer sent bytes that break the protocol; its connection is closed."""
+
+
+class AuthenticationError(ProtocolError):
+    """A message does not carry the right authentication code."""
+
+
+class CorruptionError(StackError):
+    """Stored bytes fail their checksum or make no sense."""
+
+
+class DeviceError(StackError):
+    """A block device answered a request with an I/O error."""
+
+
+class BarredError(StackError):
+    """This instance is barred for ever; its process must end and come back as a new one."""
+
+    default_hint = "mount again; see: clusterctl events"
