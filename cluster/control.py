@@ -55,7 +55,7 @@ class ServerInfo(msgspec.Struct, frozen=True):
 
 
 class MemberInfo(msgspec.Struct, frozen=True):
-    """One line of a keep-list: admitted is `incarnation` with an instance in `live` or >= `next`."""
+    """One line of a keep-list: admitted is `incarnation`, an instance in `live` or >= `next`."""
 
     node: NodeId
     incarnation: Incarnation
@@ -112,7 +112,7 @@ class GroupMember(msgspec.Struct, frozen=True):
 
 
 class GroupEvent(msgspec.Struct, frozen=True):
-    """Data of event `group`: delivered to all members of the group in the same order (`epoch`, `seq`).
+    """Data of event `group`, delivered to all members in the same order (`epoch`, `seq`).
 
     kind `view`: the membership is now `members`; `joined`, `left` (cleanly) and `failed` say what
     changed. kind `silent`: `subject` is barred on every server of the view, and its caches are
@@ -141,7 +141,8 @@ def encode_line(message: Call | Reply | Event) -> bytes:
     return msgspec.json.encode(message) + b"\n"
 
 
-_decoder = msgspec.json.Decoder(Call | Reply | Event)
+_Message = Call | Reply | Event
+_decoder: msgspec.json.Decoder[_Message] = msgspec.json.Decoder(_Message)  # type: ignore[arg-type]
 
 
 def decode_line_untrusted(line: bytes) -> Call | Reply | Event:

@@ -1,0 +1,139 @@
+"""Configuration: TOML decoded into Structs; an error names the file and the key path.
+
+One knob, the profile; every period and limit is derived from it (`timing`). The relations that
+the protocols rely on are asserted at import: a lease and its purge end before death is declared.
+"""
+
+from __future__ import annotations
+
+import json
+from base64 import urlsafe_b64decode, urlsafe_b64encode
+from typing import Annotated, TypeVar
+
+import msgspec
+
+from cluster.control import Timing
+from cluster.errors import ConfigError
+from cluster.ids import NODE_ID_MAX, NodeId
+
+T = TypeVar("T")
+
+CONTROL_PORT = 7400
+HEARTBEAT_PORT = 7401
+SERVER_PORT = 10809
+
+PROFILES: dict[str, Timing] = {
+    "fast": Timing(
+        heartbeat_ms=100, link_down_ms=300, lease_ms=700, dead_ms=1000, stable_ms=100,
+        phase_ms=500, purge_ms=250,
+    ),
+    "default": Timing(
+        heartbeat_ms=200, link_down_ms=600, lease_ms=2000, dead_ms=3000, stable_ms=200,
+        phase_ms=1000, purge_ms=800,
+    ),
+    "patient": Timing(
+        heartbeat_ms=500, link_down_ms=2000, lease_ms=7000, dead_ms=10000, stable_ms=500,
+        phase_ms=3000, purge_ms=2500,
+    ),
+}  # fmt: skip
+
+for _timing in PROFILES.values():
+    assert _timing.lease_ms + _timing.purge_ms < _timing.dead_ms
+    assert 3 * _timing.heartbeat_ms <= _timing.link_down_ms
+
+Hex16 = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{32}$")]
+Hex32 = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
+Name = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,62}$")]
+Port = Annotated[int, msgspec.Meta(ge=1, le=65535)]
+Addresses = Annotated[list[str], msgspec.Meta(min_length=1, max_length=4)]
+
+
+class ClusterSection(msgspec.Struct, forbid_unknown_fields=True):
+    """What all nodes share. `key` is the cluster key: whoever has it is trusted."""
+
+    id: Hex16
+    name: Name
+    key: Hex32
+    profile: Annotated[str, msgspec.Meta(pattern="^(fast|default|patient)$")] = "default"
+
+
+class NodeSection(msgspec.Struct, forbid_unknown_fields=True):
+    """This node, or a node whose address is known from an invitation."""
+
+    id: Annotated[NodeId, msgspec.Meta(ge=1, le=NODE_ID_MAX)]
+    name: Name
+    addresses: Addresses
+    control_port: Port = CONTROL_PORT
+    heartbeat_port: Port = HEARTBEAT_PORT
+
+
+class NodeConfig(msgspec.Struct, forbid_unknown_fields=True):
+    """node.toml. `founder` is set by init: this node's register starts initialised. `peers` are
+    the nodes that a joining node may ask; later the register's configuration counts."""
+
+    cluster: ClusterSection
+    node: NodeSection
+    founder: bool = False
+    peers: list[NodeSection] = []
+
+
+class Token(msgspec.Struct, frozen=True):
+    """What an invitation carries: enough to find the cluster and to be believed by it."""
+
+    cluster: ClusterSection
+    node: NodeSection
+    peers: list[NodeSection]
+
+
+def timing(profile: str) -> Timing:
+    """Every period of the protocols for one profile."""
+    found = PROFILES.get(profile)
+    if found is None:
+        raise ConfigError(f"unknown profile {profile!r}: one of {', '.join(PROFILES)}")
+    return found
+
+
+def decode_config(text: str | bytes, kind: type[T], source: str) -> T:
+    """Decode TOML. Raises ConfigError that names `source` and the key path."""
+    try:
+        return msgspec.toml.decode(text, type=kind)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{source}: {error}") from error
+
+
+def encode_node_config(config: NodeConfig) -> str:
+    """node.toml as text; `decode_config` gives the same value back."""
+
+    def table(section: msgspec.Struct) -> list[str]:
+        values = msgspec.to_builtins(section)
+        return [f"{key} = {json.dumps(value)}" for key, value in values.items()]
+
+    lines = [f"founder = {json.dumps(config.founder)}", "", "[cluster]", *table(config.cluster)]
+    lines += ["", "[node]", *table(config.node)]
+    for peer in config.peers:
+        lines += ["", "[[peers]]", *table(peer)]
+    return "\n".join(lines) + "\n"
+
+
+def encode_token(token: Token) -> str:
+    """One line of base64 that `decode_token_untrusted` reads."""
+    return "CFS1-" + _base64(msgspec.msgpack.encode(token))
+
+
+def decode_token_untrusted(text: str) -> Token:
+    """The inverse of `encode_token`. Raises ConfigError."""
+    try:
+        kind, _, body = text.strip().partition("-")
+        if kind != "CFS1":
+            raise ValueError("it does not start with CFS1-")
+        return msgspec.msgpack.decode(_unbase64(body), type=Token)
+    except (ValueError, msgspec.DecodeError) as error:
+        raise ConfigError(f"this is not an invitation token: {error}") from error
+
+
+def _base64(data: bytes) -> str:
+    return urlsafe_b64encode(data).decode().rstrip("=")
+
+
+def _unbase64(text: str) -> bytes:
+    return urlsafe_b64decode(text + "=" * (-len(text) % 4))

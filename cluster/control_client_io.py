@@ -1,0 +1,83 @@
+"""The control socket for command-line tools: blocking, without trio.
+
+One connection per call. Errors of the daemon come back as StackError with hint and exit code.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from cluster.control import Call, Event, Reply, decode_line_untrusted, encode_line
+from cluster.errors import ProtocolError, UnreachableError
+from cluster.errors_wire import raise_failure
+from cluster.paths_io import control_socket
+
+TIMEOUT_S = 60.0
+_READ_BYTES = 1 << 16
+
+
+def _connect(path: Path, timeout_s: float | None) -> socket.socket:
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    sock.settimeout(timeout_s)
+    try:
+        sock.connect(str(path))
+    except OSError as error:
+        sock.close()
+        raise UnreachableError(f"cannot reach clusterd at {path}: {error.strerror}") from error
+    return sock
+
+
+def _messages(sock: socket.socket) -> Iterator[Call | Reply | Event]:
+    buffer = bytearray()
+    while True:
+        try:
+            data = sock.recv(_READ_BYTES)
+        except TimeoutError as error:
+            raise UnreachableError("clusterd does not answer in time") from error
+        except OSError as error:
+            raise UnreachableError(f"the connection to clusterd broke: {error}") from error
+        if not data:
+            return
+        buffer += data
+        while (end := buffer.find(b"\n")) >= 0:
+            line = bytes(buffer[:end])
+            del buffer[: end + 1]
+            try:
+                yield decode_line_untrusted(line)
+            except msgspec.DecodeError as error:
+                raise ProtocolError(f"bad line from clusterd: {error}") from error
+
+
+def call(
+    method: str,
+    params: Mapping[str, Any] | None = None,
+    run_dir: Path | str | None = None,
+    timeout_s: float | None = TIMEOUT_S,
+) -> Any:
+    """Call one method of the local clusterd and return its result."""
+    with _connect(control_socket(run_dir), timeout_s) as sock:
+        sock.sendall(encode_line(Call(1, method, dict(params or {}))))
+        for message in _messages(sock):
+            if isinstance(message, Reply) and message.id == 1:
+                if message.error is not None:
+                    raise_failure(message.error)
+                return message.result
+    raise UnreachableError(f"clusterd closed the connection during {method}")
+
+
+def follow(
+    method: str, params: Mapping[str, Any] | None = None, run_dir: Path | str | None = None
+) -> Iterator[Event]:
+    """Call a method and yield the events that clusterd pushes afterwards, until it closes."""
+    with _connect(control_socket(run_dir), None) as sock:
+        sock.sendall(encode_line(Call(1, method, dict(params or {}))))
+        for message in _messages(sock):
+            if isinstance(message, Event):
+                yield message
+            elif isinstance(message, Reply) and message.error is not None:
+                raise_failure(message.error)
