@@ -147,4 +147,5 @@ _decoder: msgspec.json.Decoder[_Message] = msgspec.json.Decoder(_Message)  # typ
 
 def decode_line_untrusted(line: bytes) -> Call | Reply | Event:
     """The inverse of `encode_line`. Raises msgspec.DecodeError."""
-    return _decoder.decode(line)
+    message: Call | Reply | Event = _decoder.decode(line)
+    return message
