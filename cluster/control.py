@@ -142,7 +142,7 @@ def encode_line(message: Call | Reply | Event) -> bytes:
 
 
 _Message = Call | Reply | Event
-_decoder: msgspec.json.Decoder[_Message] = msgspec.json.Decoder(_Message)  # type: ignore[arg-type]
+_decoder: msgspec.json.Decoder[_Message] = msgspec.json.Decoder(_Message)
 
 
 def decode_line_untrusted(line: bytes) -> Call | Reply | Event:
