@@ -1,0 +1,201 @@
+"""Step 5 of the demonstration: power cuts of a node and of a storage host under load."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import subprocess
+import threading
+import time
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from cluster.errors import StackError
+from lab import cluster, hosts
+from lab.demo_work import PROGRAM, WORK, Results, program
+from lab.topology import Host, Lab
+
+if TYPE_CHECKING:
+    from lab.demo import Reporter
+
+WARM_RECORDS = 20
+STALL_LIMIT_S = 60.0
+
+
+class Writer:
+    """A sync-writer on a node; its reports are read here, so they outlive the node."""
+
+    def __init__(self, lab: Lab, node: Host, path: str) -> None:
+        self.node = node
+        self.path = path
+        self.times: list[float] = []
+        self.errors: list[str] = []
+        argv = [*PROGRAM, "sync-writer", path, "--writer", str(node.index)]
+        self.process = hosts.popen(lab, node, *argv, stdout=subprocess.PIPE)
+        self._thread = threading.Thread(target=self._read, daemon=True)
+        self._thread.start()
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            if line.startswith("{") and line.endswith("}\n"):
+                self.times.append(json.loads(line)["at"])
+            else:
+                self.errors.append(line)
+
+    @property
+    def last_index(self) -> int:
+        """The last record whose fsync is known to have returned."""
+        return len(self.times) - 1
+
+    def wait_beyond(self, moment: float, records: int) -> None:
+        """Wait until so many records were acknowledged after a moment."""
+
+        def enough() -> bool:
+            if self.process.poll() is not None:
+                raise StackError(f"the writer of {self.node.name} ended: {''.join(self.errors)}")
+            return sum(1 for t in self.times[-records:] if t > moment) >= records
+
+        hosts.wait_for(enough, STALL_LIMIT_S, f"{self.node.name} writes on")
+
+    def stall_around(self, moment: float) -> float:
+        """The longest time between two acknowledged records from the moment on, seconds."""
+        first = max((i for i, t in enumerate(self.times) if t <= moment), default=0)
+        tail = self.times[first:]
+        return max((b - a for a, b in itertools.pairwise(tail)), default=0.0)
+
+    def stop(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        self._thread.join()
+
+
+class CutResult(msgspec.Struct):
+    """What a power cut cost."""
+
+    stall_s: float
+    stalls: dict[str, float]
+    acknowledged: int
+
+
+def start_writers(lab: Lab, name: str) -> list[Writer]:
+    """A writer on each node, all of them warm."""
+    writers = [Writer(lab, node, f"{WORK}/{name}-{node.name}") for node in lab.nodes]
+    for writer in writers:
+        writer.wait_beyond(0.0, WARM_RECORDS)
+    return writers
+
+
+def check_writers(lab: Lab, reader: Host, writers: list[Writer]) -> None:
+    """Every record whose fsync had returned is read back on another node."""
+    for writer in writers:
+        program(
+            lab,
+            reader,
+            "check-sync",
+            writer.path,
+            "--writer",
+            str(writer.node.index),
+            "--last",
+            str(writer.last_index),
+        )
+
+
+def cut_node(lab: Lab, victim: Host, name: str) -> tuple[CutResult, float]:
+    """Power cut of a node while all nodes write; returns what it cost and when it happened."""
+    writers = start_writers(lab, name)
+    try:
+        moment = time.monotonic()
+        cluster.power_cut(lab, victim)
+        survivors = [w for w in writers if w.node != victim]
+        for writer in survivors:
+            writer.wait_beyond(moment + 0.2, WARM_RECORDS)
+    finally:
+        for writer in writers:
+            writer.stop()
+    stalls = {w.node.name: round(w.stall_around(moment), 3) for w in survivors}
+    dead = next(w for w in writers if w.node == victim)
+    check_writers(lab, survivors[0].node, writers)
+    return CutResult(max(stalls.values()), stalls, dead.last_index + 1), moment
+
+
+def timeline(lab: Lab, node: Host, moment: float) -> list[list[str]]:
+    """The events of a survivor since the cut: [milliseconds after it, event, details]."""
+    output = hosts.run(lab, node, "clusterctl", "events", "--json", check=False).stdout
+    rows = []
+    for line in output.splitlines():
+        event = json.loads(line)
+        after_ms = event["at_ns"] / 1e6 - moment * 1e3
+        if after_ms < 0:
+            continue
+        details = ", ".join(f"{k}={v}" for k, v in event.get("fields", {}).items())
+        rows.append([f"{after_ms:.0f}", event["event"], details[:90]])
+    return rows
+
+
+def _node_cut(lab: Lab, report: Reporter) -> Results:
+    victim = lab.nodes[1]
+    report.say(f"all nodes write and fsync; power cut of {victim.name}")
+    result, moment = cut_node(lab, victim, "cut")
+    rows = timeline(lab, lab.nodes[0], moment)
+    report.table("n1 after the power cut of n2", ["ms", "event", "details"], rows)
+    report.say(f"{result.acknowledged} records that {victim.name} had fsynced: all read on n1")
+    report.say(f"{victim.name} boots, rejoins, mounts")
+    begin = time.monotonic()
+    cluster.start(lab, victim)
+    back = time.monotonic() - begin
+    path = f"{WORK}/cut-{victim.name}"
+    program(
+        lab,
+        victim,
+        "check-sync",
+        path,
+        "--writer",
+        str(victim.index),
+        "--last",
+        str(result.acknowledged - 1),
+    )
+    return [
+        ("power cut of n2: longest stall of the survivors", f"{result.stall_s:.2f} s, no error"),
+        ("records that n2 had fsynced, read on n1", f"{result.acknowledged}, none lost"),
+        ("n2 boots, rejoins, mounts, sees everything", f"{back:.1f} s"),
+    ]
+
+
+def _server_cut(lab: Lab, report: Reporter) -> Results:
+    server = lab.servers[0]
+    report.say(f"all nodes write and fsync; power cut of {server.name}: a freeze")
+    writers = start_writers(lab, "server-cut")
+    try:
+        moment = time.monotonic()
+        cluster.power_cut(lab, server)
+        hosts.wait_for(
+            lambda: all(time.monotonic() - w.times[-1] > 1.0 for w in writers),
+            STALL_LIMIT_S,
+            "every writer is frozen",
+        )
+        report.say(f"{server.name} boots again")
+        cluster.start(lab, server)
+        back = time.monotonic()
+        for writer in writers:
+            writer.wait_beyond(back, WARM_RECORDS)
+    finally:
+        for writer in writers:
+            writer.stop()
+    for writer in writers:
+        if writer.errors:
+            raise StackError(f"{writer.node.name} saw an error: {writer.errors[0]}")
+    for node in lab.nodes:
+        check_writers(lab, node, writers)
+    freeze = max(w.stall_around(moment) for w in writers)
+    total = sum(w.last_index + 1 for w in writers)
+    return [
+        ("power cut and return of s1", f"frozen for {freeze:.1f} s, no error"),
+        ("records fsynced around it, read on every node", f"{total}, none lost"),
+    ]
+
+
+def power_cuts(lab: Lab, report: Reporter) -> Results:
+    """Step 5."""
+    return [*_node_cut(lab, report), *_server_cut(lab, report)]
