@@ -38,8 +38,8 @@ class LoggedWrite(msgspec.Struct, frozen=True):
 
 
 class LoggedFlush(msgspec.Struct, frozen=True):
-    """The first `covered` entries of the log are durable (a write that completed while the flush was
-    under way may stand between them and this entry)."""
+    """The first `covered` entries of the log are durable (a write that completed while the flush
+    was under way may stand between them and this entry)."""
 
     covered: int
 
