@@ -255,7 +255,8 @@ class Link:
         after = [path for path in later if self.active is not None and path > self.active]
         # The only path is tried again as well: the peer drops items when it holds back too many.
         self._retries += 1
-        self._activate((after or later or [self.active])[0])
+        candidates = after or later
+        self._activate(candidates[0] if candidates else self.active)
 
     def check(self) -> None:
         """Assert the invariants."""

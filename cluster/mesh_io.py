@@ -1,0 +1,308 @@
+"""The mesh over TCP: one connection per network and member; the core decides what goes where.
+
+The greater instance dials the smaller one, on every network, for as long as both are members.
+A hello of somebody whose membership we have not heard of yet is parked (at most `PARKED_MAX`, at
+most `PARKED_S`), because group events reach the members at slightly different times.
+Use:
+
+    async with open_mesh(me, addresses, key, group="fs-vg0-vol0") as mesh:
+        await session.call("group.join", {"group": ..., "addresses": ..., "port": mesh.port})
+        mesh.start(deliver)                 # Message(source, payload), View(event), in order
+        ... on control event "group": mesh.group_event(event)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import socket
+from collections import deque
+from collections.abc import AsyncIterator, Sequence
+
+import msgspec
+import trio
+
+from cluster.channel_io import Channel, Identity, accept_one, connect, listen
+from cluster.control import GroupEvent, GroupMember
+from cluster.control_io import unwrap_group
+from cluster.errors import ProtocolError
+from cluster.ids import Instance
+from cluster.mesh import (
+    PATHS_MAX,
+    Batch,
+    Closed,
+    Deliver,
+    Hello,
+    MeshAction,
+    MeshCore,
+    MeshEvent,
+    Opened,
+    Out,
+    Transmit,
+)
+from cluster.paths_io import boottime_ns
+from cluster.wire import Frame, Keys
+
+PARKED_MAX = 64
+PARKED_S = 10.0
+EARLY_MAX = 1 << 16
+REDIAL_FIRST_S = 0.02
+REDIAL_MAX_S = 0.5
+DEAD_MS = 3000
+
+_batches = msgspec.msgpack.Decoder(Batch)
+_hellos = msgspec.msgpack.Decoder(Hello)
+
+
+class TrioMesh:
+    """A member's end of the mesh; made by `open_mesh`. Implements `cluster.mesh.Mesh`."""
+
+    def __init__(
+        self, me: Instance, group: str, key: bytes | None, retry_ms: int, nursery: trio.Nursery
+    ) -> None:
+        self._core = MeshCore(me, int.from_bytes(os.urandom(7), "little"), retry_ms * 1_000_000)
+        self._group = group
+        self._key = key
+        self._nursery = nursery
+        self._sources: list[str] = []
+        self._channels: dict[tuple[Instance, int], Channel] = {}
+        self._dialers: dict[Instance, list[trio.CancelScope]] = {}
+        self._deliver: Deliver | None = None
+        self._early: deque[MeshEvent] = deque()
+        self._wake = trio.Event()
+        self._changed = trio.Event()
+        self._parked = 0
+        self.port = 0
+
+    @property
+    def me(self) -> Instance:
+        return self._core.me
+
+    def start(self, deliver: Deliver) -> None:
+        """Begin delivery; what came before is delivered now, in order."""
+        self._deliver = deliver
+        while self._early:
+            deliver(self._early.popleft())
+
+    def send(self, to: Instance, payload: bytes) -> None:
+        """Queue a message; all messages of one scheduler tick leave in one frame."""
+        self._core.send(to, payload)
+        self._wake.set()
+
+    def group_event(self, event: GroupEvent) -> None:
+        """Take a group event (control event `group`)."""
+        if self._key is None and event.mesh_key:
+            self._key = bytes.fromhex(event.mesh_key)
+        self._perform(self._core.group_event(event))
+        self._wake.set()
+        self._changed.set()
+        self._changed = trio.Event()
+
+    def paths(self, peer: Instance) -> list[int]:
+        """The networks on which `peer` is connected now (for status)."""
+        link = self._core.links.get(peer)
+        return sorted(link.paths) if link is not None else []
+
+    def _perform(self, actions: Sequence[MeshAction]) -> None:
+        for action in actions:
+            if isinstance(action, Out):
+                self._out(action.event)
+            elif isinstance(action, Transmit):
+                channel = self._channels.get((action.peer, action.path))
+                if channel is not None:
+                    channel.push(msgspec.msgpack.encode(action.batch))
+            elif isinstance(action, Opened):
+                self._open(action.member)
+            elif isinstance(action, Closed):
+                self._close(action.peer)
+
+    def _out(self, event: MeshEvent) -> None:
+        if self._deliver is not None:
+            self._deliver(event)
+        else:
+            assert len(self._early) < EARLY_MAX, "mesh.start was not called"
+            self._early.append(event)
+
+    def _open(self, member: GroupMember) -> None:
+        if self.me < member.instance:
+            return
+        scopes = self._dialers.setdefault(member.instance, [])
+        for path in range(min(len(self._sources), len(member.addresses), PATHS_MAX)):
+            scopes.append(trio.CancelScope())
+            self._nursery.start_soon(self._dial, member, path, scopes[-1])
+
+    def _close(self, peer: Instance) -> None:
+        for scope in self._dialers.pop(peer, []):
+            scope.cancel()
+        for key in [key for key in self._channels if key[0] == peer]:
+            self._channels.pop(key).close()
+
+    def _identity(self) -> Identity:
+        assert self._key is not None
+        group = hashlib.blake2b(self._group.encode(), digest_size=16).digest()
+        return Identity(self.me.node, group, self.me.incarnation, Keys(0, {0: self._key}))
+
+    def _hello(self, to: Instance, path: int) -> bytes:
+        link = self._core.links.get(to)
+        received = link.received if link is not None else 0
+        hello = Hello(self._group, self.me, to, self._core.mesh_id, path, b"", received)
+        return msgspec.msgpack.encode(hello)
+
+    async def _dial(self, member: GroupMember, path: int, scope: trio.CancelScope) -> None:
+        wait_s = REDIAL_FIRST_S
+        with scope:
+            while True:
+                try:
+                    source = self._sources[path]
+                    sock = await connect(member.addresses[path], member.port, source, DEAD_MS)
+                    channel = Channel(sock, self._identity())
+                    with contextlib.closing(channel):
+                        reply = await channel.dial(self._hello(member.instance, path))
+                        hello = _hellos.decode(reply.payload)
+                        if hello.instance != member.instance or not self._core.hello_ok(hello):
+                            raise ProtocolError("another process answers there")
+                        wait_s = REDIAL_FIRST_S
+                        await self._run(channel, hello)
+                except (OSError, ProtocolError, msgspec.DecodeError, trio.TooSlowError):
+                    pass
+                await trio.sleep(wait_s)
+                wait_s = min(wait_s * 2, REDIAL_MAX_S)
+
+    async def _answer(self, frame: Frame) -> bytes:
+        """Decide on a dialer's hello; waits while its membership is not known here."""
+        try:
+            hello = _hellos.decode(frame.payload)
+        except msgspec.DecodeError as error:
+            raise ProtocolError(f"bad hello: {error}") from error
+        if hello.to != self.me or hello.group != self._group or not 0 <= hello.path < PATHS_MAX:
+            raise ProtocolError("hello for somebody else")
+        if not self._core.hello_ok(hello):
+            if self._parked >= PARKED_MAX:
+                raise ProtocolError("too many unknown members")
+            self._parked += 1
+            try:
+                with trio.fail_after(PARKED_S):
+                    while not self._core.hello_ok(hello):
+                        await self._changed.wait()
+            finally:
+                self._parked -= 1
+        return self._hello(hello.instance, hello.path)
+
+    async def _accepted(self, sock: socket.socket) -> None:
+        try:
+            with trio.fail_after(PARKED_S):
+                while self._key is None:
+                    await self._changed.wait()
+            channel = Channel(sock, self._identity())
+            with contextlib.closing(channel):
+                hello = _hellos.decode((await channel.accept(self._answer)).payload)
+                if self._core.hello_ok(hello):
+                    await self._run(channel, hello)
+        except (OSError, ProtocolError, msgspec.DecodeError, trio.TooSlowError):
+            pass
+        finally:
+            sock.close()
+
+    async def _run(self, channel: Channel, hello: Hello) -> None:
+        """Carry frames of one connection until it breaks or a newer one replaces it."""
+        key = (hello.instance, hello.path)
+        old = self._channels.get(key)
+        if old is not None:
+            old.close()
+            self._core.path_down(*key)
+        self._channels[key] = channel
+        self._core.path_up(hello)
+        self._wake.set()
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(channel.write_loop)
+                while (frame := await channel.receive()) is not None:
+                    if self._channels.get(key) is not channel:
+                        break
+                    self._perform(self._core.receive(key[0], _batches.decode(frame.payload)))
+                    self._wake.set()
+                nursery.cancel_scope.cancel()
+        except* (ProtocolError, msgspec.DecodeError):
+            pass
+        finally:
+            if self._channels.get(key) is channel:
+                del self._channels[key]
+                self._core.path_down(*key)
+                self._wake.set()
+
+    def flush(self) -> None:
+        """Transmit what is queued now."""
+        self._perform(self._core.tick(boottime_ns()))
+
+    async def pump(self) -> None:
+        """Transmit what was queued, once per tick; switch paths that do not acknowledge."""
+        while True:
+            due = self._core.deadline()
+            wait_s = 3600.0 if due is None else max(0, due - boottime_ns()) / 1e9
+            with trio.move_on_after(wait_s):
+                await self._wake.wait()
+            self._wake = trio.Event()
+            self.flush()
+
+    async def listen(self, addresses: Sequence[str]) -> None:
+        """Bind one port on all addresses and accept on each."""
+        listeners = _listen_all(addresses)
+        self.port = listeners[0].getsockname()[1]
+        self._sources = list(addresses)
+        for listener in listeners:
+            self._nursery.start_soon(self._accept_loop, listener)
+
+    async def _accept_loop(self, listener: socket.socket) -> None:
+        with listener:
+            while True:
+                self._nursery.start_soon(self._accepted, await accept_one(listener, DEAD_MS))
+
+
+def _listen_all(addresses: Sequence[str]) -> list[socket.socket]:
+    """Sockets on all addresses with the same port, chosen by the kernel on the first one."""
+    for _attempt in range(32):
+        first = listen(addresses[0], 0)
+        port = first.getsockname()[1]
+        sockets = [first]
+        try:
+            for address in addresses[1:]:
+                sockets.append(listen(address, port))
+        except OSError:
+            for sock in sockets:
+                sock.close()
+            continue
+        return sockets
+    raise OSError(f"no port is free on all of {', '.join(addresses)}")
+
+
+@contextlib.asynccontextmanager
+async def open_mesh(
+    me: Instance,
+    addresses: Sequence[str],
+    key: bytes | None = None,
+    *,
+    group: str = "",
+    retry_ms: int = 300,
+) -> AsyncIterator[TrioMesh]:
+    """Listen on `addresses` (one per network) and run the mesh for the life of the block.
+
+    `key` None: it is taken from the first group event. `retry_ms`: after so long without an
+    acknowledgement another network is used (`Timing.link_down_ms`).
+    """
+    try:
+        async with trio.open_nursery() as nursery:
+            mesh = TrioMesh(me, group, key, retry_ms, nursery)
+            await mesh.listen(addresses)
+            nursery.start_soon(mesh.pump)
+            try:
+                yield mesh
+                # What is queued has one tick to leave; peers see us go by the group's events.
+                mesh.flush()
+            finally:
+                nursery.cancel_scope.cancel()
+    except BaseExceptionGroup as group_error:
+        inner = unwrap_group(group_error)
+        if inner is group_error:
+            raise
+        raise inner from None
