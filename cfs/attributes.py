@@ -1,0 +1,96 @@
+"""Values that cross the door of the file system: attributes, directory entries, totals, options."""
+
+from __future__ import annotations
+
+import stat
+
+import msgspec
+
+BLOCK_BYTES = 4096
+NAME_BYTES_MAX = 255
+SYMLINK_BYTES_MAX = 3800
+FILE_BYTES_MAX = 1 << 62
+LINKS_MAX = 0xFFFF_FFF0
+ROOT_COOKIE_SELF = 1
+ROOT_COOKIE_PARENT = 2
+
+RENAME_NOREPLACE = 1
+
+
+class Attributes(msgspec.Struct, frozen=True, gc=False):
+    """What stat() shows. `blocks` counts 512-byte units; times are nanoseconds of the wall clock.
+
+    `generation` tells two lives of one inode number apart. `change` rises with every change of the
+    inode (data or attributes), on all nodes.
+    """
+
+    ino: int
+    generation: int
+    mode: int
+    nlink: int
+    uid: int
+    gid: int
+    rdev: int
+    size: int
+    blocks: int
+    atime_ns: int
+    mtime_ns: int
+    ctime_ns: int
+    change: int
+
+    @property
+    def is_directory(self) -> bool:
+        return stat.S_ISDIR(self.mode)
+
+    @property
+    def is_regular(self) -> bool:
+        return stat.S_ISREG(self.mode)
+
+
+NOW = -1
+"""In `SetAttributes` times: the file system's own clock (utimensat's UTIME_NOW)."""
+
+
+class SetAttributes(msgspec.Struct, frozen=True, gc=False):
+    """What setattr() changes; None leaves a field alone. `mode` holds permission bits only."""
+
+    size: int | None = None
+    mode: int | None = None
+    uid: int | None = None
+    gid: int | None = None
+    atime_ns: int | None = None
+    mtime_ns: int | None = None
+    ctime_ns: int | None = None
+
+
+class DirEntry(msgspec.Struct, frozen=True, gc=False):
+    """One name. `cookie` is unique in its directory, the same on all nodes, and stays the same as
+    long as the name exists; `type` is the S_IFMT part of the mode. "." and ".." come first."""
+
+    cookie: int
+    name: bytes
+    ino: int
+    type: int
+
+
+class Totals(msgspec.Struct, frozen=True):
+    """What statfs() shows, in blocks of 4096 bytes. `freeing_blocks` are free but not yet for use."""
+
+    blocks: int
+    free_blocks: int
+    freeing_blocks: int
+    name_bytes_max: int = NAME_BYTES_MAX
+    block_bytes: int = BLOCK_BYTES
+
+
+class MountOptions(msgspec.Struct, frozen=True):
+    """Choices of one mount. `background` off: nothing runs by itself (tests call commit)."""
+
+    commit_interval_ms: int = 1000
+    checkpoint_interval_ms: int = 5000
+    dirty_bytes_max: int = 96 << 20
+    dirty_bytes_start: int = 16 << 20
+    inodes_cached_max: int = 65536
+    inode_pool: int = 32
+    background: bool = True
+    read_only: bool = False

@@ -1,0 +1,226 @@
+"""What the kernel of this node may hold in its caches, inode by inode, and what must be dropped.
+
+The kernel caches pages, attributes and names on our word: each answer says how long it may be
+believed. The word is good only while the cluster lock of the inode is held here. This module
+keeps the account of what has been given out; `kernel_cache_io` takes it back.
+
+Invariants:
+- a byte range of a file that the kernel may hold as valid is in `pages`, from the moment of the
+  answer that carried it until a completed invalidation;
+- `attributes_out` and `names_epoch` likewise for attributes, and for names below a directory;
+- while `revoking`, an answer carries timeout 0, and data is answered only to requests that stand in
+  the way of the revocation, under the lock that is still held;
+- while `writers` is not zero a shared mapping may turn a clean page dirty without any request, so
+  pages are answered only under EX.
+
+What a *waiting* request does to the page cache (measured, and read in the kernel):
+a READ that waits keeps its pages locked and without valid data; a WRITE through the cache keeps at
+most its two ragged edge pages locked, those without valid data; nothing else is locked. An
+invalidation of a locked page blocks until that request is answered.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import NewType
+
+from cluster.locks import Mode
+
+PAGE_BYTES = 4096
+RANGES_MAX = 64
+EPOCH_NEVER = -1
+WaiterId = NewType("WaiterId", int)
+
+Span = tuple[int, int]
+"""Bytes [start, end), page aligned."""
+
+EVERYTHING: Span = (0, 1 << 62)
+SHARING_MODES = frozenset({Mode.PR, Mode.PW, Mode.EX})
+"""Under these nobody else changes the inode, so attributes and names may be believed."""
+
+
+def page_span(start_bytes: int, end_bytes: int) -> Span:
+    """The whole pages that the bytes [start, end) touch."""
+    return start_bytes & -PAGE_BYTES, (end_bytes + PAGE_BYTES - 1) & -PAGE_BYTES
+
+
+def edge_pages(start_bytes: int, end_bytes: int) -> list[Span]:
+    """The ragged first and last page of a write: what the kernel may keep locked for it."""
+    found = []
+    first = start_bytes & -PAGE_BYTES
+    last = end_bytes & -PAGE_BYTES
+    if start_bytes != first:
+        found.append((first, first + PAGE_BYTES))
+    if end_bytes != last and (start_bytes == first or last != first):
+        found.append((last, last + PAGE_BYTES))
+    return found
+
+
+def subtract(spans: Iterable[Span], holes: Iterable[Span]) -> list[Span]:
+    """What is left of `spans` without `holes`."""
+    left = list(spans)
+    for hole_start, hole_end in holes:
+        left = [
+            piece
+            for start, end in left
+            for piece in ((start, min(end, hole_start)), (max(start, hole_end), end))
+            if piece[0] < piece[1]
+        ]
+    return left
+
+
+class Spans:
+    """Sorted, disjoint spans; more than `RANGES_MAX` are merged over their smallest gap."""
+
+    __slots__ = ("spans",)
+
+    def __init__(self) -> None:
+        self.spans: list[Span] = []
+
+    def __bool__(self) -> bool:
+        return bool(self.spans)
+
+    def add(self, start: int, end: int) -> None:
+        """Cover [start, end), rounded out to pages."""
+        start, end = page_span(start, end)
+        if start >= end:
+            return
+        spans = self.spans
+        if spans:
+            last_start, last_end = spans[-1]
+            if last_start <= start:
+                if end <= last_end:
+                    return
+                if start <= last_end:  # the sequential reader
+                    spans[-1] = (last_start, end)
+                    return
+        before = [span for span in spans if span[1] < start]
+        after = [span for span in spans if span[0] > end]
+        for span_start, span_end in spans[len(before) : len(spans) - len(after)]:
+            start, end = min(start, span_start), max(end, span_end)
+        self.spans = [*before, (start, end), *after]
+        if len(self.spans) > RANGES_MAX:
+            self._merge_smallest_gap()
+
+    def take(self) -> list[Span]:
+        """Everything; nothing is left."""
+        taken, self.spans = self.spans, []
+        return taken
+
+    def _merge_smallest_gap(self) -> None:
+        spans = self.spans
+        at = min(range(len(spans) - 1), key=lambda i: spans[i + 1][0] - spans[i][1])
+        spans[at : at + 2] = [(spans[at][0], spans[at + 1][1])]
+
+
+@dataclass(slots=True, eq=False)
+class Waiter:
+    """A request that waits for the lock of its inode, and the pages that it may keep locked."""
+
+    start: int
+    end: int
+    mode: Mode
+    writes: bool
+    cached: bool
+    """It goes through the page cache (not O_DIRECT)."""
+
+    def locked_pages(self) -> list[Span]:
+        """Pages that an invalidation would wait for. They hold no valid data if they are locked."""
+        if not self.cached:
+            return []
+        if self.writes:
+            return edge_pages(self.start, self.end)
+        return [page_span(self.start, self.end)]
+
+
+@dataclass(slots=True, eq=False)
+class KernelInode:
+    """The account of one inode that the kernel knows."""
+
+    number: int
+    generation: int = 0
+    lookups: int = 0
+    handles: int = 0
+    directory: bool = False
+    pages: Spans = field(default_factory=Spans)
+    attributes_out: bool = False
+    names_epoch: int = EPOCH_NEVER
+    contended: bool = False
+    """A directory whose names were once taken back: without INC_EPOCH none are given out again."""
+    revoking: int = 0
+    revision: int = 0
+    serving: int = 0
+    waiting: dict[WaiterId, Waiter] = field(default_factory=dict)
+    writers: int = 0
+    table_slot: int = 0
+
+    def data_mode(self, *, writes: bool, cached: bool) -> Mode:
+        """The lock mode under which a READ or WRITE is answered."""
+        if writes or (self.writers and cached):
+            return Mode.EX
+        return Mode.PR
+
+    def check(self) -> None:
+        """Assert the invariants that hold between steps."""
+        assert self.lookups >= 0
+        assert self.handles >= 0
+        assert self.serving >= 0
+        assert self.writers >= 0
+        assert self.revoking >= 0
+        for (_, end), (start, _) in zip(self.pages.spans, self.pages.spans[1:], strict=False):
+            assert end < start
+
+
+@dataclass(frozen=True, slots=True)
+class Revocation:
+    """What a demotion to a mode takes away from the kernel."""
+
+    pages: bool
+    attributes: bool
+    names: bool
+
+
+def revocation(inode: KernelInode, mode: Mode, epoch: int) -> Revocation:
+    """Decide what has to go before the lock of `inode` may go down to `mode`."""
+    sharing = mode in SHARING_MODES
+    return Revocation(
+        pages=bool(inode.pages) and (not sharing or (inode.writers > 0 and mode != Mode.EX)),
+        attributes=not sharing and inode.attributes_out,
+        names=not sharing and inode.directory and inode.names_epoch == epoch,
+    )
+
+
+def servable(waiter: Waiter, held: Mode) -> bool:
+    """Whether the lock that is still held allows the waiting request to be answered."""
+    return held == Mode.EX or (held == waiter.mode and held in SHARING_MODES)
+
+
+@dataclass(frozen=True, slots=True)
+class Detour:
+    """A way around requests that cannot be answered before the lock has gone down.
+
+    `open` is invalidated as ever. Each page of `edges` is either locked by a WRITE and without
+    valid data, or not locked: invalidated alone, and left behind when it proves to be locked.
+    """
+
+    open: list[Span]
+    edges: list[Span]
+
+
+def detour(todo: list[Span], blocked: Iterable[Waiter]) -> Detour:
+    """Plan the detour for what is left to do."""
+    reads: list[Span] = []
+    edges: list[Span] = []
+    for waiter in blocked:
+        (edges if waiter.writes else reads).extend(waiter.locked_pages())
+    edges = subtract(sorted(set(edges)), reads)
+    touched = [e for e in edges if any(s < e[1] and e[0] < t for s, t in todo)]
+    return Detour(open=subtract(todo, [*reads, *edges]), edges=touched)
+
+
+def without_waiting_reads(spans: list[Span], waiting: Iterable[Waiter]) -> list[Span]:
+    """Leave out pages of READs that still wait: locked, no valid data, and recorded anew when
+    they are answered."""
+    holes = [page for w in waiting if not w.writes for page in w.locked_pages()]
+    return subtract(spans, holes) if holes else spans
