@@ -1,0 +1,7 @@
+/* Everything that native._native shows to Python (declared again in _build/_native.cdef). */
+#ifndef NATIVE_NATIVE_H
+#define NATIVE_NATIVE_H
+
+#include "crc32c.h"
+
+#endif
