@@ -10,9 +10,9 @@ one machine) tells which version must be visible at least:
     durable    highest version whose fsync has returned
 
 A reader loads the bound from the board, then reads the cell: a version below the bound, or below
-one that it has seen itself, is stale; one above `started` is invented. When a node is to be killed,
-it is marked dead on the board first: what it had committed but not fsynced may be lost, so the bound
-of its cells is `durable`.
+one that it has seen itself, is stale; one above `started` is invented. When a node is to be
+killed, it is marked dead on the board first: what it had committed but not fsynced may be lost, so
+the bound of its cells is `durable`.
 
 Kinds of cells: a 4-KiB block of a file, written by pwrite, read by pread, by O_DIRECT and through a
 mapping; a size, written by ftruncate, read by stat; a name, changed by rename, read by listdir.
@@ -260,9 +260,16 @@ def run_judge(judge: Judge, checks: int, write_share: float, stop: Callable[[], 
 @click.option("--seed", default=1)
 @click.option("--prepare", "only_prepare", is_flag=True, help="Make the cells and end.")
 def main(
-    top: Path, board: Path, node: int, cells: int, checks: int, write_share: float,
-    seconds: float, seed: int, only_prepare: bool,
-) -> None:  # fmt: skip
+    top: Path,
+    board: Path,
+    node: int,
+    cells: int,
+    checks: int,
+    write_share: float,
+    seconds: float,
+    seed: int,
+    only_prepare: bool,
+) -> None:
     """Judge the coherence of the files below TOP."""
     if only_prepare:
         prepare(top, cells)
@@ -275,13 +282,17 @@ def main(
     print(
         json.dumps(
             {
-                "node": node, "seed": seed, "checks": judge.checks, "writes": judge.writes,
-                "total": sum(judge.checks.values()), "stale": len(judge.stale),
+                "node": node,
+                "seed": seed,
+                "checks": judge.checks,
+                "writes": judge.writes,
+                "total": sum(judge.checks.values()),
+                "stale": len(judge.stale),
                 "examples": judge.stale[:5],
             }
         ),
         flush=True,
-    )  # fmt: skip
+    )
     sys.exit(1 if judge.stale else 0)
 
 

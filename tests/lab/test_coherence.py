@@ -1,0 +1,67 @@
+"""0 stale of 100 000: reads by all means from all nodes while one of them dies."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from lab import cluster, hosts
+from lab.judge import Board
+from lab.topology import MOUNT_POINT, Lab
+
+CELLS = 48
+CHECKS = 45_000
+JUDGE = [sys.executable, "-m", "lab.judge"]
+
+
+def test_no_stale_read_while_a_node_dies(ready: Lab, tmp_path: Path) -> None:
+    """Versioned blocks, sizes and names read by pread, O_DIRECT, mmap, stat and readdir."""
+    seed = 20
+    print(f"seed {seed}")
+    lab, top, path = ready, f"{MOUNT_POINT}/judge", tmp_path / "board"
+    arguments = [top, "--board", str(path), "--cells", str(CELLS), "--seed", str(seed)]
+    hosts.run(lab, lab.nodes[0], *JUDGE, *arguments, "--node", "1", "--prepare")
+    board = Board(path, CELLS)
+    victim = lab.nodes[1]
+    running = {
+        node.name: hosts.popen(
+            lab,
+            node,
+            *JUDGE,
+            *arguments,
+            "--node",
+            str(node.index),
+            "--checks",
+            str(CHECKS),
+            stdout=subprocess.PIPE,
+        )
+        for node in lab.nodes
+    }
+    try:
+        for process in running.values():
+            assert process.stdout is not None
+            assert process.stdout.readline() == "started\n"
+
+        def busy() -> bool:
+            return sum(board.get(cell)[1] for cell in range(CELLS)) > 100
+
+        hosts.wait_for(busy, 60, "the judges write")
+        board.mark_dead(victim.index)
+        cluster.power_cut(lab, victim)
+        total = 0
+        for name, process in running.items():
+            output, _ = process.communicate(timeout=300)
+            if name == victim.name:
+                continue
+            result = json.loads(output.splitlines()[-1])
+            assert result["stale"] == 0, result
+            assert min(result["checks"].values()) > 0
+            total += result["total"]
+        assert total >= 2 * CHECKS
+    finally:
+        for process in running.values():
+            if process.poll() is None:
+                process.kill()
+            process.wait()
