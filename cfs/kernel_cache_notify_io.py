@@ -15,6 +15,7 @@ at least `THREADS_MIN` threads; one that is stuck is replaced, up to `THREADS_MA
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import queue
 import struct
@@ -24,6 +25,8 @@ from collections.abc import Callable
 import trio
 
 from cfs.kernel_cache import EVERYTHING, Span
+
+log = logging.getLogger(__name__)
 
 THREADS_MIN = 8
 THREADS_MAX = 1024
@@ -191,5 +194,4 @@ class Notifier:
         except OSError as error:
             if error.errno not in IGNORED and error.errno not in GONE:
                 self.failures += 1
-                if error.errno not in (errno.EINVAL, errno.ENOSYS):
-                    raise
+                log.error("notification %d failed: %s", message[4], error)
