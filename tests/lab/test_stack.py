@@ -25,7 +25,8 @@ def test_every_node_sees_what_one_wrote(ready: Lab) -> None:
         "mkdir -p a/b/c; echo deep > a/b/c/d"
     )
     hosts.run(ready, first, "sh", "-c", script)
-    look = f"cd {MOUNT_POINT}/t1; find . | sort; cat f1 hard soft g3 a/b/c/d; stat -c '%h %s %n' f* | sort"
+    look = f"cd {MOUNT_POINT}/t1; find . | sort; cat f1 hard soft g3 a/b/c/d; "
+    look += "stat -c '%h %s %n' f* | sort"
     wanted = hosts.run(ready, first, "sh", "-c", look).stdout
     assert "deep" in wanted
     for node in others:
