@@ -20,6 +20,7 @@ import msgspec
 import trio
 
 from cluster.errors import ProtocolError
+from cluster.identity import Identity
 from cluster.ids import Epoch, Incarnation
 from cluster.wire import (
     HEADER_BYTES,
@@ -37,15 +38,6 @@ HANDSHAKE_S = 5.0
 CONNECT_S = 2.0
 BACKLOG_BYTES_MAX = 256 << 20
 _READ_BYTES = 1 << 18
-
-
-class Identity(msgspec.Struct, frozen=True):
-    """How this side signs its frames."""
-
-    sender: int
-    cluster_id: bytes
-    incarnation: Incarnation
-    keys: Keys
 
 
 class Channel:

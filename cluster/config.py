@@ -1,7 +1,6 @@
 """Configuration: TOML decoded into Structs; an error names the file and the key path.
 
-One knob, the profile; every period and limit is derived from it (`timing`). The relations that
-the protocols rely on are asserted at import: a lease and its purge end before death is declared.
+One knob, the profile; every period and limit is derived from it (cluster/timing.py).
 """
 
 from __future__ import annotations
@@ -12,34 +11,15 @@ from typing import Annotated, TypeVar
 
 import msgspec
 
-from cluster.control import Timing
 from cluster.errors import ConfigError
 from cluster.ids import NODE_ID_MAX, NodeId
+from cluster.state import ClusterState
 
 T = TypeVar("T")
 
 CONTROL_PORT = 7400
 HEARTBEAT_PORT = 7401
 SERVER_PORT = 10809
-
-PROFILES: dict[str, Timing] = {
-    "fast": Timing(
-        heartbeat_ms=100, link_down_ms=300, lease_ms=700, dead_ms=1000, stable_ms=100,
-        phase_ms=500, purge_ms=250,
-    ),
-    "default": Timing(
-        heartbeat_ms=200, link_down_ms=600, lease_ms=2000, dead_ms=3000, stable_ms=200,
-        phase_ms=1000, purge_ms=800,
-    ),
-    "patient": Timing(
-        heartbeat_ms=500, link_down_ms=2000, lease_ms=7000, dead_ms=10000, stable_ms=500,
-        phase_ms=3000, purge_ms=2500,
-    ),
-}  # fmt: skip
-
-for _timing in PROFILES.values():
-    assert _timing.lease_ms + _timing.purge_ms < _timing.dead_ms
-    assert 3 * _timing.heartbeat_ms <= _timing.link_down_ms
 
 Hex16 = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{32}$")]
 Hex32 = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
@@ -58,39 +38,34 @@ class ClusterSection(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class NodeSection(msgspec.Struct, forbid_unknown_fields=True):
-    """This node, or a node whose address is known from an invitation."""
+    """This node: its id and one address per network, in the order of the networks."""
 
     id: Annotated[NodeId, msgspec.Meta(ge=1, le=NODE_ID_MAX)]
     name: Name
     addresses: Addresses
-    control_port: Port = CONTROL_PORT
-    heartbeat_port: Port = HEARTBEAT_PORT
+
+
+class PortsSection(msgspec.Struct, forbid_unknown_fields=True):
+    """The same on every node."""
+
+    control: Port = CONTROL_PORT
+    heartbeat: Port = HEARTBEAT_PORT
 
 
 class NodeConfig(msgspec.Struct, forbid_unknown_fields=True):
-    """node.toml. `founder` is set by init: this node's register starts initialised. `peers` are
-    the nodes that a joining node may ask; later the register's configuration counts."""
+    """node.toml: what a node must know before it can ask anybody."""
 
     cluster: ClusterSection
     node: NodeSection
-    founder: bool = False
-    peers: list[NodeSection] = []
+    ports: PortsSection = msgspec.field(default_factory=PortsSection)
 
 
 class Token(msgspec.Struct, frozen=True):
-    """What an invitation carries: enough to find the cluster and to be believed by it."""
+    """What an invitation carries: enough to find the cluster and to be believed by it. `known` is
+    the register's value without volumes and history."""
 
-    cluster: ClusterSection
-    node: NodeSection
-    peers: list[NodeSection]
-
-
-def timing(profile: str) -> Timing:
-    """Every period of the protocols for one profile."""
-    found = PROFILES.get(profile)
-    if found is None:
-        raise ConfigError(f"unknown profile {profile!r}: one of {', '.join(PROFILES)}")
-    return found
+    config: NodeConfig
+    known: ClusterState
 
 
 def decode_config(text: str | bytes, kind: type[T], source: str) -> T:
@@ -108,10 +83,9 @@ def encode_node_config(config: NodeConfig) -> str:
         values = msgspec.to_builtins(section)
         return [f"{key} = {json.dumps(value)}" for key, value in values.items()]
 
-    lines = [f"founder = {json.dumps(config.founder)}", "", "[cluster]", *table(config.cluster)]
+    lines = ["[cluster]", *table(config.cluster)]
     lines += ["", "[node]", *table(config.node)]
-    for peer in config.peers:
-        lines += ["", "[[peers]]", *table(peer)]
+    lines += ["", "[ports]", *table(config.ports)]
     return "\n".join(lines) + "\n"
 
 

@@ -54,8 +54,9 @@ class EventName(enum.StrEnum):
     NOTE = "note"
 
 
-class EventRecord(msgspec.Struct, frozen=True):
-    """One event. `wall_ms` is for people only; `at_ns` is the node's boot-time clock."""
+class EventRecord(msgspec.Struct, frozen=True, rename={"name": "event"}):
+    """One event; its name is `event` in JSON. `wall_ms` is for people only;
+    `at_ns` is the node's boot-time clock."""
 
     sequence: int
     wall_ms: int

@@ -23,10 +23,11 @@ from collections.abc import AsyncIterator, Sequence
 import msgspec
 import trio
 
-from cluster.channel_io import Channel, Identity, accept_one, connect, listen
+from cluster.channel_io import Channel, accept_one, connect, listen
 from cluster.control import GroupEvent, GroupMember
 from cluster.control_io import unwrap_group
 from cluster.errors import ProtocolError
+from cluster.identity import Identity
 from cluster.ids import Instance
 from cluster.mesh import (
     PATHS_MAX,

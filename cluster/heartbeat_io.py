@@ -1,0 +1,131 @@
+"""Heartbeats and echoes as authenticated datagrams, over every network, without trio.
+
+One UDP socket per network. A datagram is a sealed frame (cluster/wire.py); its sequence number
+rises per (sender, incarnation, network), and one that is not above the last is thrown away: a
+replayed or doubled datagram is never looked at. What cannot be sent is dropped: the next heartbeat
+comes soon. `receive` decodes at most `BURST_MAX` datagrams at once, so that a flood starves nobody.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Mapping, Sequence
+
+import msgspec
+
+from cluster.errors import ProtocolError, StackError
+from cluster.guard_events import Heard
+from cluster.identity import Identity
+from cluster.ids import Epoch
+from cluster.messages import (
+    DATAGRAM_BYTES_MAX,
+    Echo,
+    Heartbeat,
+    Message,
+    decode_message_untrusted,
+    encode_message,
+)
+from cluster.wire import KIND_DATAGRAM, Frame, seal, unseal_untrusted
+
+BURST_MAX = 64
+LIVES_MAX = 512
+PRIORITY = 6
+DSCP_CS6 = 0xC0
+
+
+class Datagrams:
+    """The heartbeat sockets of one process."""
+
+    def __init__(self, identity: Identity, addresses: Sequence[str], port: int) -> None:
+        self._identity = identity
+        self._port = port
+        self._peers: dict[int, list[str]] = {}
+        self._sequence = 0
+        self._seen: dict[tuple[int, int, int], int] = {}
+        self.sockets = [_bind(address, port) for address in addresses]
+
+    def close(self) -> None:
+        """Close the sockets."""
+        for sock in self.sockets:
+            sock.close()
+
+    def set_peers(self, peers: Mapping[int, Sequence[str]]) -> None:
+        """The addresses of nodes and servers by id, in the order of the networks."""
+        self._peers = {peer: list(addresses) for peer, addresses in peers.items()}
+
+    def send(self, to: int, network: int, message: Message, config_epoch: int = 0) -> None:
+        """Send one message over one network."""
+        addresses = self._peers.get(to, [])
+        if network >= len(addresses) or network >= len(self.sockets):
+            return
+        body = encode_message(message)
+        assert len(body) <= DATAGRAM_BYTES_MAX, f"a datagram of {len(body)} bytes"
+        self._sequence += 1
+        epoch = message.epoch if isinstance(message, Heartbeat) else Epoch(0)
+        frame = Frame(
+            sender=self._identity.sender,
+            cluster_id=self._identity.cluster_id,
+            incarnation=self._identity.incarnation,
+            epoch=epoch,
+            config_epoch=config_epoch,
+            sequence=self._sequence,
+            payload=body,
+            kind=KIND_DATAGRAM,
+        )
+        try:
+            self.sockets[network].sendto(
+                seal(self._identity.keys, frame), (addresses[network], self._port)
+            )
+        except OSError:
+            pass
+
+    def receive(self, network: int) -> list[Heard]:
+        """What has come in on one network, authenticated and new."""
+        found: list[Heard] = []
+        for _ in range(BURST_MAX):
+            try:
+                data = self.sockets[network].recv(2048)
+            except BlockingIOError:
+                break
+            except OSError:
+                # An ICMP error of an earlier datagram: the peer is away; not our concern here.
+                continue
+            heard = self._open(network, data)
+            if heard is not None:
+                found.append(heard)
+        return found
+
+    def _open(self, network: int, data: bytes) -> Heard | None:
+        identity = self._identity
+        try:
+            frame = unseal_untrusted(identity.keys, identity.cluster_id, data)
+            message = decode_message_untrusted(frame.payload)
+        except (ProtocolError, msgspec.DecodeError):
+            return None
+        if frame.kind != KIND_DATAGRAM or not isinstance(message, Heartbeat | Echo):
+            return None
+        life = (frame.sender, int(frame.incarnation), network)
+        if frame.sequence <= self._seen.get(life, 0):
+            return None
+        self._seen.pop(life, None)
+        self._seen[life] = frame.sequence
+        while len(self._seen) > LIVES_MAX:
+            del self._seen[next(iter(self._seen))]
+        return Heard(network, frame.sender, frame.incarnation, message)
+
+
+def _bind(address: str, port: int) -> socket.socket:
+    sock = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_DGRAM)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_PRIORITY, PRIORITY)
+        if sock.family == socket.AF_INET:
+            sock.setsockopt(socket.IPPROTO_IP, socket.IP_TOS, DSCP_CS6)
+        sock.bind((address, port))
+        sock.setblocking(False)
+    except OSError as error:
+        sock.close()
+        raise StackError(
+            f"cannot bind UDP {address}:{port}: {error.strerror}",
+            hint="is the address on this machine? is another clusterguard running?",
+        ) from error
+    return sock
