@@ -96,17 +96,17 @@ class Settings(NamedTuple):
     max_background: int = 16384
     congestion_threshold: int = 12288
     max_readahead_bytes: int = 0
-    """0: as the kernel offers."""
+    """0: as the kernel offers (this can only lower it; raise it in /sys/class/bdi/M:m)."""
     time_granularity_ns: int = 1
 
 
 class SessionInfo(NamedTuple):
     """The session as negotiated; zeros before the INIT request was answered."""
 
-    kernel_minor: int
-    """Of the kernel's protocol 7: 38 has EXPIRE_ONLY, 44 INC_EPOCH, 45 PRUNE."""
     offered_bits: int
     agreed_bits: int
+    kernel_minor: int
+    """Of the kernel's protocol 7: 38 has EXPIRE_ONLY, 44 INC_EPOCH, 45 PRUNE."""
     max_background: int
     congestion_threshold: int
     max_readahead_bytes: int

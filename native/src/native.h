@@ -3,5 +3,9 @@
 #define NATIVE_NATIVE_H
 
 #include "crc32c.h"
+#include "gate.h"
+#include "notify.h"
+#include "process.h"
+#include "xor.h"
 
 #endif
