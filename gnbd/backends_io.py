@@ -1,0 +1,145 @@
+"""Where the bytes of an export are: a back end, and the regular file.
+
+A completed `write` is visible to every later read on any connection; it is durable after `flush`
+(or with `fua`). All calls block, may run in several threads at once, and raise OSError.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import stat
+from pathlib import Path
+
+from cluster.errors import ConfigError
+
+FALLOC_KEEP_SIZE = 1
+FALLOC_PUNCH_HOLE = 2
+FALLOC_ZERO_RANGE = 0x10
+_ZERO_CHUNK = bytes(1 << 20)
+_RWF_DSYNC = os.RWF_DSYNC
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
+
+
+def fallocate(fd: int, mode: int, offset: int, length: int) -> None:
+    """fallocate(2)."""
+    if _libc.fallocate(fd, mode, offset, length):
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+
+
+def read_exactly(fd: int, offset: int, view: memoryview) -> None:
+    """Fill `view` from the file; past its end reads zeroes."""
+    while view:
+        count = os.preadv(fd, [view], offset)
+        if count == 0:
+            view[:] = bytes(len(view))
+            return
+        if count == len(view):
+            return
+        view = view[count:]
+        offset += count
+
+
+def write_exactly(fd: int, offset: int, view: memoryview, flags: int = 0) -> None:
+    """Write all of `view`."""
+    while view:
+        count = os.pwritev(fd, [view], offset, flags)
+        if count == len(view):
+            return
+        view = view[count:]
+        offset += count
+
+
+class Backend:
+    """The bytes of one export. Ranges were checked against `size_bytes` by the caller."""
+
+    size_bytes: int
+    read_only = False
+
+    def read_into(self, offset: int, view: memoryview) -> None:
+        raise NotImplementedError
+
+    def write(self, offset: int, view: memoryview, fua: bool) -> None:
+        raise NotImplementedError
+
+    def flush(self) -> None:
+        raise NotImplementedError
+
+    def trim(self, offset: int, length: int) -> None:
+        raise NotImplementedError
+
+    def zero(self, offset: int, length: int, no_hole: bool) -> None:
+        raise NotImplementedError
+
+    def resize(self, size_bytes: int) -> None:
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """Give up the file; unflushed bytes of a volatile filter are gone."""
+
+
+class FileBackend(Backend):
+    """A regular file or a block device through the page cache."""
+
+    def __init__(self, path: Path, size_bytes: int | None, read_only: bool = False) -> None:
+        self.path = path
+        self.read_only = read_only
+        flags = os.O_CLOEXEC | (os.O_RDONLY if read_only else os.O_RDWR)
+        if size_bytes is not None and not read_only:
+            flags |= os.O_CREAT
+            path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            self.fd = os.open(path, flags, 0o600)
+        except OSError as error:
+            raise ConfigError(f"cannot open {path}: {error.strerror}") from error
+        if stat.S_ISBLK(os.fstat(self.fd).st_mode):
+            present = os.lseek(self.fd, 0, os.SEEK_END)
+        else:
+            present = os.fstat(self.fd).st_size
+            if size_bytes is not None and present < size_bytes and not read_only:
+                os.ftruncate(self.fd, size_bytes)
+                os.fsync(self.fd)
+                present = size_bytes
+        self.size_bytes = present if size_bytes is None else min(size_bytes, present)
+
+    def read_into(self, offset: int, view: memoryview) -> None:
+        read_exactly(self.fd, offset, view)
+
+    def write(self, offset: int, view: memoryview, fua: bool) -> None:
+        write_exactly(self.fd, offset, view, _RWF_DSYNC if fua else 0)
+
+    def flush(self) -> None:
+        os.fdatasync(self.fd)
+
+    def trim(self, offset: int, length: int) -> None:
+        try:
+            fallocate(self.fd, FALLOC_PUNCH_HOLE | FALLOC_KEEP_SIZE, offset, length)
+        except OSError as error:
+            if error.errno != errno.EOPNOTSUPP:
+                raise
+
+    def zero(self, offset: int, length: int, no_hole: bool) -> None:
+        mode = FALLOC_ZERO_RANGE if no_hole else FALLOC_PUNCH_HOLE
+        try:
+            fallocate(self.fd, mode | FALLOC_KEEP_SIZE, offset, length)
+            return
+        except OSError as error:
+            if error.errno != errno.EOPNOTSUPP:
+                raise
+        end = offset + length
+        while offset < end:
+            chunk = memoryview(_ZERO_CHUNK)[: end - offset]
+            write_exactly(self.fd, offset, chunk)
+            offset += len(chunk)
+
+    def resize(self, size_bytes: int) -> None:
+        os.ftruncate(self.fd, size_bytes)
+        os.fsync(self.fd)
+        self.size_bytes = size_bytes
+
+    def close(self) -> None:
+        os.close(self.fd)

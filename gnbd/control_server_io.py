@@ -1,0 +1,165 @@
+"""CONTROL at the server: authenticated requests to the service, one at a time per connection."""
+
+from __future__ import annotations
+
+import secrets
+from typing import assert_never
+
+import msgspec
+
+from cluster.errors import ConfigError, ProtocolError, StackError, UsageError
+from cluster.ids import Incarnation, NodeId
+from cluster.messages import (
+    ACCEPTOR_MESSAGES,
+    Install,
+    Installed,
+    Message,
+    decode_message_untrusted,
+    encode_message,
+)
+from cluster.wire import Frame
+from gnbd import messages as m
+from gnbd.control_session import ControlSession, Peer
+from gnbd.exports import Export, checked_filter
+from gnbd.filters_io import changed_stack
+from gnbd.identity import ServerIdentity
+from gnbd.service_io import Service
+from gnbd.voter_io import Voter
+
+
+class ControlServer:
+    """The server's end of one CONTROL connection."""
+
+    def __init__(self, service: Service, voter: Voter, identity: ServerIdentity) -> None:
+        self._service = service
+        self._voter = voter
+        self._identity = identity
+        self._session: ControlSession | None = None
+
+    def handle_untrusted(self, data: bytes) -> bytes:
+        """The data of one CONTROL option; gives the answer. Raises ProtocolError: hang up."""
+        if self._session is None:
+            return self._hello(data)
+        frame = self._session.open_untrusted(data)
+        try:
+            request = m.decode_request_untrusted(frame.payload)
+        except msgspec.DecodeError as error:
+            raise ProtocolError(f"bad control request: {error}") from error
+        self._service.heard(NodeId(frame.sender), frame.incarnation)
+        try:
+            answer = self._perform(frame, request)
+        except (UsageError, ConfigError) as error:
+            answer = m.Refused("usage", error.message)
+        except OSError as error:
+            answer = m.Refused("io", str(error))
+        return self._session.seal(msgspec.msgpack.encode(answer), self._service.admission.epoch)
+
+    def _hello(self, data: bytes) -> bytes:
+        try:
+            hello = m.decode_opening_untrusted(data)
+        except msgspec.DecodeError as error:
+            raise ProtocolError(f"bad control opening: {error}") from error
+        if not isinstance(hello, m.ControlHello) or len(hello.nonce) != m.NONCE_BYTES:
+            raise ProtocolError("a control session begins with a nonce")
+        identity = self._identity
+        nonce = secrets.token_bytes(m.NONCE_BYTES)
+        me = Peer(identity.server_id, identity.cluster_id_bytes, Incarnation(self._voter.boot))
+        self._session = ControlSession(identity.keys, me, hello.nonce, nonce)
+        welcome = m.ControlWelcome(nonce, identity.server_id, identity.name)
+        return msgspec.msgpack.encode(welcome)
+
+    def _perform(self, frame: Frame, request: m.Request) -> m.Answer:
+        service = self._service
+        match request:
+            case m.Ping():
+                return m.Done(service.admission.epoch)
+            case m.Install():
+                return service.install(NodeId(frame.sender), frame.incarnation, request)
+            case m.ClusterCall(payload):
+                return self._cluster(frame, payload)
+            case m.ReserveOut():
+                return service.reserve(request)
+            case m.ReserveIn(name):
+                return self._reserve_in(name)
+            case m.StatusRequest():
+                return self._status()
+            case m.ExportsRequest():
+                return m.ExportsReport(self._exports())
+            case m.ExportAdd(name, path, size_bytes, access, filters):
+                service.add_export(Export(name, path, size_bytes, access, False, filters))
+            case m.ExportResize(name, size_bytes):
+                export = service.export(name)
+                if size_bytes < export.backend.size_bytes or size_bytes % 512:
+                    raise UsageError("an export only grows, by multiples of 512 bytes")
+                export.backend.resize(size_bytes)
+            case m.FilterCommand(name, action, kind, parameters):
+                export = service.export(name)
+                spec = checked_filter(kind, parameters, whole=action == "add")
+                export.backend = changed_stack(export.backend, action, spec)
+            case m.SequenceMinimum():
+                return service.raise_minimum(request)
+            case m.Leave(instance):
+                service.leave(instance)
+            case _:
+                assert_never(request)
+        return m.Done(service.admission.epoch)
+
+    def _cluster(self, frame: Frame, payload: bytes) -> m.Answer:
+        try:
+            message = decode_message_untrusted(payload)
+        except msgspec.DecodeError as error:
+            raise ProtocolError(f"bad cluster message: {error}") from error
+        answers: list[Message]
+        if isinstance(message, Install):
+            request = m.Install(message.epoch, message.members)
+            done = self._service.install(NodeId(frame.sender), frame.incarnation, request)
+            reason = done.message if isinstance(done, m.Refused) else ""
+            answers = [Installed(message.request, done.epoch, reason)]
+        elif isinstance(message, ACCEPTOR_MESSAGES):
+            answers = self._voter.call(frame.sender, message)
+        else:
+            raise UsageError("that message is not for a server")
+        return m.ClusterAnswer([encode_message(a) for a in answers])
+
+    def _reserve_in(self, name: str) -> m.ReserveReport:
+        table = self._service.export(name).reservations
+        held = table.read_reservation()
+        registrations = sorted(table.keys.items())
+        return m.ReserveReport(
+            table.generation, registrations, held[2] if held else 0, held[1] if held else 0
+        )
+
+    def _exports(self) -> list[m.ExportReport]:
+        return [
+            m.ExportReport(
+                name=e.name,
+                size_bytes=e.backend.size_bytes,
+                access=e.access,
+                filters=e.filter_texts(),
+                connections=len(e.connections),
+                sequence_min=e.sequence_min,
+                cache_generation=e.cache_generation,
+                counters=dict(e.counters),
+            )
+            for e in list(self._service.exports.values())
+        ]
+
+    def _status(self) -> m.StatusReport:
+        service = self._service
+        record = service.admission.record
+        return m.StatusReport(
+            server_id=self._identity.server_id,
+            name=self._identity.name,
+            epoch=service.admission.epoch,
+            serving=service.admission.serving,
+            members=record.members if record else [],
+            tombstones=record.tombstones if record else {},
+            start_count=service.start_count,
+            voter=self._voter.is_voter,
+            attentions=[(a.nexus, name, a.code) for a, name in list(service.attentions)],
+        )
+
+
+def stack_error(answer: m.Refused) -> StackError:
+    """A refusal as an error, for clients that have nothing better to do with it."""
+    return UsageError(answer.message) if answer.kind == "usage" else StackError(answer.message)

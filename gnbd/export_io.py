@@ -1,0 +1,85 @@
+"""One export of a running server: back end, reservations, gates and connections."""
+
+from __future__ import annotations
+
+import socket
+import threading
+from pathlib import Path
+
+import msgspec
+
+from cluster.ids import Instance
+from fencing.reservations import Reservations
+from gnbd import gates_io as g
+from gnbd import protocol as p
+from gnbd.backends_io import Backend, FileBackend
+from gnbd.exports import Export, parse_filter, parse_size
+from gnbd.filters_io import filters_of, stack_filter
+
+CACHE_GENERATION_ERRORS = 1 << 16
+
+
+class Session(msgspec.Struct, frozen=True):
+    """What LOGIN bound a connection to."""
+
+    instance: Instance
+    export: str
+    path: int
+    generation: int
+
+
+class Connection:
+    """One socket and its thread. `closing` is looked at before each request; `finished` is set
+    when nothing of this connection executes any more."""
+
+    def __init__(self, sock: socket.socket, peer: str) -> None:
+        self.sock = sock
+        self.peer = peer
+        self.session: Session | None = None
+        self.export: ExportRuntime | None = None
+        self.closing = False
+        self.finished = threading.Event()
+
+    def shut(self) -> None:
+        """Stop it: requests not begun are discarded, blocked calls return."""
+        self.closing = True
+        try:
+            self.sock.shutdown(socket.SHUT_RDWR)
+        except OSError:
+            pass  # the peer was faster
+
+
+class ExportRuntime:
+    """State of one export. Everything but `backend` and `counters` is guarded by the service."""
+
+    def __init__(self, config: Export, reservations: Reservations, sequence_min: int) -> None:
+        self.name = config.name
+        self.access = config.access
+        self.backend: Backend = FileBackend(
+            Path(config.path),
+            None if config.size is None else parse_size(config.size),
+            config.read_only,
+        )
+        for text in config.filters:
+            self.backend = stack_filter(self.backend, parse_filter(text))
+        self.reservations = reservations
+        self.sequence_min = sequence_min
+        self.sequences: dict[Instance, int] = {}
+        self.gates: dict[Instance | None, g.Gate] = {}
+        self.connections: set[Connection] = set()
+        self.cache_generation = 0
+        self.counters = {"reads": 0, "writes": 0, "flushes": 0, "read_bytes": 0, "written_bytes": 0}
+
+    @property
+    def flags(self) -> int:
+        flags = p.FLAG_HAS_FLAGS | p.FLAG_SEND_FLUSH | p.FLAG_SEND_FUA | p.FLAG_CAN_MULTI_CONN
+        if self.backend.read_only:
+            return flags | p.FLAG_READ_ONLY
+        return flags | p.FLAG_SEND_TRIM | p.FLAG_SEND_WRITE_ZEROES
+
+    def is_stale(self, nexus: Instance) -> bool:
+        """Whether the nexus works with an older volume map than this export allows."""
+        return self.sequences.get(nexus, 0) < self.sequence_min
+
+    def filter_texts(self) -> list[str]:
+        return [str(f.spec) for f in filters_of(self.backend)]

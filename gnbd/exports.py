@@ -1,0 +1,145 @@
+"""EXPORTS.toml: what a gnbd-server exports. Errors name the file and the key path.
+
+    listen = ["0.0.0.0"]            # addresses (a text or a list); default all
+    port = 10809
+    state_dir = "/var/lib/gnbd"     # bars, reservations, identity, acceptor
+    heartbeat_port = 7401           # UDP echoes of a server with a vote; 0: none
+
+    [[exports]]
+    name = "disk0"
+    path = "/srv/disk0.img"
+    size = "4G"                     # the file is made sparse if it does not exist
+    access = "cluster"              # or "plain": standard NBD for anyone
+    read_only = false
+    filters = ["volatile", "delay:write_ms=5", "log:path=/tmp/writes.log"]
+
+Filters stand bottom up: the first one is next to the file.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated
+
+import msgspec
+
+from cluster.config import HEARTBEAT_PORT, SERVER_PORT, decode_config
+from cluster.errors import ConfigError
+
+EXPORTS_MAX = 256
+FILTER_KINDS: dict[str, dict[str, type]] = {
+    "volatile": {},
+    "log": {"path": str},
+    "delay": {"read_ms": int, "write_ms": int, "flush_ms": int},
+    "error": {"operation": str, "errno": int, "count": int, "offset": int, "length": int},
+}
+_UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
+_SIZE = re.compile(r"^(\d+)\s*([kmgt]?)(i?b)?$", re.IGNORECASE)
+SECTOR_BYTES = 512
+
+ExportName = Annotated[str, msgspec.Meta(min_length=1, max_length=255)]
+
+
+class Export(msgspec.Struct, forbid_unknown_fields=True):
+    """One export as configured."""
+
+    name: ExportName
+    path: Annotated[str, msgspec.Meta(min_length=1)]
+    size: str | int | None = None
+    access: Annotated[str, msgspec.Meta(pattern="^(plain|cluster)$")] = "plain"
+    read_only: bool = False
+    filters: list[str] = []
+
+
+class ServerConfig(msgspec.Struct, forbid_unknown_fields=True):
+    """The whole file."""
+
+    state_dir: Annotated[str, msgspec.Meta(min_length=1)]
+    listen: str | list[str] = "0.0.0.0"
+    port: Annotated[int, msgspec.Meta(ge=0, le=65535)] = SERVER_PORT
+    heartbeat_port: int = HEARTBEAT_PORT
+    exports: list[Export] = []
+
+    @property
+    def addresses(self) -> list[str]:
+        return [self.listen] if isinstance(self.listen, str) else self.listen
+
+
+class FilterSpec(msgspec.Struct, frozen=True):
+    """One filter: kind and parameters."""
+
+    kind: str
+    parameters: dict[str, int | str] = {}
+
+    def __str__(self) -> str:
+        text = ",".join(f"{k}={v}" for k, v in self.parameters.items())
+        return f"{self.kind}:{text}" if text else self.kind
+
+
+def parse_size(value: str | int) -> int:
+    """ "4G", "512 MiB" or a number of bytes. Raises ConfigError."""
+    if isinstance(value, int):
+        return value
+    match = _SIZE.match(value.strip())
+    if match is None:
+        raise ConfigError(f"{value!r} is not a size (like 4G)")
+    return int(match[1]) * _UNITS[match[2].lower()]
+
+
+def parse_filter(text: str) -> FilterSpec:
+    """ "kind" or "kind:key=value,...". Raises ConfigError."""
+    kind, _, rest = text.partition(":")
+    parameters: dict[str, int | str] = {}
+    for part in filter(None, rest.split(",")):
+        key, equals, value = part.partition("=")
+        if not equals:
+            raise ConfigError(f"filter {text!r}: {part!r} is not key=value")
+        parameters[key] = value
+    return checked_filter(kind, parameters)
+
+
+def checked_filter(
+    kind: str, parameters: dict[str, int | str], *, whole: bool = True
+) -> FilterSpec:
+    """A filter whose parameters have the right names and types. Raises ConfigError."""
+    known = FILTER_KINDS.get(kind)
+    if known is None:
+        raise ConfigError(f"unknown filter {kind!r}: one of {', '.join(FILTER_KINDS)}")
+    result: dict[str, int | str] = {}
+    for key, value in parameters.items():
+        wanted = known.get(key)
+        if wanted is None:
+            raise ConfigError(f"filter {kind!r} has no parameter {key!r}")
+        try:
+            result[key] = int(value) if wanted is int else str(value)
+        except ValueError:
+            raise ConfigError(f"filter {kind!r}: {key} must be a number") from None
+    if whole and kind == "log" and "path" not in result:
+        raise ConfigError("filter 'log' needs path=FILE")
+    return FilterSpec(kind, result)
+
+
+def decode_exports(text: str | bytes, source: str) -> ServerConfig:
+    """Decode and check EXPORTS.toml. Raises ConfigError naming source and key path."""
+    config = decode_config(text, ServerConfig, source)
+    if len(config.exports) > EXPORTS_MAX:
+        raise ConfigError(f"{source}: more than {EXPORTS_MAX} exports")
+    seen: set[str] = set()
+    for index, export in enumerate(config.exports):
+        where = f"{source}: $.exports[{index}]"
+        if export.name in seen:
+            raise ConfigError(f"{where}.name: {export.name!r} is used twice")
+        seen.add(export.name)
+        try:
+            if export.size is not None:
+                size = parse_size(export.size)
+                if size < SECTOR_BYTES or size % SECTOR_BYTES:
+                    raise ConfigError(f"must be a multiple of {SECTOR_BYTES}")
+        except ConfigError as error:
+            raise ConfigError(f"{where}.size: {error.message}") from error
+        for number, text_filter in enumerate(export.filters):
+            try:
+                parse_filter(text_filter)
+            except ConfigError as error:
+                raise ConfigError(f"{where}.filters[{number}]: {error.message}") from error
+    return config

@@ -1,0 +1,221 @@
+"""The server's side of the NBD handshake, without I/O.
+
+Feed bytes, take actions. Options that need the server's state (LOGIN, CONTROL) come out as
+`Private` and are answered through `private_reply`; the next option is not looked at before that.
+Unknown options are refused with ERR_UNSUP and the haggling goes on.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from typing import Protocol
+
+import msgspec
+
+from gnbd import protocol as p
+
+_U32 = struct.Struct(">I")
+_U16 = struct.Struct(">H")
+
+
+class Offer(msgspec.Struct, frozen=True):
+    """An export that this client may use."""
+
+    name: str
+    size_bytes: int
+    flags: int
+
+
+class Denied(msgspec.Struct, frozen=True):
+    """Why it may not. `kind` is an NBD error reply."""
+
+    kind: int
+    message: str
+
+
+class Directory(Protocol):
+    """What this client may see; the answer may change with LOGIN."""
+
+    def names(self) -> Sequence[str]: ...
+
+    def find(self, name: str) -> Offer | Denied: ...
+
+
+class Send(msgspec.Struct, frozen=True):
+    data: bytes
+
+
+class Private(msgspec.Struct, frozen=True):
+    """Answer with `private_reply`."""
+
+    option: int
+    data: bytes
+
+
+class Enter(msgspec.Struct, frozen=True):
+    """Begin transmission on this export; `rest` came after the last option."""
+
+    offer: Offer
+    rest: bytes
+
+
+class Close(msgspec.Struct, frozen=True):
+    reason: str
+
+
+Action = Send | Private | Enter | Close
+
+GREETING = p.GREETING.pack(p.INIT_MAGIC, p.OPTION_MAGIC, p.FLAG_FIXED_NEWSTYLE | p.FLAG_NO_ZEROES)
+
+
+class Handshake:
+    """One connection before transmission."""
+
+    def __init__(self, directory: Directory) -> None:
+        self._directory = directory
+        self._buffer = bytearray()
+        self._flags: int | None = None
+        self._ended = False
+
+    def feed(self, data: bytes | memoryview) -> None:
+        """More bytes from the client."""
+        self._buffer += data
+        assert len(self._buffer) <= p.OPTION_BYTES_MAX + (1 << 20)
+
+    def wanted_bytes(self) -> int:
+        """How many more bytes the shell may read now; keeps the buffer bounded."""
+        return max(1, min(1 << 18, p.OPTION_BYTES_MAX + (1 << 19) - len(self._buffer)))
+
+    def next(self) -> Action | None:
+        """The next action, or None if more bytes are needed."""
+        if self._ended:
+            return None
+        if self._flags is None:
+            if len(self._buffer) < 4:
+                return None
+            self._flags = _U32.unpack_from(self._buffer)[0]
+            del self._buffer[:4]
+            if self._flags & ~(p.FLAG_FIXED_NEWSTYLE | p.FLAG_NO_ZEROES):
+                return self._close("unknown client flags")
+        if len(self._buffer) < p.OPTION.size:
+            return None
+        magic, number, length = p.OPTION.unpack_from(self._buffer)
+        if magic != p.OPTION_MAGIC:
+            return self._close("not an NBD option")
+        if length > p.OPTION_BYTES_MAX:
+            return self._close("option too long")
+        end = p.OPTION.size + length
+        if len(self._buffer) < end:
+            return None
+        data = bytes(self._buffer[p.OPTION.size : end])
+        del self._buffer[:end]
+        return self._option(number, data)
+
+    def private_reply(self, number: int, data: bytes) -> bytes:
+        """The answer to a private option as bytes to send."""
+        return p.option_reply(number, p.REP_CFS, data) + p.option_reply(number, p.REP_ACK)
+
+    def refusal(self, number: int, kind: int, message: str) -> bytes:
+        """An error to an option as bytes to send."""
+        return p.option_reply(number, kind, message.encode())
+
+    def _close(self, reason: str) -> Close:
+        self._ended = True
+        return Close(reason)
+
+    def _option(self, number: int, data: bytes) -> Action:
+        match number:
+            case p.OPT_EXPORT_NAME:
+                return self._export_name(data)
+            case p.OPT_ABORT:
+                self._ended = True
+                return Send(p.option_reply(number, p.REP_ACK))
+            case p.OPT_LIST:
+                return self._list(data)
+            case p.OPT_INFO | p.OPT_GO:
+                return self._info(number, data)
+            case p.OPT_LOGIN | p.OPT_CONTROL:
+                return Private(number, data)
+        return Send(self.refusal(number, p.REP_ERR_UNSUP, "this server does not know that option"))
+
+    @property
+    def ended(self) -> bool:
+        """No more options will be looked at."""
+        return self._ended
+
+    def _enter(self, offer: Offer) -> Enter:
+        self._ended = True
+        rest = bytes(self._buffer)
+        self._buffer.clear()
+        return Enter(offer, rest)
+
+    def _list(self, data: bytes) -> Action:
+        if data:
+            return Send(self.refusal(p.OPT_LIST, p.REP_ERR_INVALID, "LIST takes no data"))
+        replies = []
+        for name in self._directory.names()[: p.LIST_MAX]:
+            raw = name.encode()
+            replies.append(p.option_reply(p.OPT_LIST, p.REP_SERVER, _U32.pack(len(raw)) + raw))
+        replies.append(p.option_reply(p.OPT_LIST, p.REP_ACK))
+        return Send(b"".join(replies))
+
+    def _export_name(self, data: bytes) -> Action:
+        """No error can be said here: the connection is dropped."""
+        try:
+            found = self._directory.find(data.decode())
+        except UnicodeDecodeError:
+            return self._close("export name is not UTF-8")
+        if isinstance(found, Denied):
+            return self._close(found.message)
+        assert self._flags is not None
+        self._pending = struct.pack(">QH", found.size_bytes, found.flags)
+        if not self._flags & p.FLAG_NO_ZEROES:
+            self._pending += bytes(p.ZERO_PADDING_BYTES)
+        return self._enter(found)
+
+    _pending = b""
+
+    def entry_bytes(self) -> bytes:
+        """What must be sent before transmission begins."""
+        return self._pending
+
+    def _info(self, number: int, data: bytes) -> Action:
+        name = parse_go_untrusted(data)
+        if name is None:
+            return Send(self.refusal(number, p.REP_ERR_INVALID, "malformed request"))
+        if len(name) > p.NAME_BYTES_MAX:
+            return Send(self.refusal(number, p.REP_ERR_TOO_BIG, "the export name is too long"))
+        found = self._directory.find(name)
+        if isinstance(found, Denied):
+            return Send(self.refusal(number, found.kind, found.message))
+        raw = found.name.encode()
+        infos = [
+            p.EXPORT_INFO.pack(p.INFO_EXPORT, found.size_bytes, found.flags),
+            p.BLOCK_SIZE_INFO.pack(
+                p.INFO_BLOCK_SIZE, p.BLOCK_BYTES_MIN, p.BLOCK_BYTES_PREFERRED, p.PAYLOAD_BYTES_MAX
+            ),
+            _U16.pack(p.INFO_NAME) + raw,
+        ]
+        replies = b"".join(p.option_reply(number, p.REP_INFO, info) for info in infos)
+        replies += p.option_reply(number, p.REP_ACK)
+        if number == p.OPT_INFO:
+            return Send(replies)
+        self._pending = replies
+        return self._enter(found)
+
+
+def parse_go_untrusted(data: bytes) -> str | None:
+    """The export name of INFO or GO, None if the data is malformed."""
+    if len(data) < 6:
+        return None
+    length = _U32.unpack_from(data)[0]
+    if length > len(data) - 6:
+        return None
+    count = _U16.unpack_from(data, 4 + length)[0]
+    if len(data) != 6 + length + 2 * count:
+        return None
+    try:
+        return data[4 : 4 + length].decode()
+    except UnicodeDecodeError:
+        return None

@@ -1,0 +1,130 @@
+"""The NBD protocol, fixed newstyle: constants and fixed-size codecs.
+
+Request (28 bytes, big endian): magic u32, flags u16, type u16, cookie u64, offset u64, length u32.
+Simple reply (16 bytes): magic u32, error u32, cookie u64; the data of a READ follows.
+Option (16 bytes): magic u64, option u32, length u32; data follows.
+Option reply (20 bytes): magic u64, option u32, type u32, length u32; data follows.
+
+Private parts, known only to our own client and refused politely by every other server:
+
+| what | number | meaning |
+|---|---|---|
+| option LOGIN | 0x43465301 | binds this connection to an instance and a path (gnbd.messages) |
+| option CONTROL | 0x43465302 | one authenticated request and its answer (gnbd.messages) |
+| reply CFS | 0x43465301 | the answer of either; an ACK follows |
+| command DRAIN | 0x4301 | offset = generation, length = path: every connection of that path up to that generation is closed and drained before the reply, and none comes back |
+| command SEQUENCE | 0x4302 | offset = the volume sequence number that this nexus works with |
+| command PING | 0x4303 | answered at once |
+| command LOGOUT | 0x4304 | the nexus is done with this export: its registration goes |
+
+Private commands are accepted only on a connection that has logged in.
+"""  # noqa: E501
+
+from __future__ import annotations
+
+import struct
+
+INIT_MAGIC = 0x4E42444D41474943
+OPTION_MAGIC = 0x49484156454F5054
+OPTION_REPLY_MAGIC = 0x0003E889045565A9
+REQUEST_MAGIC = 0x25609513
+REPLY_MAGIC = 0x67446698
+
+GREETING = struct.Struct(">QQH")
+OPTION = struct.Struct(">QII")
+OPTION_REPLY = struct.Struct(">QIII")
+REQUEST = struct.Struct(">IHHQQI")
+REPLY = struct.Struct(">IIQ")
+EXPORT_INFO = struct.Struct(">HQH")
+BLOCK_SIZE_INFO = struct.Struct(">HIII")
+
+FLAG_FIXED_NEWSTYLE = 1
+FLAG_NO_ZEROES = 2
+
+OPT_EXPORT_NAME = 1
+OPT_ABORT = 2
+OPT_LIST = 3
+OPT_STARTTLS = 5
+OPT_INFO = 6
+OPT_GO = 7
+OPT_STRUCTURED_REPLY = 8
+OPT_LIST_META_CONTEXT = 9
+OPT_SET_META_CONTEXT = 10
+OPT_LOGIN = 0x43465301
+OPT_CONTROL = 0x43465302
+
+REP_ACK = 1
+REP_SERVER = 2
+REP_INFO = 3
+REP_CFS = 0x43465301
+REP_ERROR = 1 << 31
+REP_ERR_UNSUP = REP_ERROR + 1
+REP_ERR_POLICY = REP_ERROR + 2
+REP_ERR_INVALID = REP_ERROR + 3
+REP_ERR_UNKNOWN = REP_ERROR + 6
+REP_ERR_SHUTDOWN = REP_ERROR + 7
+REP_ERR_TOO_BIG = REP_ERROR + 9
+
+INFO_EXPORT = 0
+INFO_NAME = 1
+INFO_DESCRIPTION = 2
+INFO_BLOCK_SIZE = 3
+
+FLAG_HAS_FLAGS = 1 << 0
+FLAG_READ_ONLY = 1 << 1
+FLAG_SEND_FLUSH = 1 << 2
+FLAG_SEND_FUA = 1 << 3
+FLAG_SEND_TRIM = 1 << 5
+FLAG_SEND_WRITE_ZEROES = 1 << 6
+FLAG_CAN_MULTI_CONN = 1 << 8
+
+CMD_READ = 0
+CMD_WRITE = 1
+CMD_DISC = 2
+CMD_FLUSH = 3
+CMD_TRIM = 4
+CMD_WRITE_ZEROES = 6
+CMD_DRAIN = 0x4301
+CMD_SEQUENCE = 0x4302
+CMD_PING = 0x4303
+CMD_LOGOUT = 0x4304
+
+CMD_FLAG_FUA = 1 << 0
+CMD_FLAG_NO_HOLE = 1 << 1
+
+EPERM = 1
+EIO = 5
+ENOMEM = 12
+EINVAL = 22
+ENOSPC = 28
+EOVERFLOW = 75
+ENOTSUP = 95
+ESHUTDOWN = 108
+ESTALE = 116
+"""Private: the nexus works with a volume sequence number below the minimum of the export."""
+
+NAME_BYTES_MAX = 4096
+OPTION_BYTES_MAX = 5 << 20
+LIST_MAX = 4096
+PAYLOAD_BYTES_MAX = 64 << 20
+BLOCK_BYTES_MIN = 1
+BLOCK_BYTES_PREFERRED = 4096
+ZERO_PADDING_BYTES = 124
+SEQUENCE_MAX = (1 << 64) - 1
+
+
+def option(number: int, data: bytes = b"") -> bytes:
+    """One option as a client sends it."""
+    return OPTION.pack(OPTION_MAGIC, number, len(data)) + data
+
+
+def option_reply(number: int, kind: int, data: bytes = b"") -> bytes:
+    """One reply to an option as a server sends it."""
+    return OPTION_REPLY.pack(OPTION_REPLY_MAGIC, number, kind, len(data)) + data
+
+
+def go_data(name: str, infos: tuple[int, ...] = ()) -> bytes:
+    """The data of INFO and GO."""
+    raw = name.encode()
+    head = struct.pack(">I", len(raw)) + raw + struct.pack(">H", len(infos))
+    return head + b"".join(struct.pack(">H", info) for info in infos)

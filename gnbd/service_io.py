@@ -1,0 +1,513 @@
+"""What a gnbd-server decides: logins, installs, bars, reservations, minimum sequence numbers.
+
+One lock (`_lock`) guards every decision and is held while it is made durable; it is never held
+while requests are drained. The data path takes it only to look up a gate that was replaced.
+Gates that were revoked stay in `_draining` until they are idle, and *every* install and abort
+waits for all of them: a second, repeated install must not answer before the first one's drain.
+"""
+
+from __future__ import annotations
+
+import secrets
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import msgspec
+import structlog
+
+from cluster.errors import UsageError
+from cluster.ids import Incarnation, Instance, NodeId
+from cluster.paths_io import boottime_ns
+from cluster.wire import instance_secret, login_proof
+from fencing import admission as a
+from fencing.reservations import Attention, Request, Reservations, Status
+from fencing.store import ExportState, ServerState
+from fencing.store_io import StateFile
+from gnbd import gates_io as g
+from gnbd import messages as m
+from gnbd import protocol as p
+from gnbd.export_io import CACHE_GENERATION_ERRORS, Connection, ExportRuntime, Session
+from gnbd.exports import EXPORTS_MAX, Export, ServerConfig
+from gnbd.handshake import Denied, Offer
+from gnbd.identity import ServerIdentity
+
+ATTENTIONS_MAX = 256
+PATHS_MAX = 1 << 16
+WAIT_STEP_S = 0.05
+log = structlog.get_logger("gnbd")
+
+
+class NexusPath(msgspec.Struct):
+    """One path of one nexus to one export: the least generation that is accepted, and its
+    connections."""
+
+    generation: int = 0
+    connections: set[Connection] = set()
+
+
+PathKey = tuple[Instance, str, int]
+
+
+class Service:
+    """The state of one server process."""
+
+    def __init__(self, config: ServerConfig, identity: ServerIdentity | None) -> None:
+        self.identity = identity
+        self.config = config
+        self._lock = threading.RLock()
+        self._file = StateFile(Path(config.state_dir) / "fencing.state")
+        state = self._file.load()
+        self.start_count = state.start_count + 1
+        self._exports_stored = dict(state.exports)
+        self.exports: dict[str, ExportRuntime] = {}
+        self.admission = a.Admission(state.record, boottime_ns())
+        for export in config.exports:
+            self._open(export)
+        self._paths: dict[PathKey, NexusPath] = {}
+        self._draining: list[g.Gate] = []
+        self.attentions: deque[tuple[Attention, str]] = deque(maxlen=ATTENTIONS_MAX)
+        self.serving_changed: Callable[[], None] = lambda: None
+        # A start invalidates what clients believe to be in our cache: durable before we serve.
+        self._file.save(self._state(self.admission.record))
+
+    # -- exports ---------------------------------------------------------------------------
+
+    def _open(self, config: Export) -> ExportRuntime:
+        stored = self._exports_stored.get(config.name, ExportState())
+        table = Reservations(stored.reservations)
+        export = ExportRuntime(config, table, stored.sequence_min)
+        export.cache_generation = self.start_count * CACHE_GENERATION_ERRORS
+        self.exports[config.name] = export
+        return export
+
+    def _state(
+        self, record: a.InstallRecord | None, tables: dict[str, Reservations] | None = None
+    ) -> ServerState:
+        exports = dict(self._exports_stored)
+        for name, export in self.exports.items():
+            table = (tables or {}).get(name, export.reservations)
+            exports[name] = ExportState(table.stored_state(), export.sequence_min)
+        return ServerState(self.start_count, record, exports)
+
+    def _save(self, tables: dict[str, Reservations]) -> None:
+        """Make changed tables durable, then use them."""
+        self._file.save(self._state(self.admission.record, tables))
+        for name, table in tables.items():
+            self.exports[name].reservations = table
+
+    def names(self, session: Session | None) -> list[str]:
+        """What LIST shows."""
+        with self._lock:
+            return [
+                e.name
+                for e in self.exports.values()
+                if e.access == "plain" or (session is not None and session.export == e.name)
+            ]
+
+    def find(self, name: str, session: Session | None) -> Offer | Denied:
+        """What INFO, GO and EXPORT_NAME may use."""
+        with self._lock:
+            export = self.exports.get(name)
+            if export is None and name == "" and len(self.exports) == 1:
+                export = next(iter(self.exports.values()))
+            if export is None:
+                return Denied(p.REP_ERR_UNKNOWN, f"there is no export {name!r}")
+            if export.access == "cluster" and (session is None or session.export != name):
+                return Denied(p.REP_ERR_POLICY, f"export {name!r} is for logged-in instances")
+            return Offer(export.name, export.backend.size_bytes, export.flags)
+
+    def export(self, name: str) -> ExportRuntime:
+        """An export by name. Raises UsageError."""
+        export = self.exports.get(name)
+        if export is None:
+            raise UsageError(f"there is no export {name!r}")
+        return export
+
+    def add_export(self, config: Export) -> None:
+        """A new export while the server runs; it is not written to the exports file."""
+        with self._lock:
+            if config.name in self.exports or len(self.exports) >= EXPORTS_MAX:
+                raise UsageError(f"export {config.name!r} exists, or there are too many")
+            self._open(config)
+
+    # -- gates -----------------------------------------------------------------------------
+
+    def _word(self, export: ExportRuntime, nexus: Instance | None) -> int:
+        if export.access == "plain":
+            return export.reservations.access(nexus)
+        if nexus is None or not self.admission.serving:
+            return g.NOBODY
+        if self.admission.verdict(nexus) is not a.Verdict.ADMITTED:
+            return g.NOBODY
+        if export.is_stale(nexus):
+            return g.STALE
+        return export.reservations.access(nexus)
+
+    def gate(self, export: ExportRuntime, nexus: Instance | None) -> g.Gate:
+        """The gate that counts now."""
+        with self._lock:
+            gate = export.gates.get(nexus)
+            if gate is None:
+                gate = export.gates[nexus] = g.Gate(self._word(export, nexus))
+            return gate
+
+    def _revoke(self, export: ExportRuntime, nexus: Instance | None, word: int) -> None:
+        gate = export.gates[nexus]
+        export.gates[nexus] = g.Gate(word)
+        gate.close()
+        self._draining = [old for old in self._draining if not old.is_idle()]
+        if not gate.is_idle():
+            self._draining.append(gate)
+
+    def _refresh(self, exports: Iterable[ExportRuntime]) -> None:
+        """Store every access word anew after a decision; whoever may do nothing is cut off."""
+        for export in exports:
+            for nexus, gate in list(export.gates.items()):
+                word = self._word(export, nexus)
+                if word != gate.word:
+                    self._revoke(export, nexus, word)
+            for connection in list(export.connections):
+                nexus = connection.session.instance if connection.session else None
+                if self._word(export, nexus) == g.NOBODY:
+                    connection.shut()
+
+    def _wait_drained(self) -> None:
+        with self._lock:
+            waiting = list(self._draining)
+        for gate in waiting:
+            gate.wait_idle()
+
+    # -- connections -----------------------------------------------------------------------
+
+    def attach(self, connection: Connection, name: str) -> ExportRuntime | None:
+        """The connection begins transmission."""
+        with self._lock:
+            export = self.exports[name]
+            if connection.closing:
+                return None
+            connection.export = export
+            export.connections.add(connection)
+            return export
+
+    def detach(self, connection: Connection) -> None:
+        """The connection has ended; nothing of it executes any more."""
+        with self._lock:
+            if connection.export is not None:
+                connection.export.connections.discard(connection)
+            session = connection.session
+            if session is not None:
+                path = self._paths.get((session.instance, session.export, session.path))
+                if path is not None:
+                    path.connections.discard(connection)
+            connection.finished.set()
+
+    # -- LOGIN (R6) ------------------------------------------------------------------------
+
+    def login(
+        self, connection: Connection, hello: m.LoginHello, nonce: bytes, proof: bytes
+    ) -> m.LoginResult:
+        """Bind a connection to an instance. Answers after older generations are drained."""
+        identity = self.identity
+        if identity is None:
+            return self._result(m.LOGIN_REFUSED, "this server has not joined a cluster")
+        own_proof = b""
+        for key in identity.keys.by_id.values():
+            secret = instance_secret(key, identity.cluster_id_bytes, hello.instance)
+            if secrets.compare_digest(
+                login_proof(secret, nonce, hello.path, hello.generation), proof
+            ):
+                own_proof = login_proof(secret, hello.nonce, hello.path, hello.generation)
+        if not own_proof:
+            return self._result(m.LOGIN_REFUSED, "the proof is wrong")
+        refused = self._login_refusal(hello)
+        if refused is not None:
+            return msgspec.structs.replace(refused, proof=own_proof)
+        with self._lock:
+            refused = self._login_refusal(hello)
+            if refused is not None:
+                return msgspec.structs.replace(refused, proof=own_proof)
+            victims = self._bind(connection, hello)
+        wait_finished(victims, connection)
+        with self._lock:
+            # It may have been barred, or overtaken by a newer generation, while we waited.
+            refused = self._login_refusal(hello)
+            if refused is None and connection.closing:
+                refused = self._result(m.LOGIN_OLD_GENERATION, "overtaken by a newer connection")
+            export = self.exports.get(hello.export)
+            result = refused or self._result(m.LOGIN_OK, "", export, hello.generation)
+            return msgspec.structs.replace(result, proof=own_proof)
+
+    def _result(
+        self, status: str, message: str, export: ExportRuntime | None = None, generation: int = 0
+    ) -> m.LoginResult:
+        return m.LoginResult(
+            status,
+            message,
+            self.admission.epoch,
+            generation,
+            export.cache_generation if export else 0,
+        )
+
+    def _login_refusal(self, hello: m.LoginHello) -> m.LoginResult | None:
+        instance = hello.instance
+        with self._lock:
+            export = self.exports.get(hello.export)
+            if export is None or export.access != "cluster":
+                return self._result(m.LOGIN_NO_EXPORT, f"no cluster export {hello.export!r}")
+            verdict = self.admission.verdict(instance)
+            if verdict is a.Verdict.BARRED:
+                text = f"{instance} is barred since epoch {self.admission.epoch} or before"
+                return self._result(m.LOGIN_BARRED, text)
+            if not self.admission.serving:
+                return self._result(m.LOGIN_NOT_SERVING, "waiting for an install")
+            if verdict is a.Verdict.UNKNOWN:
+                return self._result(m.LOGIN_UNKNOWN, f"{instance} is not in the installed view")
+            path = self._paths.get((instance, hello.export, hello.path))
+            if path is not None and hello.generation < path.generation:
+                return self._result(
+                    m.LOGIN_OLD_GENERATION, "a newer connection was here", None, path.generation
+                )
+            if path is None and len(self._paths) >= PATHS_MAX:
+                return self._result(m.LOGIN_REFUSED, "too many paths")
+            return None
+
+    def _bind(self, connection: Connection, hello: m.LoginHello) -> list[Connection]:
+        instance = hello.instance
+        export = self.exports[hello.export]
+        table = export.reservations.copy()
+        if table.hold_for_all(instance, registration_key(instance)):
+            self._save({export.name: table})
+        if hello.sequence > export.sequences.get(instance, 0):
+            export.sequences[instance] = hello.sequence
+        key = (instance, hello.export, hello.path)
+        path = self._paths.setdefault(key, NexusPath())
+        if connection.session is not None:
+            raise AssertionError("a connection logs in once")
+        victims = [
+            c for c in path.connections
+            if c.session is not None and c.session.generation < hello.generation
+        ]  # fmt: skip
+        path.generation = hello.generation
+        path.connections.add(connection)
+        connection.session = Session(instance, hello.export, hello.path, hello.generation)
+        for victim in victims:
+            victim.shut()
+        self._refresh([export])
+        return victims
+
+    # -- private commands ------------------------------------------------------------------
+
+    def drain_path(self, connection: Connection, path_id: int, generation: int) -> bool:
+        """Nothing that was sent on that path up to that generation executes after the return.
+        False if the request makes no sense, or this connection was itself shut meanwhile."""
+        session = connection.session
+        assert session is not None
+        if path_id == session.path and generation >= session.generation:
+            return False
+        with self._lock:
+            key = (session.instance, session.export, path_id)
+            path = self._paths.setdefault(key, NexusPath())
+            path.generation = max(path.generation, generation + 1)
+            victims = [
+                c for c in path.connections
+                if c.session is not None and c.session.generation <= generation
+            ]  # fmt: skip
+            for victim in victims:
+                victim.shut()
+        return wait_finished(victims, connection)
+
+    def set_sequence(self, session: Session, sequence: int) -> None:
+        """The nexus works with this volume sequence number from now on."""
+        with self._lock:
+            export = self.exports[session.export]
+            export.sequences[session.instance] = sequence
+            self._refresh([export])
+
+    def logout(self, session: Session) -> None:
+        """A clean end: the registration goes. Not made durable: a left-over one harms nobody."""
+        with self._lock:
+            export = self.exports[session.export]
+            export.reservations.drop({session.instance})
+            export.sequences.pop(session.instance, None)
+            self._refresh([export])
+
+    def flush_failed(self, export: ExportRuntime) -> None:
+        """The store may have dropped acknowledged writes: all clients log in anew and see it."""
+        with self._lock:
+            export.cache_generation += 1
+            connections = [c for c in export.connections if c.session is not None]
+        log.error("flush failed", export=export.name)
+        for connection in connections:
+            connection.shut()
+
+    # -- CONTROL ---------------------------------------------------------------------------
+
+    def install(
+        self, sender: NodeId, incarnation: Incarnation, request: m.Install
+    ) -> m.Done | m.Refused:
+        """Rule R2: durable record, words, drain, flush, and only then the answer."""
+        if self._repeats(sender, incarnation, request):
+            return m.Done(self.admission.epoch)
+        event = a.InstallRequested(
+            sender, incarnation, request.epoch, request.members, request.tombstones, request.dead_ms
+        )
+        with self._lock:
+            (action,) = self.admission.step(boottime_ns(), event)
+            if isinstance(action, a.Refuse):
+                return m.Refused("epoch", action.reason, action.epoch)
+            assert isinstance(action, a.Persist)
+            self._record(action.record)
+            self.admission.step(boottime_ns(), a.Persisted(action.record))
+            self._refresh(self.exports.values())
+            self._forget_barred()
+        self._wait_drained()
+        for export in list(self.exports.values()):
+            if export.access == "cluster" and not export.backend.read_only:
+                export.backend.flush()
+        with self._lock:
+            self.admission.step(boottime_ns(), a.Drained(request.epoch))
+            self._refresh(self.exports.values())
+            self.serving_changed()
+        log.info("installed", epoch=request.epoch, sender=f"n{sender}")
+        return m.Done(self.admission.epoch)
+
+    def _repeats(self, sender: NodeId, incarnation: Incarnation, request: m.Install) -> bool:
+        """A repeated install of what is in force costs nothing; it is a sign of life."""
+        with self._lock:
+            if not self.admission.is_in_force(sender, incarnation, request.epoch, request.members):
+                return False
+            self.admission.step(boottime_ns(), a.Heard(sender, incarnation))
+            return True
+
+    def _record(self, record: a.InstallRecord) -> None:
+        tables: dict[str, Reservations] = {}
+        for name, export in self.exports.items():
+            gone = {
+                nexus for nexus in export.reservations.keys
+                if export.access == "cluster"
+                and a.verdict_of(record, nexus) is not a.Verdict.ADMITTED
+            }  # fmt: skip
+            if gone:
+                tables[name] = export.reservations.copy()
+                for attention in tables[name].drop(gone):
+                    self.attentions.append((attention, name))
+        if tables or record != self.admission.record:
+            self._file.save(self._state(record, tables))
+        for name, table in tables.items():
+            self.exports[name].reservations = table
+
+    def _forget_barred(self) -> None:
+        """Paths, gates and sequence numbers of barred instances are of no more use."""
+        barred = a.Verdict.BARRED
+        for key in [k for k in self._paths if self.admission.verdict(k[0]) is barred]:
+            del self._paths[key]
+        for export in self.exports.values():
+            for nexus in [n for n in export.gates if n is not None]:
+                if export.access == "cluster" and self.admission.verdict(nexus) is barred:
+                    self._revoke(export, nexus, g.NOBODY)
+                    del export.gates[nexus]
+                    export.sequences.pop(nexus, None)
+
+    def heard(self, sender: NodeId, incarnation: Incarnation) -> None:
+        """An authenticated frame came."""
+        with self._lock:
+            self.admission.step(boottime_ns(), a.Heard(sender, incarnation))
+
+    def tick(self) -> int | None:
+        """Rule R3's second line; gives the next deadline."""
+        with self._lock:
+            if self.admission.step(boottime_ns(), a.Tick()):
+                log.warning("no member was heard for too long: serving nobody")
+                self._refresh(self.exports.values())
+            return self.admission.deadline()
+
+    def reserve(self, request: m.ReserveOut) -> m.ReserveResult | m.Refused:
+        """PERSISTENT RESERVE OUT: durable, then in force, then drained if asked, then answered."""
+        with self._lock:
+            export = self.exports.get(request.export)
+            if export is None:
+                return m.Refused("usage", f"there is no export {request.export!r}")
+            if self._barred_from(export, request.nexus):
+                return m.Refused("barred", f"{request.nexus} is not admitted")
+            table = export.reservations.copy()
+            outcome = table.execute(
+                Request(
+                    request.nexus, request.action, request.key, request.service_key,
+                    request.type, request.scope, request.aptpl,
+                )
+            )  # fmt: skip
+            if outcome.changed:
+                self._save({export.name: table})
+                self.attentions.extend((item, export.name) for item in outcome.attentions)
+                self._refresh([export])
+        if outcome.drain and outcome.status is Status.GOOD:
+            self._wait_drained()
+        return m.ReserveResult(outcome.status, outcome.sense, table.generation)
+
+    def _barred_from(self, export: ExportRuntime, nexus: Instance) -> bool:
+        verdict = self.admission.verdict(nexus)
+        if export.access == "cluster":
+            return verdict is not a.Verdict.ADMITTED or not self.admission.serving
+        return verdict is a.Verdict.BARRED
+
+    def raise_minimum(self, request: m.SequenceMinimum) -> m.Done | m.Refused:
+        """Refuse nexuses with an older volume map; answers when those have been drained."""
+        with self._lock:
+            export = self.exports.get(request.export)
+            if export is None:
+                return m.Refused("usage", f"there is no export {request.export!r}")
+            before = export.sequence_min
+            if request.sequence > before:
+                export.sequence_min = request.sequence
+                try:
+                    self._save({})
+                except OSError:
+                    export.sequence_min = before
+                    raise
+                self._refresh([export])
+        self._wait_drained()
+        return m.Done(self.admission.epoch)
+
+    def leave(self, instance: Instance) -> None:
+        """The instance ended cleanly: nothing of it is kept."""
+        with self._lock:
+            for export in self.exports.values():
+                export.reservations.drop({instance})
+                export.sequences.pop(instance, None)
+                for connection in list(export.connections):
+                    if connection.session and connection.session.instance == instance:
+                        connection.shut()
+            for key in [k for k in self._paths if k[0] == instance]:
+                if not self._paths[key].connections:
+                    del self._paths[key]
+
+    def stop(self) -> None:
+        """Cut everybody off and flush everything."""
+        with self._lock:
+            connections = [c for e in self.exports.values() for c in e.connections]
+        for connection in connections:
+            connection.shut()
+        for connection in connections:
+            connection.finished.wait(10)
+        for export in self.exports.values():
+            if not export.backend.read_only:
+                export.backend.flush()
+            export.backend.close()
+
+
+def wait_finished(victims: list[Connection], own: Connection) -> bool:
+    """Wait until nothing of the victims executes. False if `own` was shut meanwhile: two
+    connections that wait for each other must not wait for ever."""
+    for victim in victims:
+        while not victim.finished.wait(WAIT_STEP_S):
+            if own.closing:
+                return False
+    return not own.closing
+
+
+def registration_key(instance: Instance) -> int:
+    """The reservation key of a cluster member: readable in `read keys`, never 0."""
+    low = (instance.incarnation & 0xFFFFFFFF) << 16 | instance.number
+    return instance.node << 48 | low
