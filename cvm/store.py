@@ -1,0 +1,176 @@
+"""Metadata on the PVs: read, written, archived. Plain async over `BlockDevice`.
+
+What counts is what the register's entry names: sequence number and checksum of the text. Any one PV
+that has it is enough to read a VG; a change must reach all of them.
+"""
+
+from __future__ import annotations
+
+from cluster.device import BlockDevice
+from cluster.errors import CorruptionError, StackError
+from cvm.metadata import (
+    ARCHIVE_CELL_BYTES,
+    DATA_OFFSET_BYTES,
+    LABEL_BYTES,
+    SLOT_BYTES,
+    PvLabel,
+    PvRecord,
+    SlotContent,
+    VgRecord,
+    archive_offset,
+    decode_label_untrusted,
+    decode_slot_untrusted,
+    decode_text_untrusted,
+    encode_label,
+    encode_slot,
+    slot_offset,
+    text_checksum,
+)
+from cvm.seams import PhysicalDevices, VgEntry
+
+CACHE_MAX = 64
+_FIRST_READ_BYTES = 64 * 1024
+_SIGNATURES = (
+    ("ext2/3/4", 1080, b"\x53\xef"),
+    ("xfs", 0, b"XFSB"),
+    ("btrfs", 65600, b"_BHRfS_M"),
+    ("LVM2_member", 512, b"LABELONE"),
+    ("LVM2_member", 0, b"LABELONE"),
+    ("LUKS", 0, b"LUKS\xba\xbe"),
+    ("gpt", 512, b"EFI PART"),
+    ("swap", 4086, b"SWAPSPACE2"),
+    ("dos", 510, b"\x55\xaa"),
+)
+
+
+def find_signature(head: bytes) -> str:
+    """Name of what seems to be on a device, from its first 128 KiB; empty if nothing is known."""
+    for name, offset, magic in _SIGNATURES:
+        if head[offset : offset + len(magic)] == magic:
+            return name
+    return ""
+
+
+class MetadataStore:
+    """Reads and writes the metadata areas of PVs, through the node's devices."""
+
+    def __init__(self, devices: PhysicalDevices) -> None:
+        self._devices = devices
+        self._cache: dict[tuple[str, int, str], VgRecord] = {}
+
+    async def load(self, entry: VgEntry) -> VgRecord:
+        """The record that the register's entry names, from the first PV that has it."""
+        key = (entry.uuid, entry.sequence, entry.checksum)
+        known = self._cache.get(key)
+        if known is not None:
+            return known
+        troubles: list[str] = []
+        for pv in entry.pvs:
+            try:
+                device = await self._devices.open(pv)
+                content = await self._read_slot(device, slot_offset(entry.sequence))
+                if content is None or content.sequence != entry.sequence:
+                    raise CorruptionError(f"has no metadata {entry.sequence}")
+                if text_checksum(content.text) != entry.checksum:
+                    raise CorruptionError("has the metadata of a change that was given up")
+                record = decode_text_untrusted(content.text)
+            except StackError as error:
+                troubles.append(f"{pv}: {error.message}")
+                continue
+            self.remember(entry, record)
+            return record
+        raise StackError(
+            f'Cannot read the metadata {entry.sequence} of volume group "{entry.name}": '
+            + "; ".join(troubles),
+            hint="are the block servers reachable? see: clusterctl status",
+        )
+
+    def remember(self, entry: VgEntry, record: VgRecord) -> None:
+        """Keep a committed record in memory."""
+        if len(self._cache) >= CACHE_MAX:
+            del self._cache[next(iter(self._cache))]
+        self._cache[(entry.uuid, entry.sequence, entry.checksum)] = record
+
+    async def _read_slot(self, device: BlockDevice, offset_bytes: int) -> SlotContent | None:
+        """Read a short slot in one request, a long one in two."""
+        head = await device.read(offset_bytes, _FIRST_READ_BYTES)
+        try:
+            return decode_slot_untrusted(head, offset_bytes)
+        except CorruptionError:
+            whole = await device.read(offset_bytes, SLOT_BYTES)
+            return decode_slot_untrusted(whole, offset_bytes)
+
+    async def write_slots(self, vg: VgRecord, text: bytes) -> None:
+        """Write the text to the slot of its sequence on all PVs; durable and read back."""
+        offset = slot_offset(vg.sequence)
+        for pv in vg.pvs:
+            device = await self._devices.open(pv.name)
+            await self._check_label(device, pv)
+            content = SlotContent(vg.sequence, pv.uuid, vg.uuid, text)
+            data = encode_slot(content, offset)
+            await device.write(offset, data)
+            await device.flush()
+            if await device.read(offset, len(data)) != data:
+                raise CorruptionError(f'Physical volume "{pv.name}" does not keep what is written.')
+
+    async def _check_label(self, device: BlockDevice, pv: PvRecord) -> None:
+        """The device behind the name must still be the PV that the record means."""
+        label = decode_label_untrusted(await device.read(0, LABEL_BYTES))
+        if label is None or label.uuid != pv.uuid:
+            raise StackError(
+                f'Device "{pv.name}" is not the physical volume {pv.uuid} of this volume group.',
+                hint="was the disk of that server replaced or another file exported?",
+            )
+
+    async def archive(self, vg: VgRecord, text: bytes) -> None:
+        """Keep the text in the ring of every PV."""
+        offset = archive_offset(vg.sequence)
+        for pv in vg.pvs:
+            device = await self._devices.open(pv.name)
+            content = SlotContent(vg.sequence, pv.uuid, vg.uuid, text)
+            await device.write(offset, encode_slot(content, offset, ARCHIVE_CELL_BYTES))
+
+    async def history(self, entry: VgEntry) -> list[VgRecord]:
+        """Archived versions of a VG up to the one that counts, oldest first, from all PVs."""
+        found: dict[int, VgRecord] = {}
+        for pv in entry.pvs:
+            device = await self._devices.open(pv)
+            for cell in range(archive_offset(0), DATA_OFFSET_BYTES, ARCHIVE_CELL_BYTES):
+                try:
+                    data = await device.read(cell, ARCHIVE_CELL_BYTES)
+                    content = decode_slot_untrusted(data, cell)
+                    if content is None or content.vg_uuid != entry.uuid:
+                        continue
+                    if content.sequence <= entry.sequence:
+                        found[content.sequence] = decode_text_untrusted(content.text)
+                except CorruptionError:
+                    continue
+        return [found[sequence] for sequence in sorted(found)]
+
+    # --- labels --------------------------------------------------------------------------------
+
+    async def read_label(self, pv: str) -> PvLabel | None:
+        """The label of a device, None when it has none. Raises CorruptionError if damaged."""
+        device = await self._devices.open(pv)
+        return decode_label_untrusted(await device.read(0, LABEL_BYTES))
+
+    async def signature(self, pv: str) -> str:
+        """What a device without a label seems to hold."""
+        device = await self._devices.open(pv)
+        return find_signature(await device.read(0, min(device.size_bytes, 128 * 1024)))
+
+    async def device_bytes(self, pv: str) -> int:
+        return (await self._devices.open(pv)).size_bytes
+
+    async def write_label(self, label: PvLabel) -> None:
+        """Make a device a PV: its whole metadata area is zeroed first."""
+        device = await self._devices.open(label.name)
+        await device.write_zeroes(0, DATA_OFFSET_BYTES)
+        await device.write(0, encode_label(label))
+        await device.flush()
+
+    async def wipe_label(self, pv: str) -> None:
+        """Make a PV an ordinary device again."""
+        device = await self._devices.open(pv)
+        await device.write_zeroes(0, DATA_OFFSET_BYTES)
+        await device.flush()
