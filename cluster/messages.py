@@ -157,11 +157,12 @@ class Echo(Message, frozen=True, tag="echo"):
 
 
 class DecidedNotice(Message, frozen=True, tag="decided"):
-    """The register was decided; a hint that saves a read. `ages`: for instances newly barred, the
-    age of the youngest echo among the voters that accepted, when this was sent."""
+    """The register was decided; a hint that saves a read. When this was sent the youngest echo
+    among the voters that accepted was `ages` old, `rest_age_ns` for any other barred instance."""
 
     state: ClusterState
     ages: list[EchoAge] = []
+    rest_age_ns: int = 0
 
 
 class Install(Message, frozen=True, tag="install"):
@@ -251,12 +252,14 @@ class GroupState(msgspec.Struct, frozen=True):
 
 
 class GroupsSnapshot(msgspec.Struct, frozen=True):
-    """All groups after entry (`epoch`, `seq`); `requests` the newest done request per life."""
+    """All groups after entry (`epoch`, `seq`); `requests` the newest done request per life (node,
+    incarnation, number); `admitted` the keep-list of the newest sequenced view."""
 
     epoch: Epoch
     seq: int
     groups: list[GroupState]
     requests: list[tuple[int, int, int]]
+    admitted: list[MemberInfo]
 
 
 class GroupRequest(Message, frozen=True, tag="g_request"):
