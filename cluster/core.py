@@ -327,12 +327,18 @@ class ClusterCore:
             actions.append(Reply(operation.reply, result=outcome.value))
         return actions
 
+    def _first_value(self, state: ClusterState) -> list[Action]:
+        """Nobody has heard of this life before its first read: if the register knows its
+        incarnation, it is not ours."""
+        highest = highest_incarnation(state, self.me)
+        if highest < self.incarnation:
+            return []
+        self._stopped = True
+        return [Notify(TakeIncarnation(Incarnation(highest + 1)))]
+
     def _adopt(self, now_ns: int, state: ClusterState, bar: Bar | None) -> list[Action]:
-        """A decided value; news if its version is higher."""
-        first = not self._fresh and not self.membership.was_admitted
-        if state.version < self.state.version or (
-            state.version == self.state.version and not first
-        ):
+        """A decided value; news if its version is higher, or if it is the first of this life."""
+        if self._fresh and state.version <= self.state.version:
             return []
         news = state.epoch != self.state.epoch
         self.membership.adopt(now_ns, state)
