@@ -60,9 +60,7 @@ def crc32c_verify(data: Buffer, block_bytes: int, expected: array[int]) -> int |
 
 def implementations() -> list[str]:
     """The implementations that this machine can run, the slowest first."""
-    return [
-        name for kind, name in enumerate(IMPLEMENTATIONS) if lib.native_crc32c_supported(kind)
-    ]
+    return [name for kind, name in enumerate(IMPLEMENTATIONS) if lib.native_crc32c_supported(kind)]
 
 
 def select_implementation(name: str | None = None) -> str:

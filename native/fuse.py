@@ -222,6 +222,11 @@ def kept(unique: int) -> bool:
     return bool(lib.native_fuse_request_state(unique) & 2)
 
 
+def caller(unique: int) -> int:
+    """The thread id of the caller of this unanswered request; 0 if there is none."""
+    return int(lib.native_fuse_request_pid(unique))
+
+
 def set_gate(gate: Gate | None) -> None:
     """From now on answers that fill kernel caches pass this gate (None: all pass freely)."""
     global _gate

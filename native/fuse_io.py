@@ -27,8 +27,8 @@ class Interrupts:
     """
 
     def __init__(self) -> None:
-        self._waiting: dict[int, tuple[Request, Callable[[], None]]] = {}
-        self._signalled: dict[int, int] = {}  # unique -> thread id of the caller
+        self._waiting: dict[int, Callable[[], None]] = {}
+        self._signalled: set[int] = set()  # unanswered requests whose caller got some signal
 
     @contextmanager
     def watch(self, request: Request, wake: Callable[[], None]) -> Iterator[None]:
@@ -37,14 +37,13 @@ class Interrupts:
         `wake` runs in the trio thread, must not block, and may be called several times. The usual
         one cancels a scope: `with interrupts.watch(request, scope.cancel), scope: await ...`.
         """
-        self._waiting[request.unique] = (request, wake)
+        self._waiting[request.unique] = wake
         try:
-            if fuse.interrupted(request.unique):
-                self._signal(request.unique)
+            if request.unique in self._signalled:
+                self._check(request.unique)
             yield
         finally:
             del self._waiting[request.unique]
-            self._signalled.pop(request.unique, None)
 
     async def run(self) -> None:
         """Serve until cancelled."""
@@ -53,30 +52,18 @@ class Interrupts:
             timeout_s = POLL_S if self._signalled else float("inf")
             with trio.move_on_after(timeout_s):
                 await trio.lowlevel.wait_readable(descriptor)
-            for unique in fuse.take_interrupts():
-                self._signal(unique)
+            self._signalled.update(fuse.take_interrupts())
             for unique in list(self._signalled):
                 self._check(unique)
 
-    def _signal(self, unique: int) -> None:
-        if unique in self._waiting:
-            self._signalled[unique] = self._waiting[unique][0].pid
-        elif fuse.kept(unique):
-            self._signalled[unique] = 0
-        self._check(unique)
-
     def _check(self, unique: int) -> None:
-        """Wake or abandon an interrupted request if its caller is being killed."""
-        if unique not in self._signalled:
-            return
-        entry = self._waiting.get(unique)
-        if entry is not None:
-            if fatal_signal_pending(entry[0].pid):
-                entry[1]()
-            return
-        rows = [row for row in fuse.pending_requests() if row.unique == unique and row.answered]
-        if not rows:
-            del self._signalled[unique]
-        elif fatal_signal_pending(rows[0].pid):
-            fuse.gate_abandon(unique, errno.EINTR)
-            del self._signalled[unique]
+        """Wake the handler, or abandon the kept answer, if the caller is being killed."""
+        if not fuse.interrupted(unique):  # answered
+            self._signalled.discard(unique)
+        elif unique in self._waiting or fuse.kept(unique):
+            if not fatal_signal_pending(fuse.caller(unique)):
+                return
+            if unique in self._waiting:
+                self._waiting[unique]()
+            else:
+                fuse.gate_abandon(unique, errno.EINTR)

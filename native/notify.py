@@ -77,7 +77,9 @@ class InodeSweep:
     does not know counts as done. The table may be any buffer of u64 (0 = skip), also shared memory.
     """
 
-    def __init__(self, descriptor: int, inodes: bytes | bytearray | memoryview | array[int]) -> None:
+    def __init__(
+        self, descriptor: int, inodes: bytes | bytearray | memoryview | array[int]
+    ) -> None:
         self._descriptor = descriptor
         self._inodes = ffi.from_buffer("uint64_t[]", inodes)
         self._state = ffi.new("struct native_sweep *")
@@ -85,9 +87,7 @@ class InodeSweep:
     def run(self) -> int:
         """Invalidate until nothing is left to take; 0 or the first fatal errno of any thread."""
         return int(
-            lib.native_notify_sweep(
-                self._descriptor, self._inodes, len(self._inodes), self._state
-            )
+            lib.native_notify_sweep(self._descriptor, self._inodes, len(self._inodes), self._state)
         )
 
     @property

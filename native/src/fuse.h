@@ -64,6 +64,7 @@ int native_fuse_table_fd(void);
 int native_fuse_interrupt_fd(void);
 size_t native_fuse_take_interrupts(uint64_t *out, size_t max);
 uint32_t native_fuse_request_state(uint64_t unique);
+uint32_t native_fuse_request_pid(uint64_t unique);
 void native_fuse_set_gate(void *gate);
 size_t native_fuse_gate_flush(void);
 int native_fuse_gate_abandon(uint64_t unique, int error);

@@ -326,3 +326,12 @@ uint32_t native_fuse_request_state(uint64_t unique)
     pthread_mutex_unlock(&lock);
     return state;
 }
+
+uint32_t native_fuse_request_pid(uint64_t unique)
+{
+    pthread_mutex_lock(&lock);
+    struct pending_row *row = row_of(unique);
+    uint32_t pid = row ? row->pid : 0;
+    pthread_mutex_unlock(&lock);
+    return pid;
+}

@@ -42,7 +42,9 @@ def test_every_length_and_alignment_agrees_with_the_oracle(implementation):
     for length in lengths:
         start = length % 17
         part = pool[start : start + length]
-        assert checksum.crc32c(memoryview(pool)[start : start + length]) == google_crc32c.value(part)
+        assert checksum.crc32c(memoryview(pool)[start : start + length]) == google_crc32c.value(
+            part
+        )
 
 
 def test_a_checksum_continues_from_a_seed(implementation):
