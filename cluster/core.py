@@ -29,6 +29,7 @@ from cluster.core_events import (
     ServerDown,
     ServerUp,
     StateChanged,
+    TakeIncarnation,
 )
 from cluster.errors import NotQuorateError
 from cluster.groups import Groups
@@ -58,6 +59,7 @@ from cluster.state import (
     FinishVoterChange,
     apply_change,
     electorates,
+    highest_incarnation,
 )
 from cluster.timing import MS, RANK_MS
 

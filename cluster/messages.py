@@ -12,7 +12,7 @@ import msgspec
 
 from cluster.control import GroupMember, MemberInfo
 from cluster.ids import Epoch, Incarnation, Instance, InstanceNo, NodeId
-from cluster.state import ClusterState
+from cluster.state import ClusterState, Tombstone
 
 DATAGRAM_BYTES_MAX = 1400
 
@@ -174,7 +174,8 @@ class Install(Message, frozen=True, tag="install"):
     incarnation: Incarnation
     epoch: Epoch
     members: list[MemberInfo]
-    config_epoch: int = 0
+    tombstones: list[Tombstone] = []
+    dead_ms: int = 0
 
 
 class Installed(Message, frozen=True, tag="installed"):

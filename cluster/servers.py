@@ -90,7 +90,8 @@ class Servers:
             record.next_ns = now_ns + self._retry_ns
             install = Install(
                 request=self._serial, sender=self._me, incarnation=self._incarnation,
-                epoch=state.epoch, members=state.members, config_epoch=state.config_epoch,
+                epoch=state.epoch, members=state.members, tombstones=state.tombstones,
+                dead_ms=self._dead_ns // MS,
             )  # fmt: skip
             actions.append(Send(server, install))
         return actions
