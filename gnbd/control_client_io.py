@@ -133,7 +133,7 @@ class Control:
             if self._broken:
                 raise UnreachableError("the control session is broken")
             self._broken = True
-            answer = await _drive(self._protocol.ask(request), self._stream)
+            answer = await drive(self._protocol.ask(request), self._stream)
             self._broken = False
             return answer
 
@@ -189,7 +189,7 @@ class Control:
         expect(await self.ask(m.Leave(instance)), m.Done)
 
 
-async def _drive(dialogue: Generator[bytes | int, bytes, A], stream: trio.SocketStream) -> A:
+async def drive(dialogue: Generator[bytes | int, bytes, A], stream: trio.SocketStream) -> A:
     buffer = bytearray()
     try:
         wanted = next(dialogue)
@@ -231,7 +231,7 @@ async def open_control(
             stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             protocol = _Protocol(keys, identity)
             with trio.fail_after(CONNECT_TIMEOUT_S):
-                await _drive(protocol.open(), stream)
+                await drive(protocol.open(), stream)
             yield Control(protocol, stream)
             return
     raise UnreachableError(

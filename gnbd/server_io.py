@@ -6,6 +6,7 @@ data loop (`transmission_io`). SIGTERM cuts everybody off, flushes everything, e
 
 from __future__ import annotations
 
+import fcntl
 import os
 import secrets
 import signal
@@ -18,7 +19,7 @@ from types import FrameType
 import msgspec
 import structlog
 
-from cluster.errors import ConfigError, ProtocolError, StackError
+from cluster.errors import BusyError, ConfigError, ProtocolError, StackError
 from cluster.paths_io import write_durable
 from gnbd import messages as m
 from gnbd import protocol as p
@@ -126,6 +127,7 @@ class Server:
         self.config = config
         state_dir = Path(config.state_dir)
         state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self._state_lock = lock_state(state_dir)
         self.identity = load_identity(state_dir)
         self.service = Service(config, self.identity)
         self.voter = Voter(self.identity, state_dir) if self.identity else None
@@ -233,6 +235,18 @@ class Server:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 10)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 5)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 6)
+
+
+def lock_state(state_dir: Path) -> int:
+    """Only one server may use a state directory, and a killed one holds it until its last system
+    call has ended. Raises BusyError."""
+    fd = os.open(state_dir / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(fd)
+        raise BusyError(f"another gnbd-server uses {state_dir}") from None
+    return fd
 
 
 def load_identity(state_dir: Path) -> ServerIdentity | None:

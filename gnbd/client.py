@@ -1,0 +1,429 @@
+"""The client's bookkeeping for one export over several paths, without I/O (R3, R6, R7).
+
+A *path* is one network to the server; its *lanes* are its connections, all of one generation. A
+request is in exactly one place: the queue, in flight on a lane, or *stranded*: sent on a path that
+was lost. Invariants:
+
+- a stranded request goes back to the queue only when the server confirmed that its path is
+  drained: by a LOGIN of a newer generation there, or by DRAIN on another path (R6);
+- nothing is sent while the server is not known to have installed the required epoch (R3);
+- when the server's cache generation changes, every lane of the old one is cut, and what was written
+  since the last FLUSH is sent again before any new request (R7).
+
+The shell calls one method per event and then `assign`; what it must do comes back as values.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable
+from typing import Protocol
+
+import msgspec
+
+from cluster.device import Buffer
+from cluster.errors import BarredError, DeviceError, StackError
+from cluster.ids import Epoch
+from gnbd import protocol as p
+from gnbd.retained import Piece, Retained, owned
+
+LANE_REQUESTS_MAX = 256
+LANE_BYTES_MAX = 16 << 20
+SPREAD_BYTES = 256 << 10
+"""A later lane is taken only when an earlier one has this much more in flight: small requests
+stay together and share system calls."""
+_HEADER_COST_BYTES = 512
+
+
+_OF_ONE_LANE = frozenset({p.CMD_PING, p.CMD_DRAIN, p.CMD_LOGOUT})
+
+
+class Waiter(Protocol):
+    """Who waits for requests."""
+
+    def done(self, error: StackError | None) -> None: ...
+
+
+class Request:
+    """One NBD request on its way. `into` receives a READ; `result` is what was read."""
+
+    __slots__ = ("cookie", "data", "flags", "into", "kind", "length", "mark", "offset", "result",
+                 "round", "waiter")  # fmt: skip
+
+    def __init__(
+        self,
+        kind: int,
+        offset: int = 0,
+        length: int = 0,
+        data: Buffer | None = None,
+        flags: int = 0,
+        waiter: Waiter | None = None,
+    ) -> None:
+        self.kind = kind
+        self.offset = offset
+        self.length = length
+        self.data = data
+        self.flags = flags
+        self.waiter = waiter
+        self.into: memoryview | None = None
+        self.result: bytes = b""
+        self.mark = 0
+        self.cookie = 0
+        self.round = 0
+        """Not 0: sends retained bytes again, in that round."""
+
+    def header(self) -> bytes:
+        return p.REQUEST.pack(
+            p.REQUEST_MAGIC, self.flags, self.kind, self.cookie, self.offset, self.length
+        )
+
+    def finish(self, error: StackError | None) -> None:
+        if self.waiter is not None:
+            self.waiter.done(error)
+
+
+class Lane:
+    """One connection in transmission."""
+
+    def __init__(self, path: Path, index: int) -> None:
+        self.path = path
+        self.index = index
+        self.generation = path.generation
+        self.in_flight: dict[int, Request] = {}
+        self.bytes_in_flight = 0
+
+    def has_room(self) -> bool:
+        return len(self.in_flight) < LANE_REQUESTS_MAX and self.bytes_in_flight < LANE_BYTES_MAX
+
+
+class Stranded(msgspec.Struct):
+    """Requests of a lost generation of a path, waiting for the confirmation of its drain."""
+
+    generation: int
+    requests: list[Request]
+    asked: bool = False
+
+
+class Path:
+    """One network to the server."""
+
+    def __init__(self, index: int, generation: int) -> None:
+        self.index = index
+        self.generation = generation
+        self.lanes: list[Lane] = []
+        self.stranded: list[Stranded] = []
+
+
+class Drain(msgspec.Struct, frozen=True):
+    """Send DRAIN for a path over `lane`, and give `drained` when it succeeded."""
+
+    lane: Lane
+    path: Path
+    generation: int
+
+
+class ClientCore:
+    """One export of one server as one instance sees it."""
+
+    def __init__(self, path_count: int, first_generation: int) -> None:
+        self.paths = [Path(index, first_generation) for index in range(path_count)]
+        self.queue: deque[Request] = deque()
+        self.urgent: deque[Request] = deque()
+        self.retained = Retained()
+        self.required = Epoch(0)
+        self.installed = Epoch(0)
+        self.cache_generation = 0
+        self.barred: str | None = None
+        self.size_bytes = 0
+        self._cookie = 0
+        self._round = 0
+        self._resync_left = 0
+        self._own_flush = False
+
+    # -- requests --------------------------------------------------------------------------
+
+    def submit(self, request: Request) -> None:
+        """A new request. Raises BarredError."""
+        if self.barred is not None:
+            raise BarredError(self.barred)
+        self.queue.append(request)
+
+    def is_open(self) -> bool:
+        """Whether ordinary requests may be sent."""
+        return (
+            self.installed >= self.required
+            and self._resync_left == 0
+            and self.barred is None
+            and not self._has_old_round()
+        )
+
+    def _has_old_round(self) -> bool:
+        """A repetition from an earlier round may still execute on a path that is not drained: new
+        writes must not come before it."""
+        return any(
+            r.round and r.round != self._round
+            for path in self.paths
+            for stranded in path.stranded
+            for r in stranded.requests
+        )
+
+    def assign(self) -> list[tuple[Lane, Request]]:
+        """Take what may be sent now and give each request its lane and cookie."""
+        result: list[tuple[Lane, Request]] = []
+        lanes = [lane for path in self.paths for lane in path.lanes]
+        if not lanes or self.installed < self.required:
+            return result
+        self._maybe_flush()
+        while True:
+            queue = self.urgent if self.urgent else self.queue
+            if not queue or (queue is self.queue and not self.is_open()):
+                return result
+            request = queue[0]
+            changes = request.kind in (p.CMD_WRITE, p.CMD_WRITE_ZEROES)
+            if changes and request.round == 0 and self.retained.is_full():
+                flush = next((r for r in queue if r.kind == p.CMD_FLUSH), None)
+                if flush is None:
+                    return result
+                queue.remove(flush)
+                queue.appendleft(flush)
+                continue
+            lane = self._choose(lanes)
+            if lane is None:
+                return result
+            queue.popleft()
+            self._place(lane, request)
+            result.append((lane, request))
+
+    def _choose(self, lanes: list[Lane]) -> Lane | None:
+        best: Lane | None = None
+        best_cost = 0
+        for order, lane in enumerate(lanes):
+            if lane.has_room():
+                cost = lane.bytes_in_flight + order * SPREAD_BYTES
+                if best is None or cost < best_cost:
+                    best, best_cost = lane, cost
+        return best
+
+    def _place(self, lane: Lane, request: Request) -> None:
+        self._cookie += 1
+        request.cookie = self._cookie
+        if request.kind == p.CMD_FLUSH:
+            request.mark = self.retained.mark()
+        lane.in_flight[request.cookie] = request
+        lane.bytes_in_flight += request.length + _HEADER_COST_BYTES
+
+    def _maybe_flush(self) -> None:
+        if self.retained.wants_flush() and not self._own_flush:
+            self._own_flush = True
+            self.queue.append(Request(p.CMD_FLUSH, waiter=_OwnFlush(self)))
+
+    def place_private(self, lane: Lane, request: Request) -> None:
+        """Send a private command on this very lane (the gates do not matter to it)."""
+        self._place(lane, request)
+
+    def completed(self, lane: Lane, cookie: int, number: int) -> None:
+        """A reply. The result of a READ is already in the request."""
+        request = lane.in_flight.pop(cookie)
+        lane.bytes_in_flight -= request.length + _HEADER_COST_BYTES
+        if request.round:
+            self._resync_done(request, number)
+            return
+        if number:
+            request.finish(DeviceError(_describe(request, number)))
+            return
+        if request.kind == p.CMD_WRITE:
+            assert request.data is not None
+            piece = Piece(request.offset, request.length, owned(request.data))
+            self.retained.add(piece)
+        elif request.kind == p.CMD_WRITE_ZEROES:
+            self.retained.add(Piece(request.offset, request.length, None))
+        elif request.kind == p.CMD_FLUSH:
+            self.retained.drop(request.mark)
+        request.finish(None)
+
+    # -- paths -----------------------------------------------------------------------------
+
+    def logged_in(
+        self, path: Path, epoch: Epoch, cache_generation: int, size_bytes: int
+    ) -> list[Path]:
+        """LOGIN with `path.generation` was granted: what the path had before is drained. Gives
+        the other paths, which must be cut because they speak to an earlier life of the cache.
+        Raises StackError if lanes of this very path do."""
+        changed = self.cache_generation not in (0, cache_generation)
+        if changed and path.lanes:
+            raise StackError("the server started again between two connections")
+        self.installed = max(self.installed, epoch)
+        self.size_bytes = size_bytes
+        self._unstrand(path, path.generation - 1)
+        self.cache_generation = cache_generation
+        if not changed:
+            return []
+        self._begin_resync()
+        return [other for other in self.paths if other is not path and other.lanes]
+
+    def lane_up(self, path: Path) -> Lane:
+        """A connection of this path has entered transmission."""
+        lane = Lane(path, len(path.lanes))
+        path.lanes.append(lane)
+        return lane
+
+    def path_lost(self, path: Path) -> None:
+        """All connections of a path are closed on this side; the next one has a new generation."""
+        lost: list[Request] = []
+        for lane in path.lanes:
+            lost += lane.in_flight.values()
+            lane.in_flight = {}
+        path.lanes = []
+        lost = [r for r in lost if r.kind not in _OF_ONE_LANE]
+        if lost:
+            path.stranded.append(Stranded(path.generation, lost))
+        # A DRAIN that was on its way over this path is asked for again on another one.
+        for other in self.paths:
+            for stranded in other.stranded:
+                stranded.asked = False
+        path.generation += 1
+
+    def generation_floor(self, path: Path, least: int) -> None:
+        """The server accepts only this generation and later ones."""
+        path.generation = max(path.generation + 1, least)
+
+    def drains(self) -> list[Drain]:
+        """DRAINs to send now: for each lost generation with requests, over another path."""
+        result: list[Drain] = []
+        for path in self.paths:
+            lane = next((o.lanes[0] for o in self.paths if o is not path and o.lanes), None)
+            if lane is None:
+                continue
+            for stranded in path.stranded:
+                if not stranded.asked:
+                    stranded.asked = True
+                    result.append(Drain(lane, path, stranded.generation))
+        return result
+
+    def drained(self, path: Path, generation: int) -> None:
+        """The server confirmed that nothing of that path up to that generation executes."""
+        self._unstrand(path, generation)
+        path.generation = max(path.generation, generation + 1)
+
+    def _unstrand(self, path: Path, generation: int) -> None:
+        back: list[Request] = []
+        for stranded in path.stranded:
+            if stranded.generation <= generation:
+                back += stranded.requests
+        path.stranded = [s for s in path.stranded if s.generation > generation]
+        for request in sorted(back, key=lambda r: r.cookie, reverse=True):
+            if request.round == 0:
+                self.queue.appendleft(request)
+            elif request.round == self._round:
+                self.urgent.append(request)
+
+    # -- cache generation (R7) -------------------------------------------------------------
+
+    def _begin_resync(self) -> None:
+        self._round += 1
+        self.urgent.clear()
+        pieces = self.retained.overlay()
+        self._resync_left = 0
+        for piece in pieces:
+            for part in _split(piece):
+                kind = p.CMD_WRITE if part.data is not None else p.CMD_WRITE_ZEROES
+                request = Request(kind, part.offset, part.length, part.data)
+                request.round = self._round
+                self.urgent.append(request)
+                self._resync_left += 1
+
+    def _resync_done(self, request: Request, number: int) -> None:
+        if request.round != self._round:
+            return
+        if number:
+            # Not even this store error may lose acknowledged bytes: again, until it succeeds.
+            self.urgent.append(request)
+            return
+        self._resync_left -= 1
+
+    # -- facts -----------------------------------------------------------------------------
+
+    def set_epoch(self, required: Epoch) -> None:
+        self.required = max(self.required, required)
+
+    def note_installed(self, epoch: Epoch) -> None:
+        self.installed = max(self.installed, epoch)
+
+    def bar(self, reason: str) -> None:
+        """The server says that this instance is barred: everything ends."""
+        if self.barred is None:
+            self.barred = reason
+        self.fail_all(BarredError(self.barred))
+
+    def fail_all(self, error: StackError) -> None:
+        """Nothing will be sent any more."""
+        for request in self.all_requests():
+            request.finish(error)
+        self.queue.clear()
+        self.urgent.clear()
+        for path in self.paths:
+            path.stranded = []
+            for lane in path.lanes:
+                lane.in_flight = {}
+                lane.bytes_in_flight = 0
+
+    def all_requests(self) -> list[Request]:
+        """Everything not yet finished."""
+        found = [*self.queue, *self.urgent]
+        for path in self.paths:
+            found += [r for s in path.stranded for r in s.requests]
+            found += [r for lane in path.lanes for r in lane.in_flight.values()]
+        return found
+
+    def own_flush_done(self) -> None:
+        self._own_flush = False
+
+    def check(self) -> None:
+        """Assert the invariants."""
+        everything = self.all_requests()
+        assert len({id(r) for r in everything}) == len(everything)
+        for path in self.paths:
+            assert all(s.generation < path.generation for s in path.stranded)
+            assert all(lane.generation == path.generation for lane in path.lanes)
+
+
+class _OwnFlush:
+    """Waits for a FLUSH that the core itself wanted."""
+
+    def __init__(self, core: ClientCore) -> None:
+        self._core = core
+
+    def done(self, _error: StackError | None) -> None:
+        self._core.own_flush_done()
+
+
+def _split(piece: Piece) -> Iterable[Piece]:
+    """Parts that one request may carry."""
+    limit = LANE_BYTES_MAX // 4
+    for start in range(0, piece.length, limit):
+        length = min(limit, piece.length - start)
+        data = None if piece.data is None else memoryview(piece.data)[start : start + length]
+        yield Piece(piece.offset + start, length, data)
+
+
+_NAMES = {
+    p.CMD_READ: "read",
+    p.CMD_WRITE: "write",
+    p.CMD_FLUSH: "flush",
+    p.CMD_TRIM: "discard",
+    p.CMD_WRITE_ZEROES: "write of zeroes",
+    p.CMD_SEQUENCE: "sequence",
+}
+_REASONS = {
+    p.EPERM: "reservation conflict or read-only export",
+    p.EIO: "I/O error of the store",
+    p.ENOSPC: "no space left in the store, or past its end",
+    p.EINVAL: "past the end of the export",
+    p.ESTALE: "the volume map of this instance is too old",
+}
+
+
+def _describe(request: Request, number: int) -> str:
+    name = _NAMES.get(request.kind, str(request.kind))
+    reason = _REASONS.get(number, f"error {number}")
+    return f"{name} of {request.length} bytes at {request.offset}: {reason}"

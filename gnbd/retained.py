@@ -1,0 +1,88 @@
+"""What a client wrote since the last FLUSH, so that a server's crash loses nothing of it (R7).
+
+Invariant: every completed write that no completed FLUSH covers is in here, newest last. FUA writes
+are kept too: sending an older overlapping write again without them would undo them.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+
+import msgspec
+
+from cluster.device import Buffer
+from gnbd.intervals import IntervalSet
+
+RETAINED_BYTES_MAX = 64 << 20
+RETAINED_MAX = 1 << 16
+
+
+class Piece(msgspec.Struct, frozen=True, gc=False):
+    """Bytes to write again; `data` None means zeroes."""
+
+    offset: int
+    length: int
+    data: Buffer | None
+
+
+def owned(data: Buffer) -> Buffer:
+    """The same bytes, safe from changes by the caller: a copy only if they can change."""
+    if isinstance(data, bytes):
+        return data
+    if isinstance(data, memoryview) and data.readonly and isinstance(data.obj, bytes):
+        return data
+    return bytes(data)
+
+
+class Retained:
+    """A queue of completed writes, dropped from the front by FLUSH."""
+
+    def __init__(self) -> None:
+        self._pieces: deque[Piece] = deque()
+        self._dropped = 0
+        self.bytes = 0
+
+    def __len__(self) -> int:
+        return len(self._pieces)
+
+    def add(self, piece: Piece) -> None:
+        """A write has completed."""
+        self._pieces.append(piece)
+        if piece.data is not None:
+            self.bytes += piece.length
+
+    def mark(self) -> int:
+        """What a FLUSH that is sent now covers."""
+        return self._dropped + len(self._pieces)
+
+    def drop(self, mark: int) -> None:
+        """The FLUSH with that mark has succeeded."""
+        while self._dropped < mark:
+            piece = self._pieces.popleft()
+            self._dropped += 1
+            if piece.data is not None:
+                self.bytes -= piece.length
+
+    def wants_flush(self) -> bool:
+        """Time for a FLUSH of our own."""
+        return self.bytes * 2 >= RETAINED_BYTES_MAX or len(self._pieces) * 2 >= RETAINED_MAX
+
+    def is_full(self) -> bool:
+        """No new write before a FLUSH."""
+        return self.bytes >= RETAINED_BYTES_MAX or len(self._pieces) >= RETAINED_MAX
+
+    def overlay(self) -> list[Piece]:
+        """The newest bytes of every range, without overlaps: may be sent in any order."""
+        seen = IntervalSet()
+        result: list[Piece] = []
+        for piece in reversed(self._pieces):
+            end = piece.offset + piece.length
+            for start, stop, covered in seen.pieces(piece.offset, end):
+                if covered:
+                    continue
+                part: Buffer | None = None
+                if piece.data is not None:
+                    part = memoryview(piece.data)[start - piece.offset : stop - piece.offset]
+                result.append(Piece(start, stop - start, part))
+            seen.add(piece.offset, end)
+        return result
