@@ -17,10 +17,17 @@ What a *waiting* request does to the page cache (measured, and read in the kerne
 a READ that waits keeps its pages locked and without valid data; a WRITE through the cache keeps at
 most its two ragged edge pages locked, those without valid data; nothing else is locked. An
 invalidation of a locked page blocks until that request is answered.
+
+Two races between a READ and a WRITE of the same page exist only because we invalidate. The kernel
+copies the bytes of a write into its page, then sends the WRITE; if the page is dropped in between,
+a READ brings it back without those bytes. So a READ that is overtaken by an overlapping write is
+read again before it is answered (`written_since`), and a WRITE near an invalidation drops the pages
+that READs have filled meanwhile before it is answered (`filled`).
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import NewType
@@ -30,6 +37,9 @@ from cluster.locks import Mode
 PAGE_BYTES = 4096
 RANGES_MAX = 64
 EPOCH_NEVER = -1
+WRITES_MAX = 256
+NEAR_NS = 5_000_000_000
+"""How long a WRITE may be on its way from the page cache to this process."""
 WaiterId = NewType("WaiterId", int)
 
 Span = tuple[int, int]
@@ -103,6 +113,10 @@ class Spans:
         if len(self.spans) > RANGES_MAX:
             self._merge_smallest_gap()
 
+    def overlaps(self, start: int, end: int) -> bool:
+        """Whether any of it lies in [start, end)."""
+        return any(s < end and start < e for s, e in self.spans)
+
     def take(self) -> list[Span]:
         """Everything; nothing is left."""
         taken, self.spans = self.spans, []
@@ -139,6 +153,8 @@ class KernelInode:
     """The account of one inode that the kernel knows."""
 
     number: int
+    node: int
+    """Its name towards the kernel: the number, except 1 for the root."""
     generation: int = 0
     lookups: int = 0
     handles: int = 0
@@ -154,6 +170,42 @@ class KernelInode:
     waiting: dict[WaiterId, Waiter] = field(default_factory=dict)
     writers: int = 0
     table_slot: int = 0
+    invalidated_ns: int = 0
+    """When pages were last invalidated; 0: never."""
+    filled: Spans = field(default_factory=Spans)
+    """Pages that READs have brought since; kept only once there was an invalidation."""
+    reading: int = 0
+    write_number: int = 0
+    writes: deque[tuple[int, int, int]] = field(default_factory=lambda: deque(maxlen=WRITES_MAX))
+
+    def note_write(self, start: int, end: int) -> None:
+        """Bytes [start, end) have just been changed."""
+        self.write_number += 1
+        if self.reading:
+            self.writes.append((self.write_number, start, end))
+
+    def written_since(self, number: int, start: int, end: int) -> bool:
+        """Whether a write later than `number` touched [start, end). Only for a READ in progress
+        that was counted in `reading` when `write_number` was `number`."""
+        if self.writes and self.writes[0][0] > number + 1:
+            return True
+        return any(n > number and s < end and start < e for n, s, e in self.writes)
+
+    def answered_read(self, start: int, end: int) -> None:
+        """The pages of [start, end) go to the kernel now."""
+        self.pages.add(start, end)
+        if self.invalidated_ns:
+            self.filled.add(start, end)
+
+    def take_pages(self, now_ns: int) -> list[Span]:
+        """What has to be invalidated; an invalidation of it begins."""
+        self.invalidated_ns = now_ns
+        self.filled.take()
+        return self.pages.take()
+
+    def near_invalidation(self, arrived_ns: int) -> bool:
+        """Whether pages could have been dropped under a WRITE that arrived at `arrived_ns`."""
+        return self.invalidated_ns > arrived_ns - NEAR_NS and self.invalidated_ns > 0
 
     def data_mode(self, *, writes: bool, cached: bool) -> Mode:
         """The lock mode under which a READ or WRITE is answered."""

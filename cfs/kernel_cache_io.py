@@ -17,8 +17,10 @@ Without this order one pass of invalidation leaves stale pages behind under hot 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Protocol
 
 import trio
 
@@ -31,6 +33,7 @@ from cfs.kernel_cache import (
     Waiter,
     WaiterId,
     detour,
+    page_span,
     revocation,
     servable,
     without_waiting_reads,
@@ -49,7 +52,16 @@ STALL_S = 0.002
 STUCK_AFTER_STALLS = 5
 TIMEOUT_LONG_S = 86400.0 * 365
 NAMES_KNOWN_MAX = 65536
-LockOf = Callable[[int], CachedLock]
+ROOT_NODE = 1
+CHANGED_MAX = 1024
+
+
+class InodeTable(Protocol):
+    """Where guard finds the inodes that it has to purge when this process cannot (rule G1)."""
+
+    def add(self, node: int) -> int: ...
+
+    def remove(self, slot: int) -> None: ...
 
 
 class _Gate:
@@ -66,10 +78,12 @@ class _Gate:
 class KernelCaches:
     """The kernel's caches of one mount."""
 
-    def __init__(self, notifier: Notifier, lock_of: LockOf) -> None:
+    def __init__(self, table: InodeTable, root: int) -> None:
         self.inodes: dict[int, KernelInode] = {}
-        self._notifier = notifier
-        self._lock_of = lock_of
+        self._notifier: Notifier
+        self._table = table
+        self._root = root
+        self._changed: dict[int, list[Span]] = {}
         self._epoch = 0
         self._ids = itertools.count(1)
         self._gates: dict[WaiterId, _Gate] = {}
@@ -81,13 +95,20 @@ class KernelCaches:
         self.rounds_max = 0
         self.detours = 0
 
+    def connect(self, notifier: Notifier) -> None:
+        """The mount is there; no request has been answered yet."""
+        self._notifier = notifier
+
     # -- the account -------------------------------------------------------------------------
 
     def know(self, number: int, generation: int, *, directory: bool) -> KernelInode:
         """The account of an inode that an answer is about to mention."""
         inode = self.inodes.get(number)
         if inode is None:
-            inode = self.inodes[number] = KernelInode(number, generation, directory=directory)
+            node = ROOT_NODE if number == self._root else number
+            inode = KernelInode(number, node, generation, directory=directory)
+            inode.table_slot = self._table.add(node)
+            self.inodes[number] = inode
         elif inode.generation != generation:
             inode.generation = generation
             inode.directory = directory
@@ -97,8 +118,10 @@ class KernelCaches:
         """Forget an inode that the kernel has forgotten."""
         if inode.lookups or inode.handles or inode.revoking:
             return False
-        self.inodes.pop(inode.number, None)
+        if self.inodes.pop(inode.number, None) is not None:
+            self._table.remove(inode.table_slot)
         self._dropping.pop(inode.number, None)
+        self._changed.pop(inode.number, None)
         return True
 
     def attribute_timeout(self, inode: KernelInode, lock: CachedLock, revision: int) -> float:
@@ -188,7 +211,7 @@ class KernelCaches:
                     await self._drop_pages(inode)
                 elif plan.attributes:
                     inode.attributes_out = False
-                    await self._run([encode_attributes(number)])
+                    await self._run([encode_attributes(inode.node)])
                 else:
                     break
         finally:
@@ -209,15 +232,65 @@ class KernelCaches:
         finally:
             inode.revoking -= 1
 
-    async def drop_span(self, inode: KernelInode, span: Span) -> None:
-        """Drop some pages and the attributes while the lock stays: after an append that the
-        kernel believed to go elsewhere."""
-        await self._run([encode_pages(inode.number, span)])
-
     async def prune(self, numbers: list[int]) -> None:
         """Ask the kernel to forget inodes that it does not use."""
         if self._notifier.has_prune:
             await self._run([encode_prune(numbers)])
+
+    # -- what the file system says ---------------------------------------------------------------
+
+    def granted(self, number: int, mode: Mode) -> None:
+        """The lock went up; what was known under the old mode has been taken back already."""
+        inode = self.inodes.get(number)
+        if inode is not None:
+            inode.revision += 1
+
+    def changed(self, number: int, offset: int, length: int) -> None:
+        """Bytes changed elsewhere than the kernel believes; the request that did it waits in
+        `settle` before it is answered."""
+        end = EVERYTHING[1] if length < 0 else offset + length
+        spans = self._changed.setdefault(number, [])
+        spans.append(page_span(offset, end))
+        if len(spans) > CHANGED_MAX:
+            spans[:] = [EVERYTHING]
+
+    async def settle(self, inode: KernelInode, start: int, end: int) -> None:
+        """After a write past the page cache to [start, end), or to where `changed` said: drop what
+        the kernel holds of it. The caller keeps no page locked and holds no lock."""
+        spans = self._changed.pop(inode.number, None) or [page_span(start, end)]
+        for span in spans:
+            inode.note_write(*span)
+        stale = [span for span in spans if inode.pages.overlaps(*span)]
+        if stale:
+            inode.invalidated_ns = time.monotonic_ns()
+            await self._run([encode_pages(inode.node, span) for span in stale])
+
+    def start_settle(self, inode: KernelInode, start: int, end: int) -> None:
+        """`settle` for bytes that the kernel has also put into pages at [start, end), which may be
+        locked until the answer: it gets through right after the answer."""
+        spans = [*self._changed.pop(inode.number, ()), page_span(start, end)]
+        for span in spans:
+            inode.note_write(*span)
+        inode.invalidated_ns = time.monotonic_ns()
+        self._notifier.submit([encode_pages(inode.node, span) for span in spans])
+
+    async def drop_filled(self, inode: KernelInode, start: int, end: int) -> None:
+        """Before a WRITE through the page cache to [start, end) is answered: drop pages there that
+        a READ brought back without its bytes. If such a page is locked, it is by this WRITE, and
+        then it is its own page."""
+        first, last = page_span(start, end)
+        spans = [(max(s, first), min(e, last)) for s, e in inode.filled.spans]
+        spans = [(s, e) for s, e in spans if s < e]
+        if not spans:
+            return
+        done = trio.Event()
+        inode.invalidated_ns = time.monotonic_ns()
+        job = self._notifier.submit([encode_pages(inode.node, span) for span in spans], done.set)
+        while not done.is_set():
+            with trio.move_on_after(STALL_S):
+                await done.wait()
+            if job.stuck():
+                return
 
     async def _until_idle(self, inode: KernelInode) -> None:
         while inode.serving:
@@ -235,12 +308,13 @@ class KernelCaches:
         lock = self._dropping.setdefault(inode.number, trio.Lock())
         rounds = 0
         async with lock:
-            todo = inode.pages.take()
+            todo = inode.take_pages(time.monotonic_ns())
             while todo:
                 rounds += 1
                 await self._invalidate(inode, todo)
                 await self._until_idle(inode)
-                todo = without_waiting_reads(inode.pages.take(), inode.waiting.values())
+                pages = inode.take_pages(time.monotonic_ns())
+                todo = without_waiting_reads(pages, inode.waiting.values())
         self.rounds_max = max(self.rounds_max, rounds)
 
     async def _invalidate(self, inode: KernelInode, todo: list[Span]) -> None:
@@ -251,7 +325,7 @@ class KernelCaches:
             wake.set()
 
         def submit(spans: list[Span]) -> Job | None:
-            messages = [encode_pages(inode.number, span) for span in spans]
+            messages = [encode_pages(inode.node, span) for span in spans]
             return self._notifier.submit(messages, woken) if messages else None
 
         jobs = [job for job in [submit(todo)] if job is not None]
@@ -265,8 +339,7 @@ class KernelCaches:
                 wake = trio.Event()
             edges = [job for job in edges if not job.done]
             if all(job.done for job in jobs) and (
-                not edges
-                or (stalls > STUCK_AFTER_STALLS and all(job.stuck() for job in edges))
+                not edges or (stalls > STUCK_AFTER_STALLS and all(job.stuck() for job in edges))
             ):
                 return
             stalls += 1

@@ -1,0 +1,260 @@
+"""The life of a mount: open the volume, mount the file system, serve it, end it.
+
+The order of the beginning: locks, file system (replays journals), FUSE mount, guard (leases), and
+only then is the mount reported as done. The order of the end after an unmount: the kernel sends
+nothing more, the file system writes everything and leaves a clean journal, the locks go back, the
+volume closes, the cluster is told. When the file system fails or this instance is barred: the
+connection is aborted at once, nothing is written any more, the process ends.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import signal
+import time
+from collections.abc import Awaitable, Callable
+from contextlib import AbstractAsyncContextManager
+from typing import Any, Protocol
+
+import trio
+
+from cfs.attributes import MountOptions
+from cfs.filesystem import FileSystem
+from cfs.kernel_cache_io import InodeTable, KernelCaches
+from cfs.mount_interrupt_io import RequestWaits
+from cfs.mount_options import MountArguments
+from cfs.mount_session_io import FuseSession
+from cfs.mount_system_io import StatusPipe, settle_memory
+from cfs.operations_io import CfsOperations
+from cfs.seams import Environment, Runtime
+from cluster.device import BlockDevice
+from cluster.ids import Instance
+from cluster.locks import LockManager, Mode
+
+log = logging.getLogger("cfs.mount")
+
+BUSY_RETRY_S = 1.0
+END_TIMEOUT_S = 30.0
+EXIT_OK = 0
+EXIT_ABORTED = 1
+Query = Callable[[str, dict[str, Any]], Awaitable[Any]]
+
+
+class Backend(Protocol):
+    """Where a mount's blocks and locks come from: a cluster, or one machine alone."""
+
+    device: BlockDevice
+    locks: LockManager
+    owner: Instance
+    table: InodeTable
+    waits: RequestWaits
+
+    def is_barred(self, instance: Instance) -> bool: ...
+
+    async def mounted(self, mount: Mount) -> None:
+        """The kernel has the mount: put it under guard. Serving has begun."""
+        ...
+
+    async def end(self) -> None:
+        """Everything is written: give locks and volume back, say good-bye."""
+        ...
+
+
+OpenBackend = Callable[[MountArguments, "Mount"], AbstractAsyncContextManager[Backend]]
+MakeFileSystem = Callable[
+    [BlockDevice, LockManager, Environment, MountOptions], Awaitable[FileSystem]
+]
+MakeRuntime = Callable[[trio.Nursery], Runtime]
+
+
+class KernelBridge:
+    """The file system's way to the kernel caches, which exist only once it is mounted."""
+
+    def __init__(self, mount: Mount) -> None:
+        self.caches: KernelCaches | None = None
+        self._mount = mount
+
+    async def revoke(self, ino: int, mode: Mode) -> None:
+        if self.caches is not None:
+            await self.caches.revoke(ino, mode)
+
+    def granted(self, ino: int, mode: Mode) -> None:
+        if self.caches is not None:
+            self.caches.granted(ino, mode)
+
+    def changed(self, ino: int, offset: int, length: int) -> None:
+        if self.caches is not None:
+            self.caches.changed(ino, offset, length)
+
+    def failed(self, error: BaseException) -> None:
+        self._mount.fail(f"the file system cannot go on: {error}")
+
+
+class MountEnvironment:
+    """Implements `cfs.seams.Environment`."""
+
+    def __init__(self, runtime: Runtime, bridge: KernelBridge, backend: Backend) -> None:
+        self.runtime = runtime
+        self.kernel = bridge
+        self.owner = backend.owner
+        self.is_barred = backend.is_barred
+
+    def wall_clock_ns(self) -> int:
+        return time.time_ns()
+
+
+class Mount:
+    """What the parts of a mount process share."""
+
+    def __init__(self, arguments: MountArguments) -> None:
+        self.arguments = arguments
+        self.session = FuseSession(arguments)
+        self.fs: FileSystem | None = None
+        self.operations: CfsOperations | None = None
+        self.caches: KernelCaches | None = None
+        self.failure = ""
+        self.stopping = trio.Event()
+        self._scope = trio.CancelScope()
+
+    def fail(self, reason: str) -> None:
+        """End at once without writing: the connection is aborted, the process exits."""
+        if not self.failure:
+            self.failure = reason or "unknown"
+            log.error("mount of %s aborted: %s", self.arguments.volume, reason)
+            self.session.abort()
+            self._scope.cancel()
+
+    def stop(self) -> None:
+        """End cleanly as soon as the kernel lets go of the mount."""
+        self.stopping.set()
+
+    def counters(self) -> dict[str, int]:
+        """Requests by operation, and what the revocations did."""
+        assert self.operations is not None
+        assert self.caches is not None
+        caches = self.caches
+        return {
+            **self.operations.counters,
+            "errors": self.operations.errors,
+            "revocations": caches.revocations,
+            "revoke_stalls": caches.stalls,
+            "revoke_served": caches.served,
+            "revoke_rounds_max": caches.rounds_max,
+            "revoke_detours": caches.detours,
+            "inodes": len(caches.inodes),
+            "handles": len(self.operations.handles),
+        }
+
+    async def query(self, verb: str, params: dict[str, Any]) -> Any:
+        """Answer `cfs.<verb>`."""
+        assert self.fs is not None
+        if verb == "counters":
+            return self.counters()
+        return await self.fs.query(verb, params)
+
+    async def run(
+        self,
+        open_backend: OpenBackend,
+        make_filesystem: MakeFileSystem,
+        make_runtime: MakeRuntime,
+        status: StatusPipe,
+    ) -> int:
+        """Mount, serve, end; returns the exit code."""
+        with self._scope:
+            try:
+                async with trio.open_nursery() as nursery:
+                    async with open_backend(self.arguments, self) as backend:
+                        environment = MountEnvironment(
+                            make_runtime(nursery), KernelBridge(self), backend
+                        )
+                        await self._live(backend, environment, make_filesystem, status)
+                        await self._end(backend)
+                    nursery.cancel_scope.cancel()
+            finally:
+                self.session.close()
+        return EXIT_ABORTED if self.failure else EXIT_OK
+
+    async def _live(
+        self,
+        backend: Backend,
+        environment: MountEnvironment,
+        make_filesystem: MakeFileSystem,
+        status: StatusPipe,
+    ) -> None:
+        options = MountOptions(
+            commit_interval_ms=self.arguments.commit_ms, read_only=self.arguments.read_only
+        )
+        fs = await make_filesystem(backend.device, backend.locks, environment, options)
+        self.fs = fs
+        # The mount system call needs operations, the caches need the mounted descriptor.
+        caches = KernelCaches(backend.table, fs.root_ino)
+        operations = CfsOperations(fs, caches, backend.waits)
+        operations.mmap_coherent = self.arguments.mmap_coherent
+        self.session.open(operations)
+        notifier = self.session.make_notifier()
+        notifier.start()
+        notifier.probe()
+        caches.connect(notifier)
+        self.caches, self.operations = caches, operations
+        environment.kernel.caches = caches
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._watch_signals)
+                nursery.start_soon(backend.waits.run)
+                nursery.start_soon(self._stop_when_asked)
+                if self.arguments.test_demote_ms:
+                    nursery.start_soon(demote_at_random, backend.locks, caches, self.arguments)
+                nursery.start_soon(self._serve, nursery.cancel_scope)
+                await backend.mounted(self)
+                settle_memory()
+                status.report(0)
+                log.info("%s is mounted at %s", self.arguments.volume, self.session.mountpoint)
+        finally:
+            environment.kernel.caches = None  # the kernel caches nothing of us any more
+            notifier.stop()
+
+    async def _serve(self, scope: trio.CancelScope) -> None:
+        try:
+            await self.session.serve()
+        except OSError as error:
+            self.fail(f"the FUSE connection broke: {error}")
+        scope.cancel()
+
+    async def _watch_signals(self) -> None:
+        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+            async for _ in signals:
+                self.stop()
+
+    async def _stop_when_asked(self) -> None:
+        await self.stopping.wait()
+        while error := await self.session.try_unmount():
+            log.warning("%s is busy (errno %d)", self.session.mountpoint, error)
+            await trio.sleep(BUSY_RETRY_S)
+
+    async def _end(self, backend: Backend) -> None:
+        """The kernel has let go; leave everything in order."""
+        if self.failure:
+            return
+        assert self.fs is not None
+        # Handles that the kernel never released (an aborted connection) still hold references.
+        assert self.operations is not None
+        for handle in list(self.operations.handles.values()):
+            self.fs.close_ref(handle.inode.number)
+        self.operations.handles.clear()
+        await self.fs.unmount()
+        await backend.end()
+
+
+async def demote_at_random(
+    locks: LockManager, caches: KernelCaches, arguments: MountArguments
+) -> None:
+    """For tests: another member that keeps asking for the locks of inodes the kernel knows."""
+    from cfs.lock_names import inode_lock_name
+
+    chooser = random.Random(0)
+    while True:
+        await trio.sleep(arguments.test_demote_ms / 1000)
+        numbers = list(caches.inodes)
+        if numbers:
+            await locks.drop(inode_lock_name(chooser.choice(numbers)))

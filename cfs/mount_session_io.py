@@ -1,0 +1,95 @@
+"""The FUSE session of a mount: from the mount system call to its end."""
+
+from __future__ import annotations
+
+import logging
+
+import trio
+
+from cfs.kernel_cache_notify_io import Notifier
+from cfs.mount_fuse_io import fuse, pyfuse3
+from cfs.mount_options import MountArguments, fuse_options
+from cfs.mount_system_io import abort_mount, mounted_minor, set_read_ahead, unmount
+from cluster.errors import StackError
+
+log = logging.getLogger("cfs.mount")
+
+TASKS_IDLE = 16
+TASKS_MAX = 10_000
+BACKGROUND_MAX = 16384
+SET_BITS = fuse.Init.EXPLICIT_INVAL_DATA | fuse.Init.PARALLEL_DIROPS
+CLEAR_BITS = (
+    fuse.Init.AUTO_INVAL_DATA
+    | fuse.Init.WRITEBACK_CACHE
+    | fuse.Init.EXPORT_SUPPORT
+    | fuse.Init.HANDLE_KILLPRIV  # the kernel clears suid and sgid itself, knowing who writes
+)
+
+
+class FuseSession:
+    """One mounted connection. There is one per process (pyfuse3 keeps it in a global)."""
+
+    def __init__(self, arguments: MountArguments) -> None:
+        self._arguments = arguments
+        self.mountpoint = arguments.mountpoint
+        self.minor = -1
+        self.descriptor = -1
+        self.opened = False
+        self.aborted = False
+
+    def open(self, operations: pyfuse3.Operations) -> None:
+        """Mount. Raises StackError."""
+        bits = SET_BITS
+        if self._arguments.mmap_coherent:
+            bits |= fuse.Init.DIRECT_IO_ALLOW_MMAP
+        fuse.configure(
+            fuse.Settings(
+                set_bits=bits,
+                clear_bits=CLEAR_BITS,
+                max_background=BACKGROUND_MAX,
+                congestion_threshold=BACKGROUND_MAX * 3 // 4,
+            )
+        )
+        try:
+            pyfuse3.init(operations, self.mountpoint, fuse_options(self._arguments))
+        except RuntimeError as error:
+            raise StackError(f"cannot mount at {self.mountpoint}: {error}") from error
+        self.opened = True
+        if not fuse.interposed():
+            raise StackError("the FUSE session extension was not called; libfuse has changed")
+        self.descriptor = fuse.session_fd()
+        self.minor = mounted_minor(self.mountpoint)
+        set_read_ahead(self.minor, self._arguments.read_ahead_kb)
+
+    def make_notifier(self) -> Notifier:
+        """The notifier of this connection; start it inside trio."""
+        arguments = self._arguments
+        return Notifier(
+            self.descriptor, epoch=None if arguments.use_epoch else False, prune=arguments.use_prune
+        )
+
+    async def serve(self) -> None:
+        """Answer requests until the mount is gone or `terminate`."""
+        await pyfuse3.main(min_tasks=TASKS_IDLE, max_tasks=TASKS_MAX)
+
+    def terminate(self) -> None:
+        """Let `serve` return although the mount is still there."""
+        pyfuse3.terminate()
+
+    async def try_unmount(self) -> int:
+        """Unmount if nobody uses it; an errno (0: done). Writes what is dirty; needs `serve`."""
+        return await trio.to_thread.run_sync(unmount, self.mountpoint)
+
+    def abort(self) -> None:
+        """Every request, now and later, ends with an error; the mount leaves the tree."""
+        if self.opened and not self.aborted:
+            self.aborted = True
+            abort_mount(self.mountpoint, self.minor)
+
+    def close(self) -> None:
+        """Give the connection back; unmounts if that has not happened yet."""
+        if self.opened:
+            self.opened = False
+            if mounted_minor(self.mountpoint) == self.minor:
+                self.abort()
+            pyfuse3.close(unmount=False)

@@ -1,0 +1,137 @@
+"""What a mount process asks of the machine: daemon, memory, read-ahead, unmounting by force.
+
+The process forks only before it starts anything (threads, trio); afterwards never. Its working
+directory is `/`, and it never touches a path below its own mount: that would wait for itself.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import logging
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from native.process import lock_memory, set_io_flusher
+
+log = logging.getLogger("cfs.mount")
+
+MNT_FORCE = 1
+MNT_DETACH = 2
+UMOUNT_NOFOLLOW = 8
+SWITCH_INTERVAL_S = 0.0005
+GC_THRESHOLDS = (100_000, 50, 100)
+OPEN_FILES = 65536
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.umount2.argtypes = [ctypes.c_char_p, ctypes.c_int]
+
+
+class StatusPipe:
+    """How the daemon tells the command that started it how the mount went."""
+
+    def __init__(self, descriptor: int = -1) -> None:
+        self._descriptor = descriptor
+
+    def report(self, exit_code: int, message: str = "") -> None:
+        """Say it, once."""
+        if self._descriptor >= 0:
+            os.write(self._descriptor, f"{exit_code} {message}".encode())
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+
+def daemonise(wait: Callable[[int, str], int]) -> StatusPipe:
+    """Go on in a new session in the background; the calling process ends with what `wait` makes
+    of the reported exit code and message."""
+    reader, writer = os.pipe2(os.O_CLOEXEC)
+    if os.fork():
+        os.close(writer)
+        with os.fdopen(reader, "rb") as file:
+            word, _, message = file.read().decode(errors="replace").partition(" ")
+        code = int(word) if word.isdecimal() else -1
+        sys.exit(wait(code, message))
+    os.close(reader)
+    os.setsid()
+    if os.fork():
+        os._exit(0)
+    return StatusPipe(writer)
+
+
+def redirect_output(path: Path | None) -> None:
+    """Messages go to a file (None: nowhere) from now on; standard input is empty."""
+    null = os.open(os.devnull, os.O_RDWR)
+    os.dup2(null, 0)
+    os.dup2(null, 1)
+    if path is None:
+        os.dup2(null, 2)
+    else:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
+        file = os.open(path, flags, 0o600)
+        os.dup2(file, 2)
+        os.close(file)
+    os.close(null)
+
+
+def settle_process() -> None:
+    """Before the first thread: reclaim must never wait for this process to reclaim."""
+    os.chdir("/")
+    os.umask(0)
+    set_io_flusher()
+    sys.setswitchinterval(SWITCH_INTERVAL_S)
+    import resource
+
+    _soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = OPEN_FILES if hard == resource.RLIM_INFINITY else min(OPEN_FILES, hard)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+
+
+def settle_memory() -> None:
+    """After everything is imported and set up: keep it in memory, and out of the collector."""
+    try:
+        lock_memory()
+    except OSError as error:
+        log.warning("memory is not locked: %s", error)
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(*GC_THRESHOLDS)
+
+
+def set_read_ahead(minor: int, kilobytes: int) -> None:
+    """Let the kernel read far ahead: its default of 128 KiB makes small requests."""
+    try:
+        Path(f"/sys/class/bdi/0:{minor}/read_ahead_kb").write_text(str(kilobytes))
+    except OSError as error:
+        log.warning("read-ahead stays as it is: %s", error)
+
+
+def unmount(mountpoint: str, flags: int = 0) -> int:
+    """umount2(2), without the GIL; an errno. Call it from a thread while the mount is served:
+    it may write dirty pages back."""
+    code = _libc.umount2(os.fsencode(mountpoint), flags | UMOUNT_NOFOLLOW)
+    return ctypes.get_errno() if code else 0
+
+
+def abort_mount(mountpoint: str, minor: int) -> None:
+    """End every request and every future one with an error, and take the mount out of the tree.
+    Only if it is still ours: something else may have been mounted there meanwhile."""
+    if mounted_minor(mountpoint) == minor:
+        unmount(mountpoint, MNT_FORCE | MNT_DETACH)
+        if mounted_minor(mountpoint) == minor:
+            unmount(mountpoint, MNT_DETACH)
+
+
+def mounted_minor(mountpoint: str) -> int:
+    """The device minor of the FUSE mount on top of `mountpoint`; -1 if there is none. Reads only
+    /proc, never the mount."""
+    found = -1
+    with open("/proc/self/mountinfo", "rb") as file:
+        for line in file:
+            fields = line.split(b" ")
+            path = fields[4].decode("unicode_escape").encode("latin-1")
+            if path == os.fsencode(mountpoint):
+                found = int(fields[2].split(b":")[1]) if b" - fuse" in line else -1
+    return found

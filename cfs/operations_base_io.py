@@ -1,0 +1,186 @@
+"""What all FUSE handlers share: the wrapper that lets only FUSEError out, counters, handles."""
+
+from __future__ import annotations
+
+import errno
+import functools
+import logging
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Concatenate, ParamSpec, TypeVar
+
+import trio
+
+from cfs.attributes import Attributes, SetAttributes
+from cfs.errors import FsError
+from cfs.filesystem import FileSystem
+from cfs.kernel_cache import EVERYTHING, KernelInode, Waiter
+from cfs.kernel_cache_io import ROOT_NODE, KernelCaches
+from cfs.mount_fuse_io import fuse, pyfuse3
+from cfs.mount_interrupt_io import RequestWaits
+from cfs.operations_entry_io import PlainEntry, entry
+from cluster.errors import BarredError
+from cluster.locks import CachedLock, Mode
+from native.requests import Request
+
+log = logging.getLogger("cfs.operations")
+
+P = ParamSpec("P")
+R = TypeVar("R")
+HANDLES_MAX = 1 << 20
+
+
+@dataclass(slots=True, eq=False)
+class Handle:
+    """An open file or directory. `number` is what the kernel calls it."""
+
+    number: int
+    inode: KernelInode
+    lock: CachedLock
+    flags: int = 0
+    uncached: bool = False
+    """Answered with direct_io: nothing of it goes through the page cache."""
+    shared_writer: bool = False
+    """Counted in `inode.writers`: a shared mapping of it can dirty pages without a request."""
+
+
+class OperationsBase(pyfuse3.Operations):  # type: ignore[misc]
+    """State and helpers of the handlers of one mount."""
+
+    supports_dot_lookup = False
+    enable_writeback_cache = False
+    enable_acl = False
+
+    def __init__(self, fs: FileSystem, caches: KernelCaches, waits: RequestWaits) -> None:
+        super().__init__()
+        self.fs = fs
+        self.caches = caches
+        self.waits = waits
+        self.counters: dict[str, int] = {}
+        self.errors = 0
+        self.handles: dict[int, Handle] = {}
+        self._handle_last = 0
+        self._root = fs.root_ino
+        self._plain = PlainEntry()
+        self.barred = False
+        self.request: Request
+        """The request being dispatched; valid until the first await of its handler."""
+
+    def ino(self, node: int) -> int:
+        """The inode number that the kernel calls `node`."""
+        return self._root if node == ROOT_NODE else node
+
+    def known(self, node: int) -> KernelInode:
+        """The account of an inode that a request names, which the kernel therefore knows."""
+        number = self._root if node == ROOT_NODE else node
+        inode = self.caches.inodes.get(number)
+        if inode is None:
+            attributes = self.fs.try_getattr(number)
+            generation = attributes.generation if attributes is not None else 0
+            inode = self.caches.know(number, generation, directory=node == ROOT_NODE)
+            inode.lookups += node == ROOT_NODE
+        return inode
+
+    def add_handle(self, inode: KernelInode, lock: CachedLock, flags: int) -> Handle:
+        """Number a new handle."""
+        if len(self.handles) >= HANDLES_MAX:
+            raise FsError(errno.ENFILE)
+        self._handle_last += 1
+        handle = Handle(self._handle_last, inode, lock, flags)
+        self.handles[handle.number] = handle
+        inode.handles += 1
+        return handle
+
+    def drop_handle(self, number: int) -> Handle:
+        """Forget a handle that the kernel has released."""
+        handle = self.handles.pop(number)
+        inode = handle.inode
+        inode.handles -= 1
+        if handle.shared_writer:
+            inode.writers -= 1
+        if self.caches.drop_if_unused(inode):
+            self.fs.forget([inode.number])
+        return handle
+
+    def answer_entry(
+        self, attributes: Attributes, name_timeout_s: float
+    ) -> pyfuse3.EntryAttributes:
+        """An answer that makes the kernel know an inode: counted until it is forgotten."""
+        ino = attributes.ino
+        fresh = self.fs.try_getattr(ino)
+        inode = self.caches.know(ino, attributes.generation, directory=attributes.is_directory)
+        inode.lookups += 1
+        timeout = 0.0
+        if fresh is not None and fresh.generation == attributes.generation:
+            attributes = fresh
+            lock = self.fs.inode_lock(ino)
+            timeout = self.caches.attribute_timeout(inode, lock, inode.revision)
+        found = entry(attributes, attribute_timeout_s=timeout, name_timeout_s=name_timeout_s)
+        if inode.node != ino:
+            found.st_ino = pyfuse3.InodeT(inode.node)
+        return found
+
+    def answer_attributes(
+        self, inode: KernelInode, attributes: Attributes
+    ) -> pyfuse3.EntryAttributes:
+        """An answer to GETATTR or SETATTR: the newest there is, believed while the lock is here."""
+        fresh = self.fs.try_getattr(inode.number)
+        if fresh is None:
+            return entry(attributes, attribute_timeout_s=0.0, name_timeout_s=0.0)
+        lock = self.fs.inode_lock(inode.number)
+        timeout = self.caches.attribute_timeout(inode, lock, inode.revision)
+        return entry(fresh, attribute_timeout_s=timeout, name_timeout_s=0.0)
+
+    async def truncate(self, inode: KernelInode, changes: SetAttributes) -> Attributes:
+        """Change attributes with a new size. The kernel holds back laundered WRITEs of the file
+        until this is answered, so a revocation must be able to let it pass."""
+        lock = self.fs.inode_lock(inode.number)
+        if not lock.try_hold(Mode.EX):
+            waiter = Waiter(0, 0, Mode.EX, writes=True, cached=False)
+            await self.caches.hold(inode, lock, waiter)
+        inode.serving += 1
+        try:
+            return await self.fs.setattr_held(inode.number, changes)
+        finally:
+            inode.note_write(*EVERYTHING)
+            lock.release(Mode.EX)
+            self.caches.served_one(inode)
+
+
+S = TypeVar("S", bound=OperationsBase)
+
+
+def handler(
+    function: Callable[Concatenate[S, P], Awaitable[R]],
+) -> Callable[Concatenate[S, P], Awaitable[R]]:
+    """Wrap a handler: count it, let a fatal signal of its caller end its waiting, turn every
+    exception into an errno. pyfuse3 would end the whole mount for anything but FUSEError."""
+    name = function.__name__
+
+    @functools.wraps(function)
+    async def wrapped(self: S, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        counters = self.counters
+        counters[name] = counters.get(name, 0) + 1
+        self.request = request = fuse.current_request()
+        task = trio.lowlevel.current_task()
+        requests = self.waits.requests
+        requests[task] = request
+        try:
+            return await function(self, *args, **kwargs)
+        except pyfuse3.FUSEError:
+            raise
+        except FsError as error:
+            raise pyfuse3.FUSEError(error.errno) from None
+        except BarredError:
+            self.barred = True
+            raise pyfuse3.FUSEError(errno.ENOTCONN) from None
+        except (trio.Cancelled, KeyboardInterrupt):
+            raise
+        except Exception:
+            self.errors += 1
+            log.exception("%s failed", name)
+            raise pyfuse3.FUSEError(errno.EIO) from None
+        finally:
+            del requests[task]
+
+    return wrapped

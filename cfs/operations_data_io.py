@@ -1,0 +1,230 @@
+"""Handlers of data: open, read, write, and what makes it durable.
+
+A READ or WRITE through the page cache takes the inode's lock itself, as a waiter that a revocation
+can serve or go around (`KernelCaches.hold`), because the kernel may keep pages locked for it. What
+bypasses the page cache (O_DIRECT; O_APPEND, which is answered with direct_io so that no page is
+ever filled at the end of file that the kernel believes in) goes through the core's own locking.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+
+import trio
+
+from cfs.attributes import SetAttributes
+from cfs.filesystem import FileSystem
+from cfs.kernel_cache import KernelInode, Waiter
+from cfs.kernel_cache_io import KernelCaches
+from cfs.mount_fuse_io import pyfuse3
+from cfs.mount_interrupt_io import RequestWaits
+from cfs.operations_base_io import Handle, OperationsBase, handler
+from cluster.locks import CachedLock, Mode
+
+READ_BYTES_MAX = 512 << 20
+"""Data of READs being answered; above it further ones wait (their lock held, their turn near)."""
+SYNC_BIT = os.O_SYNC & ~os.O_DSYNC
+TRUNCATED = SetAttributes(size=0)
+
+
+class Admission:
+    """Bytes in progress, bounded; first come, first served."""
+
+    def __init__(self, bytes_max: int) -> None:
+        self._free = bytes_max
+        self._queue: list[trio.Event] = []
+
+    async def enter(self, size: int) -> None:
+        while self._queue or self._free < size:
+            event = trio.Event()
+            self._queue.append(event)
+            await event.wait()
+            if self._free >= size:
+                break
+        self._free -= size
+
+    def leave(self, size: int) -> None:
+        self._free += size
+        if self._queue:
+            self._queue.pop(0).set()
+
+
+class DataOperations(OperationsBase):
+    """open, read, write, fsync, flush, release."""
+
+    mmap_coherent = True
+
+    def __init__(self, fs: FileSystem, caches: KernelCaches, waits: RequestWaits) -> None:
+        super().__init__(fs, caches, waits)
+        self.admission = Admission(READ_BYTES_MAX)
+
+    async def open_handle(self, inode: KernelInode, flags: int) -> pyfuse3.FileInfo:
+        """Open an inode that the kernel knows; the answer follows without a checkpoint."""
+        number = inode.number
+        if not self.fs.try_open_ref(number):
+            await self.fs.open_ref(number)
+        try:
+            if flags & os.O_TRUNC:
+                await self.truncate(inode, TRUNCATED)
+            handle = self.add_handle(inode, self.fs.inode_lock(number), flags)
+        except BaseException:
+            self.fs.close_ref(number)
+            raise
+        handle.uncached = bool(flags & os.O_APPEND)
+        if flags & os.O_ACCMODE == os.O_RDWR:
+            if self.mmap_coherent:
+                await self._start_shared_writing(handle)
+            else:
+                handle.uncached = True
+        return pyfuse3.FileInfo(
+            fh=pyfuse3.FileHandleT(handle.number), direct_io=handle.uncached, keep_cache=True
+        )
+
+    async def _start_shared_writing(self, handle: Handle) -> None:
+        """From now on the inode's pages are valid only under EX (rule G5). Those that are cached
+        under PR stay valid if the lock goes up without having gone down; if it does go down
+        first, the revocation drops them because `writers` is up."""
+        handle.shared_writer = True
+        handle.inode.writers += 1
+        if not handle.lock.try_hold(Mode.EX):
+            try:
+                await handle.lock.hold(Mode.EX)
+            except BaseException:
+                self.drop_handle(handle.number)
+                self.fs.close_ref(handle.inode.number)
+                raise
+        handle.lock.release(Mode.EX)
+
+    @handler
+    async def open(
+        self, inode: pyfuse3.InodeT, flags: pyfuse3.FlagT, ctx: pyfuse3.RequestContext
+    ) -> pyfuse3.FileInfo:
+        return await self.open_handle(self.known(inode), flags)
+
+    @handler
+    async def release(self, fh: pyfuse3.FileHandleT) -> None:
+        handle = self.drop_handle(fh)
+        self.fs.close_ref(handle.inode.number)
+
+    @handler
+    async def flush(self, fh: pyfuse3.FileHandleT) -> None:
+        """Answered at once: close() must not hang while the cluster is frozen."""
+
+    @handler
+    async def fsync(self, fh: pyfuse3.FileHandleT, datasync: bool) -> None:
+        await self.fs.fsync(self.handles[fh].inode.number, datasync)
+
+    # -- reading -------------------------------------------------------------------------------
+
+    @handler
+    async def read(self, fh: pyfuse3.FileHandleT, off: int, size: int) -> bytes:
+        handle = self.handles[fh]
+        inode = handle.inode
+        if handle.uncached or self.request.flags & os.O_DIRECT:
+            return await self.fs.read(inode.number, off, size, direct=True)
+        lock = handle.lock
+        while True:
+            mode = Mode.EX if inode.writers else Mode.PR
+            if inode.revoking or not lock.try_hold(mode):
+                waiter = Waiter(off, off + size, mode, writes=False, cached=True)
+                await self.caches.hold(inode, lock, waiter)
+            if mode == Mode.EX or not inode.writers:
+                break
+            lock.release(mode)  # a shared writer came while this waited
+        inode.serving += 1
+        try:
+            if inode.writers:
+                # Stores into these pages will ask nobody: they get their blocks now.
+                await self.fs.reserve_held(inode.number, off, size)
+            return await self._read_current(inode, off, size)
+        finally:
+            inode.answered_read(off, off + size)
+            lock.release(mode)
+            self.caches.served_one(inode)
+
+    async def _read_current(self, inode: KernelInode, off: int, size: int) -> bytes:
+        """Read under the lock; again if a write overtook it, because its page would be believed."""
+        await self.admission.enter(size)
+        inode.reading += 1
+        try:
+            while True:
+                number = inode.write_number
+                data = await self.fs.read_held(inode.number, off, size)
+                if number == inode.write_number or not inode.written_since(number, off, off + size):
+                    return data
+        finally:
+            inode.reading -= 1
+            if not inode.reading:
+                inode.writes.clear()
+            self.admission.leave(size)
+
+    # -- writing -------------------------------------------------------------------------------
+
+    @handler
+    async def write(self, fh: pyfuse3.FileHandleT, off: int, buf: bytes) -> int:
+        request = self.request
+        if request.laundered:
+            return await self._launder(self.known(pyfuse3.InodeT(request.inode)), off, buf)
+        handle = self.handles[fh]
+        inode = handle.inode
+        flags = request.flags
+        if handle.uncached or flags & (os.O_DIRECT | os.O_APPEND):
+            return await self._write_past_cache(handle, flags, off, buf)
+        lock = handle.lock
+        arrived_ns = time.monotonic_ns()
+        if inode.revoking or not lock.try_hold(Mode.EX):
+            waiter = Waiter(off, off + len(buf), Mode.EX, writes=True, cached=True)
+            await self.caches.hold(inode, lock, waiter)
+        written = await self._write_under(inode, lock, off, buf)
+        if inode.filled and inode.near_invalidation(arrived_ns):
+            await self.caches.drop_filled(inode, off, off + len(buf))
+        if flags & os.O_DSYNC:
+            await self.fs.fsync(inode.number, not flags & SYNC_BIT)
+        return written
+
+    async def _write_past_cache(self, handle: Handle, flags: int, off: int, buf: bytes) -> int:
+        inode = handle.inode
+        append = bool(flags & os.O_APPEND)
+        written = await self.fs.write(
+            inode.number,
+            off,
+            buf,
+            append=append,
+            sync=bool(flags & os.O_DSYNC),
+            direct=bool(flags & os.O_DIRECT),
+        )
+        if handle.uncached:
+            await self.caches.settle(inode, off, off + len(buf))
+        elif append:
+            # O_APPEND was set on an open handle (F_SETFL): the kernel has filled pages at its own
+            # idea of the end.
+            self.caches.start_settle(inode, off, off + len(buf))
+        else:
+            inode.note_write(off, off + len(buf))
+        return written
+
+    async def _write_under(
+        self, inode: KernelInode, lock: CachedLock, off: int, buf: bytes, laundered: bool = False
+    ) -> int:
+        """Write under the EX hold that the caller has taken, and give it back."""
+        inode.serving += 1
+        try:
+            return await self.fs.write_held(inode.number, off, buf, laundered=laundered)
+        finally:
+            inode.note_write(off, off + len(buf))
+            inode.pages.add(off, off + len(buf))
+            lock.release(Mode.EX)
+            self.caches.served_one(inode)
+
+    async def _launder(self, inode: KernelInode, off: int, buf: bytes) -> int:
+        """The kernel writes dirty pages of a shared mapping back; if this failed they would be
+        lost, and whoever invalidates them waits for it. It is only buffered."""
+        lock = self.fs.inode_lock(inode.number)
+        if not lock.hold_demoting(Mode.EX):
+            # Pages of an inode with a shared writer are valid only under EX, so this is rare: the
+            # grant is on its way.
+            self.counters["launder_waits"] = self.counters.get("launder_waits", 0) + 1
+            await lock.hold(Mode.EX)
+        await self._write_under(inode, lock, off, buf, laundered=True)
+        return len(buf)

@@ -1,0 +1,311 @@
+"""Handlers of names and attributes: the complete set of FUSE operations of a mount.
+
+Answers that the kernel may cache are built and sent without a checkpoint between the look at the
+lock and the answer; see `KernelCaches.attribute_timeout` and `name_timeout`.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from collections.abc import Sequence
+
+from cfs.attributes import Attributes, DirEntry, SetAttributes
+from cfs.errors import FsError
+from cfs.kernel_cache import KernelInode
+from cfs.mount_fuse_io import pyfuse3
+from cfs.operations_base_io import handler
+from cfs.operations_data_io import DataOperations
+from cfs.operations_entry_io import absent
+
+READDIR_BATCH = 64
+PERMISSION_BITS = 0o7777
+Entry = pyfuse3.EntryAttributes
+Context = pyfuse3.RequestContext
+
+
+class CfsOperations(DataOperations):
+    """What pyfuse3 calls."""
+
+    # -- names -----------------------------------------------------------------------------------
+
+    @handler
+    async def lookup(
+        self, parent_inode: pyfuse3.InodeT, name: pyfuse3.FileNameT, ctx: Context | None = None
+    ) -> Entry:
+        parent = self.known(parent_inode)
+        number = parent.number
+        revision = parent.revision
+        try:
+            attributes = self.fs.try_lookup(number, name)
+            if attributes is None:
+                attributes = await self.fs.lookup(number, name)
+        except FsError as error:
+            timeout = self._name_timeout(parent, revision)
+            if error.errno != errno.ENOENT or not timeout:
+                raise
+            return absent(timeout)
+        return self.answer_entry(attributes, self._name_timeout(parent, revision))
+
+    def _name_timeout(self, parent: KernelInode, revision: int) -> float:
+        return self.caches.name_timeout(parent, self.fs.inode_lock(parent.number), revision)
+
+    def _made(self, parent: KernelInode, revision: int, attributes: Attributes) -> Entry:
+        return self.answer_entry(attributes, self._name_timeout(parent, revision))
+
+    @handler
+    async def forget(self, inode_list: Sequence[tuple[pyfuse3.InodeT, int]]) -> None:
+        inodes = self.caches.inodes
+        unused = []
+        for node, count in inode_list:
+            inode = inodes.get(self.ino(node))
+            if inode is None:
+                continue
+            inode.lookups = max(0, inode.lookups - count)
+            if self.caches.drop_if_unused(inode):
+                unused.append(inode.number)
+        if unused:
+            self.fs.forget(unused)
+
+    @handler
+    async def create(
+        self,
+        parent_inode: pyfuse3.InodeT,
+        name: pyfuse3.FileNameT,
+        mode: pyfuse3.ModeT,
+        flags: pyfuse3.FlagT,
+        ctx: Context,
+    ) -> tuple[pyfuse3.FileInfo, Entry]:
+        parent = self.known(parent_inode)
+        revision = parent.revision
+        try:
+            attributes = await self.fs.create(parent.number, name, mode, ctx.uid, ctx.gid)
+        except FsError as error:
+            if error.errno == errno.EEXIST and not flags & os.O_EXCL:
+                # Another node made it meanwhile. ESTALE lets the kernel look again and open it
+                # the ordinary way, with the permission checks that a CREATE does not get.
+                raise FsError(errno.ESTALE) from None
+            raise
+        # Two answers in one: nothing may come between the entry's and the handle's making.
+        inode = self.caches.know(attributes.ino, attributes.generation, directory=False)
+        inode.lookups += 1
+        try:
+            info = await self.open_handle(inode, flags & ~os.O_TRUNC)
+        except BaseException:
+            inode.lookups -= 1
+            raise
+        inode.lookups -= 1
+        return info, self._made(parent, revision, attributes)
+
+    @handler
+    async def mknod(
+        self,
+        parent_inode: pyfuse3.InodeT,
+        name: pyfuse3.FileNameT,
+        mode: pyfuse3.ModeT,
+        rdev: int,
+        ctx: Context,
+    ) -> Entry:
+        parent = self.known(parent_inode)
+        revision = parent.revision
+        made = await self.fs.mknod(parent.number, name, mode, ctx.uid, ctx.gid, rdev)
+        return self._made(parent, revision, made)
+
+    @handler
+    async def mkdir(
+        self,
+        parent_inode: pyfuse3.InodeT,
+        name: pyfuse3.FileNameT,
+        mode: pyfuse3.ModeT,
+        ctx: Context,
+    ) -> Entry:
+        parent = self.known(parent_inode)
+        revision = parent.revision
+        made = await self.fs.mkdir(parent.number, name, mode, ctx.uid, ctx.gid)
+        return self._made(parent, revision, made)
+
+    @handler
+    async def symlink(
+        self,
+        parent_inode: pyfuse3.InodeT,
+        name: pyfuse3.FileNameT,
+        target: pyfuse3.FileNameT,
+        ctx: Context,
+    ) -> Entry:
+        parent = self.known(parent_inode)
+        revision = parent.revision
+        made = await self.fs.symlink(parent.number, name, target, ctx.uid, ctx.gid)
+        return self._made(parent, revision, made)
+
+    @handler
+    async def link(
+        self,
+        inode: pyfuse3.InodeT,
+        new_parent_inode: pyfuse3.InodeT,
+        new_name: pyfuse3.FileNameT,
+        ctx: Context,
+    ) -> Entry:
+        parent = self.known(new_parent_inode)
+        revision = parent.revision
+        made = await self.fs.link(self.ino(inode), parent.number, new_name)
+        return self._made(parent, revision, made)
+
+    @handler
+    async def unlink(
+        self, parent_inode: pyfuse3.InodeT, name: pyfuse3.FileNameT, ctx: Context
+    ) -> None:
+        await self.fs.unlink(self.ino(parent_inode), name)
+
+    @handler
+    async def rmdir(
+        self, parent_inode: pyfuse3.InodeT, name: pyfuse3.FileNameT, ctx: Context
+    ) -> None:
+        await self.fs.rmdir(self.ino(parent_inode), name)
+
+    @handler
+    async def rename(
+        self,
+        parent_inode_old: pyfuse3.InodeT,
+        name_old: pyfuse3.FileNameT,
+        parent_inode_new: pyfuse3.InodeT,
+        name_new: pyfuse3.FileNameT,
+        flags: pyfuse3.FlagT,
+        ctx: Context,
+    ) -> None:
+        await self.fs.rename(
+            self.ino(parent_inode_old), name_old, self.ino(parent_inode_new), name_new, flags
+        )
+
+    @handler
+    async def readlink(self, inode: pyfuse3.InodeT, ctx: Context) -> pyfuse3.FileNameT:
+        return pyfuse3.FileNameT(await self.fs.readlink(self.ino(inode)))
+
+    # -- attributes --------------------------------------------------------------------------------
+
+    @handler
+    async def getattr(self, inode: pyfuse3.InodeT, ctx: Context | None = None) -> Entry:
+        account = self.known(inode)
+        attributes = self.fs.try_getattr(account.number)
+        if attributes is None:
+            attributes = await self.fs.getattr(account.number)
+        if account.generation != attributes.generation and account.node == account.number:
+            raise FsError(errno.ESTALE)
+        return self.answer_attributes(account, attributes)
+
+    @handler
+    async def setattr(
+        self,
+        inode: pyfuse3.InodeT,
+        attr: Entry,
+        fields: pyfuse3.SetattrFields,
+        fh: pyfuse3.FileHandleT | None,
+        ctx: Context,
+    ) -> Entry:
+        account = self.known(inode)
+        changes = SetAttributes(
+            size=attr.st_size if fields.update_size else None,
+            mode=attr.st_mode & PERMISSION_BITS if fields.update_mode else None,
+            uid=attr.st_uid if fields.update_uid else None,
+            gid=attr.st_gid if fields.update_gid else None,
+            atime_ns=attr.st_atime_ns if fields.update_atime else None,
+            mtime_ns=attr.st_mtime_ns if fields.update_mtime else None,
+            ctime_ns=attr.st_ctime_ns if fields.update_ctime else None,
+        )
+        if changes.size is not None:
+            changed = await self.truncate(account, changes)
+        else:
+            changed = await self.fs.setattr(account.number, changes)
+        return self.answer_attributes(account, changed)
+
+    @handler
+    async def statfs(self, ctx: Context) -> pyfuse3.StatvfsData:
+        totals = await self.fs.statfs()
+        found = pyfuse3.StatvfsData()
+        found.f_bsize = found.f_frsize = totals.block_bytes
+        found.f_blocks = totals.blocks
+        found.f_bfree = found.f_bavail = totals.free_blocks
+        found.f_files = totals.blocks
+        found.f_ffree = found.f_favail = totals.free_blocks
+        found.f_namemax = totals.name_bytes_max
+        return found
+
+    # Extended attributes are not there yet; ENOSYS makes the kernel stop asking.
+
+    @handler
+    async def getxattr(
+        self, inode: pyfuse3.InodeT, name: pyfuse3.XAttrNameT, ctx: Context
+    ) -> bytes:
+        raise FsError(errno.ENOSYS)
+
+    @handler
+    async def setxattr(
+        self, inode: pyfuse3.InodeT, name: pyfuse3.XAttrNameT, value: bytes, ctx: Context
+    ) -> None:
+        raise FsError(errno.ENOSYS)
+
+    @handler
+    async def listxattr(self, inode: pyfuse3.InodeT, ctx: Context) -> Sequence[pyfuse3.XAttrNameT]:
+        raise FsError(errno.ENOSYS)
+
+    @handler
+    async def removexattr(
+        self, inode: pyfuse3.InodeT, name: pyfuse3.XAttrNameT, ctx: Context
+    ) -> None:
+        raise FsError(errno.ENOSYS)
+
+    # -- directories -------------------------------------------------------------------------------
+
+    @handler
+    async def opendir(self, inode: pyfuse3.InodeT, ctx: Context) -> pyfuse3.FileHandleT:
+        account = self.known(inode)
+        number = account.number
+        if not self.fs.try_open_ref(number):
+            await self.fs.open_ref(number)
+        try:
+            handle = self.add_handle(account, self.fs.inode_lock(number), 0)
+        except BaseException:
+            self.fs.close_ref(number)
+            raise
+        return pyfuse3.FileHandleT(handle.number)
+
+    @handler
+    async def releasedir(self, fh: pyfuse3.FileHandleT) -> None:
+        handle = self.drop_handle(fh)
+        self.fs.close_ref(handle.inode.number)
+
+    @handler
+    async def fsyncdir(self, fh: pyfuse3.FileHandleT, datasync: bool) -> None:
+        await self.fs.fsync(self.handles[fh].inode.number, datasync)
+
+    @handler
+    async def readdir(
+        self, fh: pyfuse3.FileHandleT, start_id: int, token: pyfuse3.ReaddirToken
+    ) -> None:
+        parent = self.handles[fh].inode
+        cookie = start_id
+        while True:
+            revision = parent.revision
+            found = await self.fs.readdir(parent.number, cookie, READDIR_BATCH)
+            timeout = self._name_timeout(parent, revision)
+            for item in found:
+                if not self._reply_name(token, item, timeout):
+                    return
+                cookie = item.cookie
+            if len(found) < READDIR_BATCH:
+                return
+
+    def _reply_name(self, token: pyfuse3.ReaddirToken, item: DirEntry, timeout_s: float) -> bool:
+        """Add a name to the answer, with attributes if they are here, as a LOOKUP would."""
+        name = pyfuse3.FileNameT(item.name)
+        if timeout_s and item.name not in (b".", b".."):
+            attributes = self.fs.try_getattr(item.ino)
+            if attributes is not None and stat.S_IFMT(attributes.mode) == item.type:
+                answer = self.answer_entry(attributes, timeout_s)
+                if pyfuse3.readdir_reply(token, name, answer, item.cookie):
+                    return True
+                inode = self.caches.inodes[item.ino]
+                inode.lookups -= 1
+                self.caches.drop_if_unused(inode)
+                return False
+        return bool(pyfuse3.readdir_reply(token, name, self._plain.fill(item), item.cookie))
