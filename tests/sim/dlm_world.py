@@ -1,0 +1,489 @@
+"""Lockspace members, a network and a process group in one deterministic world.
+
+Every step is one choice of the seed: deliver the head of one link, hand the next group event to one
+member, let a client do something, or a fault. Links are first in, first out; nothing between
+survivors is lost; a dead member's links lose a random tail. After each step the invariants of the
+lock manager are checked over all members (`Checker`), also counting dead members whose caches may
+still be served (until `silent`) or whose writes may still land (until `released`).
+"""
+
+from __future__ import annotations
+
+import random
+from collections import deque
+from dataclasses import dataclass, field
+
+from cluster.control import GroupEvent, GroupMember
+from cluster.ids import Epoch, Incarnation, Instance, InstanceNo, NodeId
+from cluster.locks import Mode
+from dlm.engine import Completion
+from dlm.lockspace import Blocking, Left, Lockspace, Send
+from dlm.messages import NO_MODE
+from dlm.modes import (
+    COMPATIBLE,
+    COVERS,
+    LVB_WRITERS,
+    QUECVT_LEGAL,
+    WRITE_MODES,
+    Flags,
+    Result,
+)
+
+MODES = list(Mode)
+STEPS_MAX = 200_000
+
+
+class Violation(AssertionError):
+    """An invariant does not hold."""
+
+
+@dataclass
+class Client:
+    """What the user of one lock knows."""
+
+    name: bytes
+    number: int
+    mode: Mode | None = None
+    pending: int = 0
+    completions: int = 0
+    ops: int = 0
+    wanted: int = 0
+    unlocking: bool = False
+
+
+@dataclass
+class Member:
+    """A process with its lockspace and its clients."""
+
+    space: Lockspace
+    position: int
+    clients: dict[int, Client] = field(default_factory=dict)
+    leaving: bool = False
+    gone: bool = False
+
+
+class World:
+    """The whole, driven by one seed."""
+
+    def __init__(self, seed: int, *, names: int = 4, members: int = 3, faults: bool = True) -> None:
+        self.random = random.Random(seed)
+        self.names = [b"r%d" % n for n in range(names)]
+        self.members: dict[Instance, Member] = {}
+        self.links: dict[tuple[Instance, Instance], deque[bytes]] = {}
+        self.log: list[GroupEvent] = []
+        self.view: list[Instance] = []
+        self.dead: list[Instance] = []
+        self.silent: list[Instance] = []
+        self.corpses: dict[Instance, list[tuple[bytes, Mode]]] = {}
+        self.faults = faults
+        self.size = members
+        self.births = 0
+        self.steps = 0
+        self.trace: list[str] | None = None
+        self.writes = 0
+        self.lvb: dict[bytes, bytes | None] = {}
+        self.tokens: dict[bytes, tuple[int, int]] = {}
+        for _ in range(members):
+            self.birth()
+
+    # The group.
+
+    def birth(self) -> None:
+        """A new process joins."""
+        self.births += 1
+        node = 1 + self.births % 4
+        me = Instance(NodeId(node), Incarnation(1 + self.births // 4), InstanceNo(1))
+        self.members[me] = Member(Lockspace(me), len(self.log))
+        self.view = sorted([*self.view, me])
+        self.event("view", joined=[me])
+
+    def event(self, kind: str, **fields: object) -> None:
+        """The next event of the group, for everybody."""
+        members = [GroupMember(one, f"n{one.node}", [], 0) for one in self.view]
+        made = GroupEvent(
+            "sim", Epoch(1), len(self.log) + 1, kind, members,
+            dead=list(self.dead), silent=list(self.silent), **fields,
+        )  # fmt: skip
+        self.log.append(made)
+
+    def crash(self, victim: Instance) -> None:
+        """The process is dead; what it had sent may or may not arrive."""
+        member = self.members.pop(victim)
+        held = []
+        for lock in member.space.owner.locks.values():
+            if lock.mode > Mode.NL:
+                held.append((lock.resource.name, Mode(lock.mode)))
+                if lock.mode in LVB_WRITERS:
+                    self.lvb[lock.resource.name] = None
+        self.corpses[victim] = held
+        for (source, _to), link in self.links.items():
+            if source == victim:
+                for _ in range(self.random.randint(0, len(link))):
+                    link.pop()
+        self.dead.append(victim)
+        self.view = [one for one in self.view if one != victim]
+        self.event("view", failed=[victim])
+        self.note(f"crash {victim}")
+
+    def group_silent(self, subject: Instance) -> None:
+        self.silent.append(subject)
+        self.corpses[subject] = [h for h in self.corpses[subject] if h[1] in WRITE_MODES]
+        self.event("silent", subject=subject)
+
+    def group_released(self, subject: Instance) -> None:
+        self.silent.remove(subject)
+        self.dead.remove(subject)
+        del self.corpses[subject]
+        self.event("released", subject=subject)
+
+    # One step.
+
+    def note(self, text: str) -> None:
+        if self.trace is not None:
+            self.trace.append(f"{self.steps}: {text}")
+
+    def moves(self) -> list[tuple[str, object]]:
+        """What the network and the group could do now."""
+        ready: list[tuple[str, object]] = [
+            ("link", key) for key, link in self.links.items() if link and key[1] in self.members
+        ]
+        ready += [
+            ("event", me) for me, one in self.members.items() if one.position < len(self.log)
+        ]
+        return ready
+
+    def step(self, clients: float = 0.3) -> bool:
+        """Do one thing; False if nothing can be done."""
+        self.steps += 1
+        moves = self.moves()
+        if self.faults and self.random.random() < 0.01:
+            self.fault()
+        elif clients and (not moves or self.random.random() < clients):
+            self.client_step()
+        elif moves:
+            self.move(*self.random.choice(moves))
+        else:
+            return False
+        self.check()
+        return True
+
+    def move(self, kind: str, what: object) -> None:
+        if kind == "link":
+            source, to = what  # type: ignore[misc]
+            payload = self.links[source, to].popleft()
+            member = self.members[to]
+            member.space.now_ns = self.steps
+            member.space.receive(source, payload)
+        else:
+            to = what  # type: ignore[assignment]
+            member = self.members[to]
+            event = self.log[member.position]
+            member.position += 1
+            self.note(f"{to} takes {event.kind} {event.seq}")
+            member.space.group_event(event)
+        self.perform(to, member)
+
+    def perform(self, me: Instance, member: Member) -> None:
+        for action in member.space.take():
+            if isinstance(action, Send):
+                self.links.setdefault((me, action.to), deque()).append(action.payload)
+            elif isinstance(action, Completion):
+                self.completed(member, action)
+            elif isinstance(action, Blocking):
+                client = member.clients.get(action.lock)
+                if client is not None:
+                    client.wanted |= action.waiting
+            elif isinstance(action, Left) and me in self.view:
+                self.note(f"{me} left")
+                member.gone = True
+                self.view = [one for one in self.view if one != me]
+                self.event("view", left=[me])
+        if member.gone:
+            self.members.pop(me, None)
+
+    def fault(self) -> None:
+        chance = self.random.random()
+        waiting = [one for one in self.dead if one not in self.silent]
+        if chance < 0.35 and len(self.view) > 1:
+            alive = [one for one in self.view if one in self.members]
+            if len(alive) > 1:
+                self.crash(self.random.choice(alive))
+        elif chance < 0.55 and waiting:
+            self.group_silent(self.random.choice(waiting))
+        elif chance < 0.75 and self.silent:
+            self.group_released(self.random.choice(self.silent))
+        elif chance < 0.9 and len(self.view) < self.size:
+            self.birth()
+        elif len(self.view) > 1:
+            me = self.random.choice(self.view)
+            member = self.members.get(me)
+            if member is not None and member.space.members:
+                self.note(f"{me} leaves")
+                self.leave(me, member)
+
+    def leave(self, me: Instance, member: Member) -> None:
+        member.leaving = True
+        for number, client in member.clients.items():
+            if not client.unlocking:
+                client.unlocking = True
+                client.ops += 1
+                self.lowered(member, client, number, Flags.IVVALBLK, None, None)
+        member.space.leave()
+        self.perform(me, member)
+
+    # Clients.
+
+    def client_step(self) -> None:
+        ready = [
+            me
+            for me, member in self.members.items()
+            if member.space.members and not member.leaving
+        ]
+        if not ready:
+            return
+        me = self.random.choice(ready)
+        member = self.members[me]
+        member.space.now_ns = self.steps
+        free = [one for one in member.clients.values() if not one.unlocking]
+        if not free or (len(free) < 4 and self.random.random() < 0.4):
+            self.new_lock(member)
+        else:
+            client = self.random.choice(free)
+            wanted = [one for one in free if one.wanted and not one.pending]
+            if wanted and self.random.random() < 0.6:
+                client = self.random.choice(wanted)
+                self.obey(member, client)
+            else:
+                self.operate(member, client)
+        self.perform(me, member)
+
+    def new_lock(self, member: Member) -> None:
+        name = self.random.choice(self.names)
+        mode = self.random.choice(MODES)
+        flags = Flags.VALBLK
+        roll = self.random.random()
+        if roll < 0.15:
+            flags |= Flags.NOQUEUE
+        elif roll < 0.2:
+            flags |= Flags.NOQUEUE | Flags.NOQUEUEBAST
+        elif roll < 0.25 and mode == Mode.NL:
+            flags |= Flags.EXPEDITE
+        number = member.space.lock(name, mode, flags)
+        assert number is not None
+        self.note(f"{member.space.me} lock {number} {name!r} {mode.name} {flags!r}")
+        member.clients[number] = Client(name, number, pending=1, ops=1)
+
+    def operate(self, member: Member, client: Client) -> None:
+        roll = self.random.random()
+        number = client.number
+        if client.pending:
+            if roll < 0.5:
+                assert member.space.cancel(number) == Result.GRANTED
+            elif roll < 0.7:
+                self.unlock(member, client, Flags.FORCEUNLOCK)
+            else:
+                assert member.space.convert(number, Mode.EX) == Result.BUSY
+        elif roll < 0.35:
+            self.unlock(member, client, Flags.NONE)
+        else:
+            self.convert(member, client, self.random.choice(MODES))
+
+    def value(self) -> bytes:
+        self.writes += 1
+        return b"%064d" % self.writes
+
+    def lowered(
+        self,
+        member: Member,
+        client: Client,
+        number: int,
+        flags: Flags,
+        mode: Mode | None,
+        lvb: bytes | None,
+    ) -> None:
+        """The client gives up a write mode: that is when its value block becomes the last one."""
+        held = member.space.owner.locks[number].mode
+        if held in LVB_WRITERS and (mode is None or not COVERS[mode][held] or mode == held):
+            if flags & Flags.IVVALBLK:
+                self.lvb[client.name] = None
+            elif flags & Flags.VALBLK and lvb is not None:
+                self.lvb[client.name] = lvb
+
+    def unlock(self, member: Member, client: Client, flags: Flags) -> None:
+        if self.random.random() < 0.7:
+            flags |= Flags.VALBLK
+        lvb = self.value()
+        self.lowered(member, client, client.number, flags, None, lvb)
+        client.unlocking = True
+        client.ops += 1
+        self.note(f"{member.space.me} unlock {client.number} {client.name!r} {flags!r} {lvb[-4:]!r}")
+        result = member.space.unlock(client.number, flags, lvb)
+        assert result == Result.GRANTED, result
+
+    def convert(self, member: Member, client: Client, mode: Mode) -> None:
+        held = Mode(member.space.owner.locks[client.number].mode)
+        flags = Flags.NONE
+        if self.random.random() < 0.7:
+            flags |= Flags.VALBLK
+        roll = self.random.random()
+        if roll < 0.4 and QUECVT_LEGAL[held][mode]:
+            flags |= Flags.QUECVT
+        elif roll < 0.5:
+            flags |= Flags.NOQUEUE
+        elif roll < 0.55:
+            flags |= Flags.CONVDEADLK
+        lvb = self.value()
+        self.lowered(member, client, client.number, flags, mode, lvb)
+        client.pending = 1
+        client.ops += 1
+        client.wanted = 0
+        me = member.space.me
+        self.note(f"{me} convert {client.number} {client.name!r} {mode.name} {flags!r}")
+        result = member.space.convert(client.number, mode, flags, lvb)
+        assert result == Result.GRANTED, result
+
+    def obey(self, member: Member, client: Client) -> None:
+        """A blocking callback: get out of the way."""
+        if self.random.random() < 0.5:
+            self.unlock(member, client, Flags.NONE)
+        else:
+            client.wanted = 0
+            self.convert(member, client, Mode.NL)
+
+    def completed(self, member: Member, done: Completion) -> None:
+        client = member.clients.get(done.lock)
+        if client is None:
+            raise Violation(f"S6: callback of {done.lock} after its end")
+        client.completions += 1
+        if client.completions > client.ops:
+            raise Violation(f"S6: {client.name!r} {done} completed twice")
+        self.note(f"{member.space.me} completed {done.lock} {client.name!r} {done.result.name} {done.mode.name} lvb {done.lvb_valid} {done.lvb and done.lvb[-4:]!r}")  # fmt: skip
+        if done.result == Result.UNLOCKED:
+            if client.completions != client.ops:
+                raise Violation(f"S6: an operation of {client.name!r} never completed")
+            del member.clients[done.lock]
+            return
+        client.pending = 0
+        if done.result == Result.GRANTED:
+            client.mode = done.mode
+            if done.lvb is not None and done.lvb_valid:
+                self.read_lvb(client.name, done.lvb)
+            if done.mode == Mode.EX and done.grant != (0, 0):
+                if done.grant <= self.tokens.get(client.name, (0, 0)):
+                    raise Violation(f"S10: token {done.grant} of {client.name!r} is not new")
+                self.tokens[client.name] = done.grant
+        elif client.mode is None and not client.unlocking:
+            del member.clients[done.lock]
+
+    def read_lvb(self, name: bytes, value: bytes) -> None:
+        if self.lvb.get(name) != value:
+            raise Violation(f"S8: {name!r} {value!r} is not the last write {self.lvb.get(name)!r}")
+
+    # Invariants.
+
+    def check(self) -> None:
+        held: dict[bytes, list[tuple[object, Mode]]] = {}
+        masters: dict[bytes, Instance] = {}
+        for me, member in self.members.items():
+            member.space.check()
+            for lock in member.space.owner.locks.values():
+                mode = lock.mode
+                if lock.pending and lock.flags & Flags.CONVDEADLK:
+                    mode = Mode.NL
+                if mode > Mode.NL:
+                    held.setdefault(lock.resource.name, []).append((me, Mode(mode)))
+            for name in member.space.master.resources:
+                if name in masters:
+                    raise Violation(f"S3: {name!r} has two masters, {me} and {masters[name]}")
+                masters[name] = me
+        for corpse, locks in self.corpses.items():
+            for name, mode in locks:
+                held.setdefault(name, []).append((corpse, mode))
+        for name, locks in held.items():
+            for index, (one, mode) in enumerate(locks):
+                for two, other in locks[index + 1 :]:
+                    if not COMPATIBLE[mode][other]:
+                        both_dead = one in self.corpses and two in self.corpses
+                        if not both_dead:
+                            raise Violation(
+                                f"S1: {name!r} held by {one} {mode.name} and {two} {other.name}"
+                            )
+
+    # The end: no more faults, everybody obeys, everything must complete and vanish.
+
+    def quiesce(self) -> None:
+        self.faults = False
+        self.drain()
+        for one in list(self.dead):
+            if one not in self.silent:
+                self.group_silent(one)
+            self.group_released(one)
+        self.drain()
+        for _ in range(STEPS_MAX):
+            if not self.obey_all():
+                break
+            self.drain()
+        stuck = [
+            (str(me), client)
+            for me, member in self.members.items()
+            for client in member.clients.values()
+            if client.pending
+        ]
+        if stuck:
+            raise Violation(f"L1: never completed: {stuck}")
+        self.conservation()
+        for member in self.members.values():
+            for client in list(member.clients.values()):
+                self.unlock(member, client, Flags.NONE)
+                self.perform(member.space.me, member)
+        self.drain()
+        for me, member in self.members.items():
+            space = member.space
+            left = space.owner.locks, space.master.resources, space.directory.records
+            if any(left):
+                raise Violation(f"L4: {me} keeps {left}")
+
+    def drain(self) -> None:
+        for _ in range(STEPS_MAX):
+            self.steps += 1
+            moves = self.moves()
+            if not moves:
+                return
+            self.move(*self.random.choice(moves))
+            self.check()
+        raise Violation("L1: the members never stop talking")
+
+    def obey_all(self) -> bool:
+        acted = False
+        for me, member in list(self.members.items()):
+            for client in list(member.clients.values()):
+                if client.wanted and not client.unlocking:
+                    flags = Flags.FORCEUNLOCK if client.pending else Flags.NONE
+                    self.unlock(member, client, flags)
+                    self.perform(me, member)
+                    acted = True
+        return acted
+
+    def conservation(self) -> None:
+        """S11: each lock of each owner is at exactly one master, with the same modes."""
+        there = {
+            key: (lock.granted, lock.requested)
+            for member in self.members.values()
+            for key, lock in member.space.master.locks.items()
+        }
+        here = {
+            (me, number): (lock.mode, lock.wanted if lock.pending else NO_MODE)
+            for me, member in self.members.items()
+            for number, lock in member.space.owner.locks.items()
+        }
+        if there != here:
+            raise Violation(f"S11: {sorted(there.items())} at masters, {sorted(here.items())}")
+
+
+def run(seed: int, steps: int = 600, **options: object) -> World:
+    """One whole life; raises Violation or AssertionError."""
+    world = World(seed, **options)  # type: ignore[arg-type]
+    for _ in range(steps):
+        world.step()
+    world.quiesce()
+    return world
