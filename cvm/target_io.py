@@ -39,6 +39,10 @@ from cvm.layout import (
 )
 
 OPEN_VOLUMES_MAX = 64
+JOIN_BYTES_MAX = 1 << 20
+"""Buffers side by side on a leg are joined up to this size: a copy costs less than a request."""
+
+IDLE_POLL_S = 0.002
 
 T = TypeVar("T")
 OpenLeg = Callable[[Leg, VolumeMap], Awaitable[BlockDevice]]
@@ -55,12 +59,11 @@ class EpochDevice(Protocol):
 
 
 @runtime_checkable
-class VectoredDevice(Protocol):
-    """A leg that can write several buffers side by side as one request."""
+class StatusDevice(Protocol):
+    """A leg that carries requests to their end also when their caller was cancelled; `status()`
+    says under `pending` how many are not finished."""
 
-    async def write_vectors(
-        self, parts: Sequence[tuple[int, Sequence[Buffer]]], *, fua: bool = False
-    ) -> None: ...
+    def status(self) -> dict[str, object]: ...
 
 
 @runtime_checkable
@@ -79,11 +82,10 @@ class Session(Protocol):
 class _LegState:
     """A leg device and how much of what was written there is durable."""
 
-    __slots__ = ("device", "flushed", "vectored", "written")
+    __slots__ = ("device", "flushed", "written")
 
     def __init__(self, device: BlockDevice) -> None:
         self.device = device
-        self.vectored = device if isinstance(device, VectoredDevice) else None
         self.written = 1
         self.flushed = 0
 
@@ -122,6 +124,7 @@ class VolumeDevice:
         self._suspended = False
         self._closed = True
         self._in_flight = 0
+        self._in_doubt = False
         self._opened = trio.Event()
         self._drained: trio.Event | None = None
         self._switching = trio.Lock()
@@ -181,6 +184,9 @@ class VolumeDevice:
             await state.device.write(place[1], data, fua=fua)
             if not fua:
                 state.written += 1
+        except trio.Cancelled:
+            self._in_doubt = True
+            raise
         finally:
             self._leave()
 
@@ -191,6 +197,9 @@ class VolumeDevice:
         layout = await self._enter()
         try:
             await self._write_runs(layout, parts, fua)
+        except trio.Cancelled:
+            self._in_doubt = True
+            raise
         finally:
             self._leave()
 
@@ -251,6 +260,9 @@ class VolumeDevice:
             plan = layout.plan_ranges(offset_bytes, length_bytes)
             if plan:
                 await _all([partial(on_leg, number, runs) for number, runs in plan.items()])
+        except trio.Cancelled:
+            self._in_doubt = True
+            raise
         finally:
             self._leave()
 
@@ -291,6 +303,16 @@ class VolumeDevice:
             if self._drained is None:
                 self._drained = trio.Event()
             await self._drained.wait()
+        if self._in_doubt and self._closed:
+            await self._wait_idle()
+
+    async def _wait_idle(self) -> None:
+        """A write was cancelled, yet its leg still carries it out: wait for an idle moment."""
+        for state in list(self._legs.values()):
+            leg = state.device
+            while isinstance(leg, StatusDevice) and leg.status()["pending"]:  # noqa: ASYNC110
+                await trio.sleep(IDLE_POLL_S)
+        self._in_doubt = False
 
     async def suspend(self, sequence: int) -> None:
         """Close the gate for the change to `sequence`; return when nothing is in flight.
@@ -374,20 +396,27 @@ async def _flush_leg(state: _LegState) -> None:
 
 async def _write_leg(state: _LegState, runs: list[WriteRun], fua: bool) -> None:
     """One vectored call for all runs of a leg."""
-    if state.vectored is not None:
-        await state.vectored.write_vectors(
-            [(run.offset_bytes, run.buffers) for run in runs], fua=fua
-        )
-    else:
-        parts: list[tuple[int, Buffer]] = []
-        for run in runs:
-            position = run.offset_bytes
-            for buffer in run.buffers:
-                parts.append((position, buffer))
-                position += len(buffer)
-        await state.device.write_many(parts, fua=fua)
+    await state.device.write_many([part for run in runs for part in _joined(run)], fua=fua)
     if not fua:
         state.written += 1
+
+
+def _joined(run: WriteRun) -> list[tuple[int, Buffer]]:
+    """The buffers of a run as few parts."""
+    parts: list[tuple[int, Buffer]] = []
+    position = run.offset_bytes
+    index = 0
+    while index < len(run.buffers):
+        size = len(run.buffers[index])
+        end = index + 1
+        while end < len(run.buffers) and size + len(run.buffers[end]) <= JOIN_BYTES_MAX:
+            size += len(run.buffers[end])
+            end += 1
+        alone = end == index + 1
+        parts.append((position, run.buffers[index] if alone else b"".join(run.buffers[index:end])))
+        position += size
+        index = end
+    return parts
 
 
 class VolumeClient:

@@ -137,27 +137,40 @@ def test_failure_of_every_step_leaves_nobody_suspended(verb: str, when: str) -> 
 
 
 def test_a_late_commit_of_an_overtaken_coordinator_fails() -> None:
-    """A coordinator that lost its lock without knowing cannot commit after it was overtaken."""
+    """A coordinator that lost its lock without knowing cannot commit once somebody has taken its
+    change over, however far that one has got."""
 
     async def scenario() -> None:
-        cluster = await _prepared()
-        faults = Faults()
-        manager = cluster.manager(1, faults)
-        compare_and_set = manager._node.register.compare_and_set
-        overtaken = False
+        for steps in range(1, 12):
+            cluster = await _prepared()
+            manager = cluster.manager(1)
+            register = manager._node.register
+            compare_and_set = register.compare_and_set
+            outcomes = []
 
-        async def slow(vg, expected, new):
-            nonlocal overtaken
-            if new is not None and expected is not None and new.sequence > expected.sequence:
+            async def slow(
+                vg, expected, new, cluster=cluster, steps=steps, real=compare_and_set, out=outcomes
+            ):
+                if new is None or expected is None or new.sequence == expected.sequence:
+                    return await real(vg, expected, new)
                 cluster.locks.clear()
-                await cluster.manager(2).recover()
-                overtaken = True
-            return await compare_and_set(vg, expected, new)
+                overtaking = Faults()
+                overtaking.crash_after = steps
+                try:
+                    await cluster.manager(2, overtaking).recover()
+                except Crash:
+                    pass
+                out.append("compare_and_set" in overtaking.names)
+                return await real(vg, expected, new)
 
-        manager._node.register.compare_and_set = slow
-        with pytest.raises(StackError, match="took over"):
-            await manager.call("lvextend", VERBS["lvextend"])
-        assert overtaken
-        await _check_settled(cluster)
+            register.compare_and_set = slow
+            if steps < 2:
+                await manager.call("lvextend", VERBS["lvextend"])
+            else:
+                with pytest.raises(StackError, match="took over"):
+                    await manager.call("lvextend", VERBS["lvextend"])
+            assert outcomes == [steps >= 2]
+            await cluster.manager(3).recover()
+            await _check_settled(cluster)
 
     trio.run(scenario)
