@@ -48,6 +48,23 @@ def unwrap_group(group: BaseExceptionGroup[BaseException]) -> BaseException:
     return inner
 
 
+async def run_all(calls: Sequence[Callable[[], Awaitable[None]]]) -> None:
+    """Run all at once and wait for all; an error cancels the others and is raised as itself."""
+
+    async def one(call: Callable[[], Awaitable[None]]) -> None:
+        await call()
+
+    try:
+        async with trio.open_nursery() as nursery:
+            for call in calls:
+                nursery.start_soon(one, call)
+    except BaseExceptionGroup as group:
+        found: BaseException = group
+        while isinstance(found, BaseExceptionGroup):
+            found = found.exceptions[0]
+        raise found from None
+
+
 class Session:
     """One end of a control connection. `attributes` is free for the owner (peer's instance)."""
 

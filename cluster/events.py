@@ -23,6 +23,7 @@ class EventName(enum.StrEnum):
     NODE_JOINED = "node.joined"
     NODE_LEFT = "node.left"
     NODE_SUSPECTED = "node.suspected"
+    NODE_SEEN = "node.seen"
     NODE_EXPELLED = "node.expelled"
     LINK_UP = "link.up"
     LINK_DOWN = "link.down"
@@ -77,7 +78,7 @@ class EventLog:
         self._sequence = 0
 
     def add(
-        self, clock: tuple[int, int], name: str, text: str, epoch: int = 0, **fields: Any
+        self, clock: tuple[int, int], name: str, text: str, epoch: int, fields: dict[str, Any]
     ) -> EventRecord:
         """Append an event; `clock` is (boot-time ns, wall ms)."""
         self._sequence += 1

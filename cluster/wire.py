@@ -40,6 +40,8 @@ HEADER_BYTES = HEADER.size
 MAC_BYTES = 16
 PAYLOAD_BYTES_MAX = 4 << 20
 KEY_BYTES = 32
+KEY_ID = 1
+"""The key id until the first rotation."""
 
 assert HEADER_BYTES == 64
 

@@ -1,0 +1,142 @@
+"""clusterd: one per node. Reads node.toml, starts the guard, joins, serves the control socket.
+
+Ends with 0 after a clean leave (SIGTERM with nothing running, `clusterctl leave`), with 1 when the
+guard died, with 2 for a wrong configuration. When this life was put out of the cluster it starts
+anew in the same process id, with a higher incarnation.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Mapping
+
+import trio
+
+from cluster.control_io import Handler, Session, serve_sessions
+from cluster.errors import BusyError, StackError
+from cluster.paths_io import control_socket, run_dir
+from node.admin_io import Admin
+from node.clusterd_io import Clusterd, RestartNeeded, restart_process
+from node.files_io import NodeFiles
+from node.instances_io import Instances
+from node.notify_io import notify
+from node.volumes_io import Volumes
+
+STOP_S = 5.0
+FORWARDED = ("dlm.", "cfs.")
+
+
+class _Methods(dict[str, Handler]):
+    """The table of one session; whole families of methods are found by their prefix."""
+
+    def __init__(
+        self, table: Mapping[str, Handler], instances: Instances, volumes: Volumes
+    ) -> None:
+        super().__init__(table)
+        self._instances = instances
+        self._volumes = volumes
+
+    def get(self, method: str, default: object = None) -> Handler | None:  # type: ignore[override]
+        if method in self:
+            return self[method]
+        if method.startswith("cvm."):
+            return lambda params: self._volumes.call(method, params)
+        if method.startswith(FORWARDED):
+            return lambda params: self._instances.forward(method, params)
+        return None
+
+
+async def _serve(files: NodeFiles) -> None:
+    config = files.config()
+    incarnation = files.next_incarnation()
+    stop = trio.Event()
+    daemon = Clusterd(files, config, incarnation)
+    volumes = Volumes(daemon)
+    instances = Instances(daemon, volumes)
+    admin = Admin(daemon, stop)
+
+    def attach(session: Session) -> Mapping[str, Handler]:
+        table = {**admin.handlers(session), **instances.handlers(session)}
+        return _Methods(table, instances, volumes)
+
+    async with trio.open_nursery() as nursery:
+        await nursery.start(daemon.run)
+        nursery.start_soon(volumes.run)
+        await nursery.start(serve_sessions, control_socket(), attach, instances.detach)
+        nursery.start_soon(_report_status, daemon)
+        nursery.start_soon(_stop_on_signal, admin, stop)
+        print(f"clusterd: {config.node.name} ready", file=sys.stderr, flush=True)
+        notify("READY=1")
+        await stop.wait()
+        # One beat, so that the answer of `cluster.leave` leaves before the socket closes.
+        await trio.sleep(daemon.timing.heartbeat_ms / 1000)
+        notify("STOPPING=1")
+        control_socket().unlink(missing_ok=True)
+        with trio.CancelScope(shield=True):
+            await daemon.guard.close()
+        nursery.cancel_scope.cancel()
+
+
+async def _report_status(daemon: Clusterd) -> None:
+    """systemctl status shows the view."""
+    shown = ""
+    while True:
+        view = daemon.view
+        quorum = "quorate" if view.quorate else "NOT quorate"
+        present = f"{len(view.members)}/{len(daemon.state.nodes)} nodes"
+        text = f"view {view.epoch}, {present}, {quorum}"
+        if text != shown:
+            shown = text
+            notify(f"STATUS={text}")
+        await daemon.wait_changed()
+
+
+async def _stop_on_signal(admin: Admin, stop: trio.Event) -> None:
+    """SIGTERM and SIGINT: leave cleanly if nothing runs here, else stop at once."""
+    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+        async for _number in signals:
+            try:
+                with trio.move_on_after(STOP_S):
+                    await admin.leave()
+            except BusyError as error:
+                print(f"clusterd: {error.message}; stopping", file=sys.stderr, flush=True)
+            except StackError as error:
+                print(f"clusterd: no clean leave: {error.message}", file=sys.stderr, flush=True)
+            stop.set()
+
+
+def _find(group: BaseException, kind: type[BaseException]) -> BaseException | None:
+    """An exception of `kind` inside (nested) groups."""
+    if isinstance(group, kind):
+        return group
+    if isinstance(group, BaseExceptionGroup):
+        for inner in group.exceptions:
+            found = _find(inner, kind)
+            if found is not None:
+                return found
+    return None
+
+
+def main() -> None:
+    """Run clusterd in the foreground."""
+    if sys.argv[1:]:
+        print("usage: clusterd      (reads node.toml; see clusterctl init, join)", file=sys.stderr)
+        sys.exit(0 if sys.argv[1:] in (["--help"], ["-h"]) else 2)
+    try:
+        run_dir().mkdir(parents=True, exist_ok=True)
+        trio.run(_serve, NodeFiles())
+    except BaseException as error:
+        restart = _find(error, RestartNeeded)
+        if restart is not None:
+            restart_process()
+        stack = _find(error, StackError)
+        if not isinstance(stack, StackError):
+            raise
+        hint = f"\n  hint: {stack.hint}" if stack.hint else ""
+        print(f"clusterd: {stack.message}{hint}", file=sys.stderr, flush=True)
+        sys.exit(stack.exit_code)
+
+
+if __name__ == "__main__":
+    main()

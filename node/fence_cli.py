@@ -1,0 +1,53 @@
+"""fencectl: who was put out of the cluster, and whether all servers know it."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+import click
+
+from cluster import control_client_io
+from cluster.errors import StackError
+from node.screen import fences_text
+
+
+def _call(method: str) -> Any:
+    try:
+        return control_client_io.call(method)
+    except StackError as error:
+        hint = f"\n  hint: {error.hint}" if error.hint else ""
+        click.echo(f"error: {error.message}{hint}", err=True)
+        sys.exit(error.exit_code)
+
+
+@click.group()
+def main() -> None:
+    """Fencing: nodes and instances that were put out."""
+
+
+@main.command()
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def status(as_json: bool) -> None:
+    """Whether every server has installed the newest view. Exit code 3 if not."""
+    result = _call("fence.status")
+    if as_json:
+        click.echo(json.dumps(result))
+    else:
+        missing = ", ".join(result["missing"]) or "none"
+        click.echo(f"epoch {result['epoch']}; servers that have not installed it: {missing}")
+        click.echo(fences_text(result["last"]))
+    sys.exit(3 if result["missing"] else 0)
+
+
+@main.command()
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def history(as_json: bool) -> None:
+    """Who was put out, oldest first."""
+    result = _call("fence.history")
+    click.echo(json.dumps(result) if as_json else fences_text(result))
+
+
+if __name__ == "__main__":
+    main()

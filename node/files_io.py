@@ -1,0 +1,95 @@
+"""What a node keeps in its state directory.
+
+| file | holds |
+|---|---|
+| node.toml | cluster id, name, key, profile; this node's id, name, addresses (mode 0600) |
+| incarnation | the last incarnation used, decimal; raised durably before every start |
+| acceptor | the register's acceptor, if this node is or was a voter |
+| known | the newest value of the register seen: says where the voters are, nothing more |
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+
+from cluster.config import NodeConfig, decode_config, encode_node_config
+from cluster.errors import ConfigError, CorruptionError, RefusedError
+from cluster.ids import Incarnation
+from cluster.paths_io import read_store, state_dir, write_durable, write_store
+from cluster.state import ClusterState, decode_state_untrusted, encode_state
+
+
+class NodeFiles:
+    """The files of one node."""
+
+    def __init__(self, directory: Path | str | None = None) -> None:
+        self.directory = state_dir(directory)
+        self.acceptor = self.directory / "acceptor"
+        self._config = self.directory / "node.toml"
+        self._incarnation = self.directory / "incarnation"
+        self._known = self.directory / "known"
+
+    def config(self) -> NodeConfig:
+        """node.toml. Raises ConfigError."""
+        try:
+            text = self._config.read_bytes()
+        except FileNotFoundError:
+            raise ConfigError(
+                f"{self._config} does not exist: this node is in no cluster",
+                hint="clusterctl init, or clusterctl invite there and clusterctl join here",
+            ) from None
+        except OSError as error:
+            raise ConfigError(f"cannot read {self._config}: {error.strerror}") from error
+        return decode_config(text, NodeConfig, str(self._config))
+
+    def create(self, config: NodeConfig, known: ClusterState, acceptor: bytes | None) -> None:
+        """Make the files of a new member (init, join). node.toml comes last: it makes the node."""
+        if self._config.exists():
+            present = self.config()
+            raise RefusedError(
+                f"this node is already {present.node.name} of cluster {present.cluster.name}",
+                hint=f"remove {self.directory} if that cluster is gone",
+            )
+        self.save_known(known)
+        if acceptor is not None:
+            write_store(self.acceptor, acceptor)
+        write_durable(self._config, encode_node_config(config).encode(), 0o600)
+
+    def next_incarnation(self) -> Incarnation:
+        """Raise the counter durably and return it."""
+        found = Incarnation(self._last_incarnation() + 1)
+        self.set_incarnation(found)
+        return found
+
+    def _last_incarnation(self) -> int:
+        try:
+            return int(self._incarnation.read_text())
+        except FileNotFoundError:
+            return 0
+        except ValueError:
+            # The register knows the highest incarnation and will tell us (TakeIncarnation).
+            return 0
+
+    def set_incarnation(self, incarnation: Incarnation) -> None:
+        """Store the counter."""
+        write_durable(self._incarnation, f"{incarnation}\n".encode())
+
+    def known(self) -> ClusterState:
+        """The newest value of the register seen here. Raises CorruptionError, ConfigError."""
+        data = read_store(self._known)
+        if data is None:
+            raise ConfigError(f"{self._known} is missing", hint="join the cluster again")
+        try:
+            return decode_state_untrusted(data)
+        except msgspec.DecodeError as error:
+            raise CorruptionError(f"{self._known} makes no sense: {error}") from error
+
+    def save_known(self, state: ClusterState) -> None:
+        """Store the newest value."""
+        write_store(self._known, encode_state(state))
+
+    def acceptor_record(self) -> bytes | None:
+        """The acceptor's store, None without one. Raises CorruptionError."""
+        return read_store(self.acceptor)

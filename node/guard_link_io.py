@@ -1,0 +1,200 @@
+"""clusterd's end of the socket pair to clusterguard, and the watch over a stuck guard (R9).
+
+clusterd holds a duplicate of every FUSE descriptor and of every lease page too. A mount whose
+lease lapsed and which the guard has not even stopped within half the purge budget is aborted from
+here. When the guard dies, clusterd aborts all mounts and ends.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import subprocess
+import sys
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import msgspec
+import trio
+
+from cluster.errors import StackError
+from cluster.ids import InstanceNo
+from cluster.paths_io import boottime_ns
+from native.gate import Gate, Word
+from node.fuse_connection_io import abort, open_connections
+from node.guard_messages import (
+    PACKET_BYTES_MAX,
+    Alive,
+    FromGuard,
+    MountAttached,
+    Ready,
+    Settings,
+    ToGuard,
+    decode_from_guard,
+)
+
+QUEUE_MAX = 4096
+READY_S = 20.0
+SOCKET_BYTES = 1 << 20
+MS = 1_000_000
+
+
+@dataclass(slots=True)
+class _Held:
+    """What clusterd holds of a mount."""
+
+    connection: int
+    mountpoint: str
+    fuse_fd: int
+    gate: Gate
+    aborted: bool = False
+
+
+class GuardLink:
+    """Starts the guard and talks to it."""
+
+    def __init__(self, settings: Settings, on_message: Callable[[FromGuard], None]) -> None:
+        self._settings = settings
+        self._on_message = on_message
+        self._out: deque[bytes] = deque()
+        self._wake = trio.Event()
+        self._held: dict[InstanceNo, _Held] = {}
+        self._connections = open_connections()
+        self.lost = False
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        for sock in (ours, theirs):
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SOCKET_BYTES)
+        with theirs:
+            descriptor = theirs.fileno()
+            # `-X clusterguard` only makes the process recognisable in ps.
+            self.process = subprocess.Popen(
+                [
+                    sys.executable, "-X", "clusterguard", "-m", "node.guard_io", str(descriptor)
+                ],
+                pass_fds=[descriptor],
+                cwd=os.path.dirname(os.path.dirname(os.path.abspath(__file__))),
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,
+            )  # fmt: skip
+        ours.send(msgspec.msgpack.encode(settings))
+        ours.setblocking(False)
+        self._socket = ours
+
+    def send(self, message: ToGuard) -> None:
+        """Send one packet, in order, without waiting."""
+        if self.lost:
+            return
+        data = msgspec.msgpack.encode(message)
+        if not self._out:
+            with contextlib.suppress(BlockingIOError):
+                try:
+                    self._socket.send(data)
+                except (BrokenPipeError, ConnectionError):
+                    self.lost = True
+                return
+        assert len(self._out) < QUEUE_MAX
+        self._out.append(data)
+        self._wake.set()
+
+    async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Serve the link; raises StackError when the guard is gone."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._write_loop)
+            nursery.start_soon(self._alive_loop)
+            nursery.start_soon(self._watch_loop)
+            await self._read_loop(task_status)
+
+    async def _read_loop(self, task_status: trio.TaskStatus[None]) -> None:
+        ready = False
+        while True:
+            try:
+                await trio.lowlevel.wait_readable(self._socket)
+            except trio.ClosedResourceError:
+                return
+            try:
+                data, fds, _flags, _address = socket.recv_fds(self._socket, PACKET_BYTES_MAX, 4)
+            except BlockingIOError:
+                continue
+            except OSError:
+                data, fds = b"", []
+            if not data:
+                self.lost = True
+                self.abort_all()
+                raise StackError("clusterguard has died", hint="see the log of clusterd")
+            message = decode_from_guard(data)
+            if isinstance(message, Ready) and not ready:
+                ready = True
+                task_status.started()
+            if isinstance(message, MountAttached):
+                self._hold(message, fds)
+            self._on_message(message)
+
+    def _hold(self, message: MountAttached, fds: list[int]) -> None:
+        fuse_fd, lease_fd = fds
+        os.set_inheritable(fuse_fd, False)
+        gate = Gate.map(lease_fd)
+        os.close(lease_fd)
+        self._held[message.instance.number] = _Held(
+            message.connection, message.mountpoint, fuse_fd, gate
+        )
+
+    def mountpoint(self, number: InstanceNo) -> str:
+        """Where an instance is mounted; empty if it is no mount."""
+        held = self._held.get(number)
+        return held.mountpoint if held is not None else ""
+
+    def forget(self, number: InstanceNo) -> None:
+        """The instance is over: give back what we hold of it."""
+        held = self._held.pop(number, None)
+        if held is not None:
+            os.close(held.fuse_fd)
+
+    def abort_all(self) -> None:
+        """Abort every mount of this node."""
+        for held in self._held.values():
+            self._abort(held)
+
+    def _abort(self, held: _Held) -> None:
+        held.aborted = True
+        held.gate.set_word(Word.BARRED)
+        with contextlib.suppress(OSError):
+            abort(self._connections, held.connection)
+
+    async def _alive_loop(self) -> None:
+        while True:
+            self.send(Alive())
+            await trio.sleep(self._settings.timing.heartbeat_ms / 1000)
+
+    async def _watch_loop(self) -> None:
+        half_ns = self._settings.timing.purge_ms * MS // 2
+        while True:
+            await trio.sleep(self._settings.timing.purge_ms / 4000)
+            now = boottime_ns()
+            for held in self._held.values():
+                end_ns = held.gate.lease_end()
+                stuck = held.gate.word() is Word.OPEN and now > end_ns + half_ns
+                if stuck and not held.aborted:
+                    self._abort(held)
+
+    async def _write_loop(self) -> None:
+        while True:
+            await self._wake.wait()
+            self._wake = trio.Event()
+            while self._out and not self.lost:
+                try:
+                    self._socket.send(self._out[0])
+                    self._out.popleft()
+                except BlockingIOError:
+                    await trio.lowlevel.wait_writable(self._socket)
+                except OSError:
+                    self.lost = True
+
+    async def close(self) -> None:
+        """End the guard after a clean leave: it purges what is left and exits by itself."""
+        self.lost = True
+        trio.lowlevel.notify_closing(self._socket)
+        self._socket.close()
+        with trio.move_on_after(READY_S):
+            await trio.to_thread.run_sync(self.process.wait, abandon_on_cancel=True)

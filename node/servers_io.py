@@ -1,0 +1,195 @@
+"""Sessions of clusterd with the block servers: installs, the register's messages, administration.
+
+Two sessions per server, because a session answers one request at a time and an install may take
+long (it drains I/O): one for installs, one for everything else. A session goes over the first
+network that answers, the next attempt over the other one. What the cores send is repeated by the
+cores, so that a full queue or a broken session simply drops it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
+from typing import Any, Protocol, TypeVar
+
+import trio
+
+from cluster.actions import Received
+from cluster.control import ServerInfo, Timing
+from cluster.core_events import ServerDown, ServerUp
+from cluster.errors import StackError, UnreachableError
+from cluster.ids import ServerId
+from cluster.messages import Install, Message
+from cluster.wire import Keys
+from gnbd.control_client_io import Control, open_control
+from gnbd.control_session import Peer
+
+QUEUE_MAX = 64
+REGISTER_TIMEOUT_S = 2.0
+INSTALL_TIMEOUT_S = 20.0
+ADMIN_TIMEOUT_S = 10.0
+RETRY_S = 0.2
+T = TypeVar("T")
+
+
+class ServerControl(Protocol):
+    """What is used of a session with a block server."""
+
+    async def cluster_call(self, message: Message) -> list[Message]: ...
+
+    async def ping(self) -> Any: ...
+
+
+class _Lane:
+    """One session with a server and the queue of what goes over it."""
+
+    def __init__(self) -> None:
+        send, receive = trio.open_memory_channel[Message](QUEUE_MAX)
+        self.send = send
+        self.receive = receive
+        self.control: Control | None = None
+
+    def push(self, message: Message) -> None:
+        try:
+            self.send.send_nowait(message)
+        except trio.WouldBlock:
+            pass
+
+
+class _Link:
+    """Everything about one server."""
+
+    def __init__(self, info: ServerInfo) -> None:
+        self.info = info
+        self.scope = trio.CancelScope()
+        self.install = _Lane()
+        self.register = _Lane()
+        self.up = False
+        self.problem = "not connected yet"
+
+
+class ServerLinks:
+    """The sessions with all servers of the cluster."""
+
+    def __init__(
+        self, keys: Keys, peer: Peer, timing: Timing, step: Callable[[Any], None]
+    ) -> None:
+        self._keys = keys
+        self._peer = peer
+        self._timing = timing
+        self._step = step
+        self._links: dict[ServerId, _Link] = {}
+        self._nursery: trio.Nursery | None = None
+
+    async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Keep the sessions, for ever."""
+        async with trio.open_nursery() as nursery:
+            self._nursery = nursery
+            for link in self._links.values():
+                self._start(link)
+            task_status.started()
+            await trio.sleep_forever()
+
+    def set_servers(self, servers: Sequence[ServerInfo]) -> None:
+        """The servers of the configuration; sessions with others end."""
+        wanted = {server.id: server for server in servers}
+        for number, link in list(self._links.items()):
+            if wanted.get(number) != link.info:
+                link.scope.cancel()
+                del self._links[number]
+        for number, info in wanted.items():
+            if number not in self._links:
+                self._links[number] = _Link(info)
+                if self._nursery is not None:
+                    self._start(self._links[number])
+
+    def _start(self, link: _Link) -> None:
+        assert self._nursery is not None
+        self._nursery.start_soon(self._serve, link)
+
+    def send(self, to: int, message: Message) -> None:
+        """A message of a core."""
+        link = self._links.get(ServerId(to))
+        if link is not None:
+            (link.install if isinstance(message, Install) else link.register).push(message)
+
+    def infos(self) -> list[ServerInfo]:
+        """The servers of the configuration."""
+        return [link.info for link in self._links.values()]
+
+    def is_up(self, server: ServerId) -> bool:
+        """Whether a session is established."""
+        link = self._links.get(server)
+        return link is not None and link.up
+
+    def problem(self, server: ServerId) -> str:
+        """Why not."""
+        link = self._links.get(server)
+        return "unknown" if link is None else ("" if link.up else link.problem)
+
+    async def ask(
+        self, server: ServerId, work: Callable[[Control], Awaitable[T]], what: str
+    ) -> T:
+        """Run `work` on a session of its own (administration). Raises UnreachableError."""
+        link = self._links.get(server)
+        if link is None:
+            raise UnreachableError(f"no server {server}", hint="see: clusterctl status")
+        try:
+            with trio.fail_after(ADMIN_TIMEOUT_S):
+                async with self._session(link.info, 0) as control:
+                    return await work(control)
+        except trio.TooSlowError:
+            raise UnreachableError(f"server {link.info.name} does not answer {what}") from None
+
+    @asynccontextmanager
+    async def _session(self, info: ServerInfo, attempt: int) -> AsyncIterator[Control]:
+        turned = info.addresses[attempt % len(info.addresses) :]
+        turned += info.addresses[: attempt % len(info.addresses)]
+        server = ServerInfo(info.id, info.name, turned, info.port)
+        async with open_control(server, self._keys, self._peer) as control:
+            if control.server_id != info.id:
+                raise StackError(f"another server ({control.server_id}) answers at {turned[0]}")
+            yield control
+
+    async def _serve(self, link: _Link) -> None:
+        with link.scope:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._lane, link, link.install, INSTALL_TIMEOUT_S)
+                nursery.start_soon(self._lane, link, link.register, REGISTER_TIMEOUT_S)
+        if link.up:
+            link.up = False
+            self._step(ServerDown(link.info.id))
+
+    async def _lane(self, link: _Link, lane: _Lane, timeout_s: float) -> None:
+        attempt = 0
+        while True:
+            try:
+                async with self._session(link.info, attempt) as control:
+                    lane.control = control
+                    if lane is link.install:
+                        link.up = True
+                        self._step(ServerUp(link.info.id))
+                    await self._work(link, lane, control, timeout_s)
+            except (StackError, OSError, trio.TooSlowError, trio.BrokenResourceError) as error:
+                link.problem = str(error) or "it does not answer in time"
+            finally:
+                lane.control = None
+                if lane is link.install and link.up:
+                    link.up = False
+                    self._step(ServerDown(link.info.id))
+            attempt += 1
+            await trio.sleep(RETRY_S)
+
+    async def _work(self, link: _Link, lane: _Lane, control: Control, timeout_s: float) -> None:
+        """Pass messages and answers; ping when idle, as a sign of life both ways (R3)."""
+        while True:
+            message: Message | None = None
+            with trio.move_on_after(self._timing.dead_ms / 4000):
+                message = await lane.receive.receive()
+            with trio.fail_after(timeout_s):
+                if message is None:
+                    await control.ping()
+                    continue
+                answers = await control.cluster_call(message)
+            for answer in answers:
+                self._step(Received(int(link.info.id), answer))
