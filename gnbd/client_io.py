@@ -1,9 +1,7 @@
 """`GnbdDevice`: one export of one gnbd-server as a block device, over all networks (trio).
 
-One task per path keeps its connections up; per connection a sender (parked unless the socket is
-full or requests come while others are in flight: these share one sendmsg) and a receiver that
-parses many replies per recv. A request costs no task: its caller parks on a counter. Storage that
-is away is waited for; only a bar (`BarredError`) or an error of the store (`DeviceError`) raise.
+One task per path keeps its connections (`link_io`) up; decisions are `client`'s. Storage that is
+away is waited for; only a bar (`BarredError`) or an error of the store (`DeviceError`) raise.
 
 A dead path is noticed by the kernel: PINGs keep unacknowledged bytes on the wire, and
 TCP_USER_TIMEOUT breaks the connection after `dead_ms`. A server that is merely slow is not dead.
@@ -14,7 +12,7 @@ from __future__ import annotations
 import os
 import secrets
 import socket
-from collections.abc import Generator, Sequence
+from collections.abc import Sequence
 
 import msgspec
 import structlog
@@ -22,20 +20,18 @@ import trio
 
 from cluster.control import ServerInfo
 from cluster.device import Buffer
-from cluster.errors import BarredError, ProtocolError, StackError, UnreachableError, UsageError
+from cluster.errors import BarredError, StackError, UnreachableError, UsageError
 from cluster.ids import Epoch, Instance
 from cluster.paths_io import boottime_ns
-from cluster.wire import login_proof
 from gnbd import messages as m
 from gnbd import protocol as p
 from gnbd.client import ClientCore, Lane, Path, Request
-from gnbd.control_client_io import drive, option_exchange
+from gnbd.control_client_io import drive
+from gnbd.dialogues import go_dialogue, login_dialogue
+from gnbd.link_io import REQUEST_BYTES_MAX, Group, Link
 
-RECEIVE_BYTES = 256 << 10
-SEND_PARTS_MAX = 512
 RETRY_FIRST_S = 0.02
 RETRY_MAX_S = 0.25
-REQUEST_BYTES_MAX = 4 << 20
 DEAD_MS_DEFAULT = 1000
 log = structlog.get_logger("gnbd.client")
 
@@ -46,197 +42,6 @@ class Options(msgspec.Struct, frozen=True):
     connections_per_path: int = 1
     dead_ms: int = DEAD_MS_DEFAULT
     sequence: int = 0
-
-
-class _Group:
-    """A caller that waits for some requests."""
-
-    __slots__ = ("error", "left", "task")
-
-    def __init__(self, count: int) -> None:
-        self.left = count
-        self.error: StackError | None = None
-        self.task: trio.lowlevel.Task | None = None
-
-    def done(self, error: StackError | None) -> None:
-        self.left -= 1
-        if error is not None and self.error is None:
-            self.error = error
-        if self.left == 0 and self.task is not None:
-            task, self.task = self.task, None
-            trio.lowlevel.reschedule(task)
-
-    async def wait(self) -> None:
-        """Return when all requests are done. A cancelled caller leaves them to finish alone."""
-        if self.left:
-            self.task = trio.lowlevel.current_task()
-
-            def abort(_raise_cancel: object) -> trio.lowlevel.Abort:
-                self.task = None
-                return trio.lowlevel.Abort.SUCCEEDED
-
-            await trio.lowlevel.wait_task_rescheduled(abort)
-        if self.error is not None:
-            raise self.error
-
-
-class _Link:
-    """One connection in transmission: socket, sender, receiver."""
-
-    def __init__(
-        self, device: GnbdDevice, lane: Lane, sock: socket.socket, scope: trio.CancelScope
-    ) -> None:
-        self._device = device
-        self.lane = lane
-        self._sock = sock
-        self._scope = scope
-        self._out: list[Buffer] = []
-        self._sender: trio.lowlevel.Task | None = None
-        self._sender_busy = False
-        self._buffer = bytearray(RECEIVE_BYTES)
-        self._view = memoryview(self._buffer)
-        # One long READ is received at a time; a fresh buffer for each would cost page faults.
-        self._scratch = memoryview(bytearray(REQUEST_BYTES_MAX))
-        self._start = 0
-        self._end = 0
-
-    # -- sending ---------------------------------------------------------------------------
-
-    def post(self, request: Request) -> None:
-        """Append one request to what goes out."""
-        self._out.append(request.header())
-        if request.kind == p.CMD_WRITE:
-            assert request.data is not None
-            self._out.append(request.data)
-
-    def kick(self, alone: bool) -> None:
-        """Send: at once if nothing else is in flight (nothing to share a call with), else by the
-        sender, after the other runnable tasks have had their say."""
-        if self._sender_busy or not self._out:
-            return
-        if alone and not self._send_some():
-            return
-        if self._out and self._sender is not None:
-            task, self._sender = self._sender, None
-            self._sender_busy = True
-            trio.lowlevel.reschedule(task)
-
-    def _send_some(self) -> bool:
-        """One non-blocking sendmsg. False if the connection is broken."""
-        parts = self._out[:SEND_PARTS_MAX]
-        try:
-            sent = self._sock.sendmsg(parts)
-        except BlockingIOError:
-            return True
-        except OSError:
-            self._scope.cancel()
-            return False
-        index = 0
-        while index < len(parts) and sent >= len(parts[index]):
-            sent -= len(parts[index])
-            index += 1
-        del self._out[:index]
-        if sent:
-            self._out[0] = memoryview(self._out[0])[sent:]
-        return True
-
-    async def send_loop(self) -> None:
-        """Sends what is left over and what was collected."""
-        while True:
-            if not self._out:
-                self._sender_busy = False
-                self._sender = trio.lowlevel.current_task()
-
-                def abort(_raise_cancel: object) -> trio.lowlevel.Abort:
-                    self._sender = None
-                    return trio.lowlevel.Abort.SUCCEEDED
-
-                await trio.lowlevel.wait_task_rescheduled(abort)
-                continue
-            self._sender_busy = True
-            before = len(self._out)
-            first = len(self._out[0])
-            if not self._send_some():
-                return
-            if self._out and len(self._out) == before and len(self._out[0]) == first:
-                try:
-                    await trio.lowlevel.wait_writable(self._sock)
-                except (OSError, trio.ClosedResourceError):
-                    self._scope.cancel()
-                    return
-
-    # -- receiving -------------------------------------------------------------------------
-
-    async def receive_loop(self) -> None:
-        """Takes replies until the connection ends, then gives up the whole path."""
-        try:
-            while True:
-                if not await self._fill():
-                    return
-                while self._end - self._start >= p.REPLY.size:
-                    if not await self._reply():
-                        return
-                self._device.pump()
-        except (OSError, ProtocolError, trio.ClosedResourceError) as error:
-            log.debug("connection lost", server=self._device.server.name, error=str(error))
-        finally:
-            self._scope.cancel()
-
-    async def _fill(self) -> bool:
-        """At least one more byte in the buffer."""
-        if self._start == self._end:
-            self._start = self._end = 0
-        elif self._start:
-            rest = self._end - self._start
-            self._buffer[:rest] = self._buffer[self._start : self._end]
-            self._start, self._end = 0, rest
-        count = await self._recv_into(self._view[self._end :])
-        self._end += count
-        return count > 0
-
-    async def _recv_into(self, view: memoryview) -> int:
-        while True:
-            await trio.lowlevel.wait_readable(self._sock)
-            try:
-                return self._sock.recv_into(view)
-            except BlockingIOError:
-                continue
-
-    async def _reply(self) -> bool:
-        """One reply from the buffer. False if the server hung up in the middle."""
-        magic, number, cookie = p.REPLY.unpack_from(self._buffer, self._start)
-        request = self.lane.in_flight.get(cookie)
-        if magic != p.REPLY_MAGIC or request is None:
-            raise ProtocolError("a reply that nobody waits for")
-        self._start += p.REPLY.size
-        if request.kind == p.CMD_READ and number == 0:
-            length = request.length
-            have = min(length, self._end - self._start)
-            if request.into is None and have == length:
-                request.result = bytes(self._view[self._start : self._start + length])
-                self._start += length
-            elif not await self._long_read(request, have):
-                return False
-        self._device.core.completed(self.lane, cookie, number)
-        return True
-
-    async def _long_read(self, request: Request, have: int) -> bool:
-        """A READ whose bytes go where they are wanted, without the receive buffer."""
-        into = request.into
-        target = self._scratch[: request.length] if into is None else into
-        target[:have] = self._view[self._start : self._start + have]
-        self._start += have
-        while have < request.length:
-            try:
-                count = self._sock.recv_into(target[have:])
-            except BlockingIOError:
-                count = await self._recv_into(target[have:])
-            if count == 0:
-                return False
-            have += count
-        if into is None:
-            request.result = bytes(target)
-        return True
 
 
 class GnbdDevice:
@@ -252,7 +57,7 @@ class GnbdDevice:
         self._secret = secret
         self._options = options
         self._sequence = options.sequence
-        self._links: dict[int, _Link] = {}
+        self._links: dict[int, Link] = {}
         self._scopes: dict[int, trio.CancelScope] = {}
         self._wake = trio.Event()
         self._opened = trio.Event()
@@ -272,14 +77,14 @@ class GnbdDevice:
         return (await self.read_many([(offset_bytes, length_bytes)]))[0]
 
     async def read_many(self, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
-        group = _Group(len(ranges))
+        group = Group(len(ranges))
         requests = [Request(p.CMD_READ, o, n, waiter=group) for o, n in ranges]
         await self._run(group, requests)
         return [request.result for request in requests]
 
     async def read_into(self, offset_bytes: int, view: memoryview) -> None:
         """Read straight into a buffer; do not touch it before the return."""
-        group = _Group(1)
+        group = Group(1)
         request = Request(p.CMD_READ, offset_bytes, len(view), waiter=group)
         request.into = view
         await self._run(group, [request])
@@ -289,7 +94,7 @@ class GnbdDevice:
 
     async def write_many(self, parts: Sequence[tuple[int, Buffer]], *, fua: bool = False) -> None:
         flags = p.CMD_FLAG_FUA if fua else 0
-        group = _Group(0)
+        group = Group(0)
         requests = []
         for offset, data in parts:
             if len(data) <= REQUEST_BYTES_MAX:
@@ -303,15 +108,15 @@ class GnbdDevice:
         await self._run(group, requests)
 
     async def flush(self) -> None:
-        group = _Group(1)
+        group = Group(1)
         await self._run(group, [Request(p.CMD_FLUSH, waiter=group)])
 
     async def discard(self, offset_bytes: int, length_bytes: int) -> None:
-        group = _Group(1)
+        group = Group(1)
         await self._run(group, [Request(p.CMD_TRIM, offset_bytes, length_bytes, waiter=group)])
 
     async def write_zeroes(self, offset_bytes: int, length_bytes: int) -> None:
-        group = _Group(1)
+        group = Group(1)
         request = Request(p.CMD_WRITE_ZEROES, offset_bytes, length_bytes, waiter=group)
         await self._run(group, [request])
 
@@ -331,7 +136,7 @@ class GnbdDevice:
         """Declare the volume sequence number that this instance works with. Call it while nothing
         is in flight; it is declared again at every LOGIN."""
         self._sequence = sequence
-        group = _Group(1)
+        group = Group(1)
         await self._run(group, [Request(p.CMD_SEQUENCE, sequence, waiter=group)])
 
     def status(self) -> dict[str, object]:
@@ -355,7 +160,7 @@ class GnbdDevice:
         self._closed = True
         link = next(iter(self._links.values()), None)
         if link is not None and self.core.barred is None:
-            group = _Group(1)
+            group = Group(1)
             request = Request(p.CMD_LOGOUT, waiter=group)
             self.core.place_private(link.lane, request)
             link.post(request)
@@ -366,7 +171,15 @@ class GnbdDevice:
 
     # -- requests --------------------------------------------------------------------------
 
-    async def _run(self, group: _Group, requests: list[Request]) -> None:
+    @property
+    def name(self) -> str:
+        return f"{self.server.name}/{self.export}"
+
+    def completed(self, lane: Lane, cookie: int, number: int) -> None:
+        """A reply came (link_io.Owner)."""
+        self.core.completed(lane, cookie, number)
+
+    async def _run(self, group: Group, requests: list[Request]) -> None:
         if self._closed:
             raise StackError("the device is closed")
         core = self.core
@@ -383,7 +196,7 @@ class GnbdDevice:
         if not core.queue and not core.urgent:
             return
         idle = {id(link) for link in self._links.values() if not link.lane.in_flight}
-        used: dict[int, _Link] = {}
+        used: dict[int, Link] = {}
         for lane, request in core.assign():
             link = self._links[id(lane)]
             link.post(request)
@@ -442,7 +255,7 @@ class GnbdDevice:
     async def _path_once(self, path: Path, scope: trio.CancelScope) -> None:
         """One life of a path: connect, serve, clean up."""
         sockets: list[socket.socket] = []
-        links: list[_Link] = []
+        links: list[Link] = []
         try:
             async with trio.open_nursery() as nursery:
                 for _ in range(self._options.connections_per_path):
@@ -451,7 +264,7 @@ class GnbdDevice:
                     if not await self._negotiate(path, sock):
                         scope.cancel()
                         return
-                    link = _Link(self, self.core.lane_up(path), sock, scope)
+                    link = Link(self, self.core.lane_up(path), sock, scope)
                     links.append(link)
                     self._links[id(link.lane)] = link
                     nursery.start_soon(link.receive_loop)
@@ -469,7 +282,7 @@ class GnbdDevice:
             self.core.path_lost(path)
             self.pump()
 
-    async def _ping_loop(self, links: list[_Link]) -> None:
+    async def _ping_loop(self, links: list[Link]) -> None:
         """Keeps bytes on the wire, so that the kernel notices a dead path."""
         while True:
             await trio.sleep(self._options.dead_ms / 4000)
@@ -512,10 +325,10 @@ class GnbdDevice:
                 self._instance, self.export, path.index, path.generation,
                 secrets.token_bytes(m.NONCE_BYTES), self._sequence,
             )  # fmt: skip
-            result = await drive(_login(hello, self._secret), stream)
+            result = await drive(login_dialogue(hello, self._secret), stream)
             if not self._login_answer(path, result):
                 return False
-            size_bytes = await drive(_go(self.export), stream)
+            size_bytes = await drive(go_dialogue(self.export), stream)
         cut = self.core.logged_in(path, result.epoch, result.cache_generation, size_bytes)
         for other in cut:
             self._scopes[other.index].cancel()
@@ -555,45 +368,6 @@ class _DrainWaiter:
 def _chunks(offset: int, length: int) -> list[tuple[int, int]]:
     limit = REQUEST_BYTES_MAX
     return [(offset + at, min(limit, length - at)) for at in range(0, length, limit)]
-
-
-def _login(hello: m.LoginHello, secret: bytes) -> Generator[bytes | int, bytes, m.LoginResult]:
-    """Greeting and LOGIN; checks that the server knows the secret too."""
-    magic, option_magic, flags = p.GREETING.unpack((yield p.GREETING.size))
-    if (magic, option_magic) != (p.INIT_MAGIC, p.OPTION_MAGIC) or not flags & 1:
-        raise ProtocolError("this is not a fixed newstyle NBD server")
-    yield (p.FLAG_FIXED_NEWSTYLE | p.FLAG_NO_ZEROES).to_bytes(4, "big")
-    try:
-        raw = yield from option_exchange(p.OPT_LOGIN, msgspec.msgpack.encode(hello))
-        nonce = msgspec.msgpack.decode(raw, type=m.LoginNonce).nonce
-        proof = login_proof(secret, nonce, hello.path, hello.generation)
-        raw = yield from option_exchange(p.OPT_LOGIN, msgspec.msgpack.encode(m.LoginProof(proof)))
-        result = msgspec.msgpack.decode(raw, type=m.LoginResult)
-    except msgspec.DecodeError as error:
-        raise ProtocolError(f"bad login answer: {error}") from error
-    expected = login_proof(secret, hello.nonce, hello.path, hello.generation)
-    if result.status != m.LOGIN_REFUSED and not secrets.compare_digest(result.proof, expected):
-        raise ProtocolError("the server does not know the secret of this instance")
-    return result
-
-
-def _go(export: str) -> Generator[bytes | int, bytes, int]:
-    """GO; gives the size. Transmission begins with the return."""
-    yield p.option(p.OPT_GO, p.go_data(export))
-    size_bytes = 0
-    while True:
-        magic, option, kind, length = p.OPTION_REPLY.unpack((yield p.OPTION_REPLY.size))
-        if magic != p.OPTION_REPLY_MAGIC or option != p.OPT_GO or length > p.OPTION_BYTES_MAX:
-            raise ProtocolError("bad option reply")
-        body = (yield length) if length else b""
-        if kind == p.REP_ACK:
-            return size_bytes
-        if kind & p.REP_ERROR:
-            raise StackError(f"the server refuses: {body.decode(errors='replace')}")
-        if kind == p.REP_INFO and len(body) == p.EXPORT_INFO.size:
-            number, size, _flags = p.EXPORT_INFO.unpack(body)
-            if number == p.INFO_EXPORT:
-                size_bytes = size
 
 
 async def open_device(

@@ -23,6 +23,7 @@ from cluster.wire import Keys
 from gnbd import messages as m
 from gnbd import protocol as p
 from gnbd.control_session import ControlSession, Peer
+from gnbd.dialogues import option_exchange
 
 CONNECT_TIMEOUT_S = 5.0
 A = TypeVar("A")
@@ -78,22 +79,6 @@ class _Protocol:
             return m.decode_answer_untrusted(frame.payload)
         except msgspec.DecodeError as error:
             raise ProtocolError(f"bad answer: {error}") from error
-
-
-def option_exchange(option: int, data: bytes) -> Generator[bytes | int, bytes, bytes]:
-    """Send a private option, read CFS reply and ACK. Raises StackError if the server refuses."""
-    yield p.option(option, data)
-    result = b""
-    while True:
-        magic, number, kind, length = p.OPTION_REPLY.unpack((yield p.OPTION_REPLY.size))
-        if magic != p.OPTION_REPLY_MAGIC or number != option or length > p.OPTION_BYTES_MAX:
-            raise ProtocolError("bad option reply")
-        body = (yield length) if length else b""
-        if kind == p.REP_ACK:
-            return result
-        if kind & p.REP_ERROR:
-            raise StackError(f"the server refuses: {body.decode(errors='replace')}")
-        result = body
 
 
 def expect(answer: m.Answer, kind: type[T]) -> T:

@@ -1,0 +1,226 @@
+"""One client connection in transmission, and the caller that waits (trio).
+
+Hot path of the client: a request costs no task. Its caller parks on a counter (`Group`); a sender,
+parked unless the socket is full or requests come while others are in flight, lets these share one
+sendmsg; a receiver parses many replies per recv.
+"""
+
+from __future__ import annotations
+
+import socket
+from typing import Protocol
+
+import structlog
+import trio
+
+from cluster.device import Buffer
+from cluster.errors import ProtocolError, StackError
+from gnbd import protocol as p
+from gnbd.client import Lane, Request
+
+RECEIVE_BYTES = 256 << 10
+SEND_PARTS_MAX = 512
+REQUEST_BYTES_MAX = 4 << 20
+log = structlog.get_logger("gnbd.client")
+
+
+class Owner(Protocol):
+    """What a link needs of its device."""
+
+    @property
+    def name(self) -> str: ...
+
+    def completed(self, lane: Lane, cookie: int, number: int) -> None: ...
+
+    def pump(self) -> None: ...
+
+
+class Group:
+    """A caller that waits for some requests."""
+
+    __slots__ = ("error", "left", "task")
+
+    def __init__(self, count: int) -> None:
+        self.left = count
+        self.error: StackError | None = None
+        self.task: trio.lowlevel.Task | None = None
+
+    def done(self, error: StackError | None) -> None:
+        self.left -= 1
+        if error is not None and self.error is None:
+            self.error = error
+        if self.left == 0 and self.task is not None:
+            task, self.task = self.task, None
+            trio.lowlevel.reschedule(task)
+
+    async def wait(self) -> None:
+        """Return when all requests are done. A cancelled caller leaves them to finish alone."""
+        if self.left:
+            self.task = trio.lowlevel.current_task()
+
+            def abort(_raise_cancel: object) -> trio.lowlevel.Abort:
+                self.task = None
+                return trio.lowlevel.Abort.SUCCEEDED
+
+            await trio.lowlevel.wait_task_rescheduled(abort)
+        if self.error is not None:
+            raise self.error
+
+
+class Link:
+    """One connection in transmission: socket, sender, receiver."""
+
+    def __init__(
+        self, owner: Owner, lane: Lane, sock: socket.socket, scope: trio.CancelScope
+    ) -> None:
+        self._owner = owner
+        self.lane = lane
+        self._sock = sock
+        self._scope = scope
+        self._out: list[Buffer] = []
+        self._sender: trio.lowlevel.Task | None = None
+        self._sender_busy = False
+        self._buffer = bytearray(RECEIVE_BYTES)
+        self._view = memoryview(self._buffer)
+        # One long READ is received at a time; a fresh buffer for each would cost page faults.
+        self._scratch = memoryview(bytearray(REQUEST_BYTES_MAX))
+        self._start = 0
+        self._end = 0
+
+    # -- sending ---------------------------------------------------------------------------
+
+    def post(self, request: Request) -> None:
+        """Append one request to what goes out."""
+        self._out.append(request.header())
+        if request.kind == p.CMD_WRITE:
+            assert request.data is not None
+            self._out.append(request.data)
+
+    def kick(self, alone: bool) -> None:
+        """Send: at once if nothing else is in flight (nothing to share a call with), else by the
+        sender, after the other runnable tasks have had their say."""
+        if self._sender_busy or not self._out:
+            return
+        if alone and not self._send_some():
+            return
+        if self._out and self._sender is not None:
+            task, self._sender = self._sender, None
+            self._sender_busy = True
+            trio.lowlevel.reschedule(task)
+
+    def _send_some(self) -> bool:
+        """One non-blocking sendmsg. False if the connection is broken."""
+        parts = self._out[:SEND_PARTS_MAX]
+        try:
+            sent = self._sock.sendmsg(parts)
+        except BlockingIOError:
+            return True
+        except OSError:
+            self._scope.cancel()
+            return False
+        index = 0
+        while index < len(parts) and sent >= len(parts[index]):
+            sent -= len(parts[index])
+            index += 1
+        del self._out[:index]
+        if sent:
+            self._out[0] = memoryview(self._out[0])[sent:]
+        return True
+
+    async def send_loop(self) -> None:
+        """Sends what is left over and what was collected."""
+        while True:
+            if not self._out:
+                self._sender_busy = False
+                self._sender = trio.lowlevel.current_task()
+
+                def abort(_raise_cancel: object) -> trio.lowlevel.Abort:
+                    self._sender = None
+                    return trio.lowlevel.Abort.SUCCEEDED
+
+                await trio.lowlevel.wait_task_rescheduled(abort)
+                continue
+            self._sender_busy = True
+            before = len(self._out)
+            first = len(self._out[0])
+            if not self._send_some():
+                return
+            if self._out and len(self._out) == before and len(self._out[0]) == first:
+                try:
+                    await trio.lowlevel.wait_writable(self._sock)
+                except (OSError, trio.ClosedResourceError):
+                    self._scope.cancel()
+                    return
+
+    # -- receiving -------------------------------------------------------------------------
+
+    async def receive_loop(self) -> None:
+        """Takes replies until the connection ends, then gives up the whole path."""
+        try:
+            while True:
+                if not await self._fill():
+                    return
+                while self._end - self._start >= p.REPLY.size:
+                    if not await self._reply():
+                        return
+                self._owner.pump()
+        except (OSError, ProtocolError, trio.ClosedResourceError) as error:
+            log.debug("connection lost", server=self._owner.name, error=str(error))
+        finally:
+            self._scope.cancel()
+
+    async def _fill(self) -> bool:
+        """At least one more byte in the buffer."""
+        if self._start == self._end:
+            self._start = self._end = 0
+        elif self._start:
+            rest = self._end - self._start
+            self._buffer[:rest] = self._buffer[self._start : self._end]
+            self._start, self._end = 0, rest
+        count = await self._recv_into(self._view[self._end :])
+        self._end += count
+        return count > 0
+
+    async def _recv_into(self, view: memoryview) -> int:
+        while True:
+            await trio.lowlevel.wait_readable(self._sock)
+            try:
+                return self._sock.recv_into(view)
+            except BlockingIOError:
+                continue
+
+    async def _reply(self) -> bool:
+        """One reply from the buffer. False if the server hung up in the middle."""
+        magic, number, cookie = p.REPLY.unpack_from(self._buffer, self._start)
+        request = self.lane.in_flight.get(cookie)
+        if magic != p.REPLY_MAGIC or request is None:
+            raise ProtocolError("a reply that nobody waits for")
+        self._start += p.REPLY.size
+        if request.kind == p.CMD_READ and number == 0:
+            length = request.length
+            have = min(length, self._end - self._start)
+            if request.into is None and have == length:
+                request.result = bytes(self._view[self._start : self._start + length])
+                self._start += length
+            elif not await self._long_read(request, have):
+                return False
+        self._owner.completed(self.lane, cookie, number)
+        return True
+
+    async def _long_read(self, request: Request, have: int) -> bool:
+        """A READ whose bytes go where they are wanted, without the receive buffer."""
+        into = request.into
+        target = self._scratch[: request.length] if into is None else into
+        target[:have] = self._view[self._start : self._start + have]
+        self._start += have
+        while have < request.length:
+            try:
+                count = self._sock.recv_into(target[have:])
+            except BlockingIOError:
+                count = await self._recv_into(target[have:])
+            if count == 0:
+                return False
+            have += count
+        if into is None:
+            request.result = bytes(target)
+        return True
