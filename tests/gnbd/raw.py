@@ -1,0 +1,91 @@
+"""A tiny blocking NBD client for tests that need to misbehave."""
+
+from __future__ import annotations
+
+import secrets
+import socket
+import struct
+
+import msgspec
+
+from gnbd import messages as m
+from gnbd import protocol as p
+
+
+class RawClient:
+    """Handshake by hand; `request` sends one request and waits for its reply."""
+
+    def __init__(
+        self, server, export: str | None = None, flags: int = 3, address: str = ""
+    ) -> None:
+        self.server = server
+        self.sock = socket.create_connection((address or server.addresses[0], server.port), 15)
+        self.greeting = self.take(18)
+        self.sock.sendall(struct.pack(">I", flags))
+        self.cookie = 0
+        if export is not None:
+            replies = self.option(p.OPT_GO, p.go_data(export))
+            assert replies[-1][0] == p.REP_ACK, replies
+
+    def __enter__(self) -> RawClient:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.sock.close()
+
+    def take(self, count: int) -> bytes:
+        data = b""
+        while len(data) < count:
+            more = self.sock.recv(count - len(data))
+            if not more:
+                raise EOFError
+            data += more
+        return data
+
+    def option(self, number: int, data: bytes = b"") -> list[tuple[int, bytes]]:
+        """All replies up to ACK or an error."""
+        self.sock.sendall(p.option(number, data))
+        replies = []
+        while True:
+            magic, option, kind, length = p.OPTION_REPLY.unpack(self.take(20))
+            assert (magic, option) == (p.OPTION_REPLY_MAGIC, number)
+            replies.append((kind, self.take(length)))
+            if kind == p.REP_ACK or kind & p.REP_ERROR:
+                return replies
+
+    def login(self, who, export, path=0, generation=1, secret=None, sequence=0) -> m.LoginResult:
+        from cluster.wire import login_proof
+
+        secret = self.server.secret(who) if secret is None else secret
+        hello = m.LoginHello(who, export, path, generation, secrets.token_bytes(32), sequence)
+        replies = self.option(p.OPT_LOGIN, msgspec.msgpack.encode(hello))
+        nonce = msgspec.msgpack.decode(replies[0][1], type=m.LoginNonce).nonce
+        proof = m.LoginProof(login_proof(secret, nonce, path, generation))
+        replies = self.option(p.OPT_LOGIN, msgspec.msgpack.encode(proof))
+        return msgspec.msgpack.decode(replies[0][1], type=m.LoginResult)
+
+    def go(self, export: str) -> None:
+        assert self.option(p.OPT_GO, p.go_data(export))[-1][0] == p.REP_ACK
+
+    def send(self, kind, offset=0, data=b"", length=None, flags=0) -> int:
+        self.cookie += 1
+        size = len(data) if length is None else length
+        head = p.REQUEST.pack(p.REQUEST_MAGIC, flags, kind, self.cookie, offset, size)
+        self.sock.sendall(head + data)
+        return self.cookie
+
+    def reply(self) -> tuple[int, int]:
+        magic, error, cookie = p.REPLY.unpack(self.take(16))
+        assert magic == p.REPLY_MAGIC
+        return cookie, error
+
+    def request(self, kind, offset=0, data=b"", length=None, flags=0) -> int:
+        """The error of one request (0: none)."""
+        cookie = self.send(kind, offset, data, length, flags)
+        got, error = self.reply()
+        assert got == cookie
+        return error
+
+    def read(self, offset: int, length: int) -> bytes:
+        assert self.request(p.CMD_READ, offset, length=length) == 0
+        return self.take(length)

@@ -1,0 +1,168 @@
+"""The letter of the NBD protocol where clients rarely go."""
+
+from __future__ import annotations
+
+import struct
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gnbd import protocol as p
+from gnbd.handshake import Close, Denied, Enter, Handshake, Offer, Private, Send
+from tests.gnbd.harness import export_toml, running
+from tests.gnbd.raw import RawClient
+
+SIZE = 1 << 20
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("conformance")
+    exports = export_toml("disk", directory / "disk.img", size="1M")
+    (directory / "ro.img").write_bytes(bytes(range(256)) * 4096)
+    exports += f'[[exports]]\nname = "ro"\npath = "{directory}/ro.img"\nread_only = true\n'
+    with running(directory, exports, joined=False) as server:
+        yield server
+
+
+def test_unknown_client_flags_drop_the_connection(server):
+    """A client flag that the server does not know: hang up."""
+    with RawClient(server, flags=3 | 4) as client, pytest.raises((EOFError, ConnectionError)):
+        client.option(p.OPT_LIST)
+
+
+@pytest.mark.parametrize(
+    "option", [p.OPT_STRUCTURED_REPLY, p.OPT_STARTTLS, p.OPT_SET_META_CONTEXT, 11, 0x12345678]
+)
+def test_unknown_options_are_refused_and_haggling_goes_on(server, option):
+    """ERR_UNSUP with a text, and the next option works."""
+    with RawClient(server) as client:
+        replies = client.option(option, b"whatever")
+        assert replies[0][0] == p.REP_ERR_UNSUP
+        assert client.option(p.OPT_LIST)[-1][0] == p.REP_ACK
+
+
+def test_private_options_without_a_cluster(server):
+    """LOGIN at a server that is in no cluster is refused with a text."""
+    with RawClient(server) as client:
+        assert client.option(p.OPT_LOGIN, b"x")[0][0] == p.REP_ERR_POLICY
+
+
+def test_malformed_options(server):
+    """LIST with data, GO with nonsense: ERR_INVALID; too long a name: ERR_TOO_BIG."""
+    with RawClient(server) as client:
+        assert client.option(p.OPT_LIST, b"x")[0][0] == p.REP_ERR_INVALID
+        assert client.option(p.OPT_GO, b"abc")[0][0] == p.REP_ERR_INVALID
+        assert client.option(p.OPT_GO, struct.pack(">I", 99) + b"abcd")[0][0] == p.REP_ERR_INVALID
+        assert client.option(p.OPT_INFO, p.go_data("x" * 5000))[0][0] == p.REP_ERR_TOO_BIG
+        assert client.option(p.OPT_INFO, p.go_data("nope"))[0][0] == p.REP_ERR_UNKNOWN
+        assert client.option(p.OPT_ABORT)[-1][0] == p.REP_ACK
+
+
+def test_info_and_go_say_the_same(server):
+    """INFO then GO with the same parameters give the same data."""
+    with RawClient(server) as client:
+        assert client.option(p.OPT_INFO, p.go_data("disk")) == client.option(
+            p.OPT_GO, p.go_data("disk")
+        )
+
+
+@pytest.mark.parametrize("flags", [1, 3])
+def test_export_name(server, flags):
+    """The old way in: size and flags, 124 zeroes unless NO_ZEROES."""
+    with RawClient(server, flags=flags) as client:
+        client.sock.sendall(p.option(p.OPT_EXPORT_NAME, b"disk"))
+        size, export_flags = struct.unpack(">QH", client.take(10))
+        assert size == SIZE
+        assert export_flags & p.FLAG_HAS_FLAGS
+        if flags == 1:
+            assert client.take(124) == bytes(124)
+        assert client.request(p.CMD_WRITE, 0, b"y" * 512) == 0
+        assert client.read(0, 512) == b"y" * 512
+
+
+def test_errors_of_the_transmission(server):
+    """Past the end, unknown flags, unknown and private commands; the connection goes on."""
+    with RawClient(server, "disk") as client:
+        assert client.request(p.CMD_READ, SIZE - 1, length=2) == p.EINVAL
+        assert client.request(p.CMD_READ, 1 << 63, length=2) == p.EINVAL
+        assert client.request(p.CMD_WRITE, SIZE - 1, b"ab") == p.ENOSPC
+        assert client.request(p.CMD_WRITE_ZEROES, SIZE - 1, length=2) == p.ENOSPC
+        assert client.request(p.CMD_TRIM, SIZE - 1, length=2) == p.EINVAL
+        assert client.request(p.CMD_WRITE, 0, b"ab", flags=1 << 9) == p.EINVAL
+        assert client.request(p.CMD_READ, 0, length=2, flags=1 << 9) == p.EINVAL
+        assert client.request(p.CMD_READ, 0, length=(64 << 20) + 1) == p.EINVAL
+        for command in (5, 7, 99, p.CMD_DRAIN, p.CMD_SEQUENCE, p.CMD_PING, p.CMD_LOGOUT):
+            assert client.request(command) == p.EINVAL
+        assert client.request(p.CMD_FLUSH, flags=p.CMD_FLAG_FUA) == 0
+        assert client.request(p.CMD_READ, 0, length=0) == 0
+        assert client.request(p.CMD_WRITE, 0, b"z", flags=p.CMD_FLAG_FUA) == 0
+        assert client.read(0, 1) == b"z"
+
+
+def test_read_only(server):
+    """Changes are EPERM, reads and flushes work."""
+    with RawClient(server, "ro") as client:
+        assert client.request(p.CMD_WRITE, 0, b"ab") == p.EPERM
+        assert client.request(p.CMD_TRIM, 0, length=512) == p.EPERM
+        assert client.request(p.CMD_WRITE_ZEROES, 0, length=512) == p.EPERM
+        assert client.request(p.CMD_FLUSH) == 0
+        assert client.read(256, 256) == bytes(range(256))
+
+
+def test_pipelined_requests_split_anywhere(server):
+    """A stream of requests cut into odd pieces gives every reply, in order."""
+    with RawClient(server, "disk") as client:
+        stream = b""
+        for index in range(50):
+            data = bytes([index]) * (100 + 37 * index)
+            stream += p.REQUEST.pack(p.REQUEST_MAGIC, 0, 1, index, index * 4096, len(data)) + data
+        for start in range(0, len(stream), 1013):
+            client.sock.sendall(stream[start : start + 1013])
+        assert [client.reply() for _ in range(50)] == [(i, 0) for i in range(50)]
+        for index in range(50):
+            assert client.read(index * 4096, 100) == bytes([index]) * 100
+
+
+def test_bad_magic_ends_the_connection(server):
+    """Out of step: hang up instead of guessing."""
+    with RawClient(server, "disk") as client:
+        client.sock.sendall(bytes(28))
+        with pytest.raises((EOFError, ConnectionError)):
+            client.reply()
+
+
+class One:
+    """A directory with one export."""
+
+    def names(self):
+        return ["disk"]
+
+    def find(self, name):
+        return Offer("disk", SIZE, 1) if name == "disk" else Denied(p.REP_ERR_UNKNOWN, "no")
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.binary(max_size=200), st.lists(st.integers(1, 40), max_size=20))
+def test_handshake_takes_any_bytes_in_any_pieces(noise, cuts):
+    """No input makes it fail; pieces do not matter."""
+    stream = struct.pack(">I", 3) + p.option(p.OPT_LIST) + noise
+
+    def outcome(pieces):
+        handshake = Handshake(One())
+        seen = []
+        for piece in pieces:
+            handshake.feed(piece)
+            while (action := handshake.next()) is not None:
+                assert isinstance(action, Send | Private | Enter | Close)
+                if isinstance(action, Enter):
+                    return seen
+                seen.append(action)
+        return seen
+
+    pieces, at = [], 0
+    for cut in cuts:
+        pieces.append(stream[at : at + cut])
+        at += cut
+    assert outcome([*pieces, stream[at:]]) == outcome([stream])
