@@ -85,7 +85,8 @@ class PhysicalDevices(Protocol):
     """The PVs as this node reaches them."""
 
     async def open(self, pv: str) -> BlockDevice:
-        """The device of `SERVER/EXPORT`, opened once and kept. Raises StackError."""
+        """The device of `SERVER/EXPORT`, opened once and kept. Raises StackError. Its reads raise
+        one too when the server does not answer in time; its writes wait."""
         ...
 
     async def exports(self) -> list[ExportInfo]:

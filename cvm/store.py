@@ -1,7 +1,10 @@
 """Metadata on the PVs: read, written, archived. Plain async over `BlockDevice`.
 
 What counts is what the register's entry names: sequence number and checksum of the text. Any one PV
-that has it is enough to read a VG; a change must reach all of them.
+that has it, in its slot or in its archive, is enough to read a VG; a change must reach all of them.
+
+Reads of the devices given by the node are bounded in time; writes are not: a write that was given
+up could land after a later one. So all PVs are asked for their labels before the first is written.
 """
 
 from __future__ import annotations
@@ -10,6 +13,7 @@ from cluster.device import BlockDevice
 from cluster.errors import CorruptionError, StackError
 from cvm.metadata import (
     ARCHIVE_CELL_BYTES,
+    ARCHIVE_OFFSET_BYTES,
     DATA_OFFSET_BYTES,
     LABEL_BYTES,
     SLOT_BYTES,
@@ -65,25 +69,30 @@ class MetadataStore:
         if known is not None:
             return known
         troubles: list[str] = []
-        for pv in entry.pvs:
-            try:
-                device = await self._devices.open(pv)
-                content = await self._read_slot(device, slot_offset(entry.sequence))
-                if content is None or content.sequence != entry.sequence:
-                    raise CorruptionError(f"has no metadata {entry.sequence}")
-                if text_checksum(content.text) != entry.checksum:
-                    raise CorruptionError("has the metadata of a change that was given up")
-                record = decode_text_untrusted(content.text)
-            except StackError as error:
-                troubles.append(f"{pv}: {error.message}")
-                continue
-            self.remember(entry, record)
-            return record
+        for offset in (slot_offset(entry.sequence), archive_offset(entry.sequence)):
+            for pv in entry.pvs:
+                try:
+                    record = await self._load_from(pv, entry, offset)
+                except StackError as error:
+                    troubles.append(f"{pv}: {error.message}")
+                    continue
+                self.remember(entry, record)
+                return record
         raise StackError(
             f'Cannot read the metadata {entry.sequence} of volume group "{entry.name}": '
             + "; ".join(troubles),
             hint="are the block servers reachable? see: clusterctl status",
         )
+
+    async def _load_from(self, pv: str, entry: VgEntry, offset_bytes: int) -> VgRecord:
+        """The record from one place of one PV. Raises StackError."""
+        device = await self._devices.open(pv)
+        content = await self._read_slot(device, offset_bytes)
+        if content is None or content.sequence != entry.sequence:
+            raise CorruptionError(f"has no metadata {entry.sequence}")
+        if text_checksum(content.text) != entry.checksum:
+            raise CorruptionError("has the metadata of a change that was given up")
+        return decode_text_untrusted(content.text)
 
     def remember(self, entry: VgEntry, record: VgRecord) -> None:
         """Keep a committed record in memory."""
@@ -97,15 +106,17 @@ class MetadataStore:
         try:
             return decode_slot_untrusted(head, offset_bytes)
         except CorruptionError:
-            whole = await device.read(offset_bytes, SLOT_BYTES)
+            room = SLOT_BYTES if offset_bytes < ARCHIVE_OFFSET_BYTES else ARCHIVE_CELL_BYTES
+            whole = await device.read(offset_bytes, room)
             return decode_slot_untrusted(whole, offset_bytes)
 
     async def write_slots(self, vg: VgRecord, text: bytes) -> None:
         """Write the text to the slot of its sequence on all PVs; durable and read back."""
         offset = slot_offset(vg.sequence)
         for pv in vg.pvs:
+            await self._check_label(await self._devices.open(pv.name), pv)
+        for pv in vg.pvs:
             device = await self._devices.open(pv.name)
-            await self._check_label(device, pv)
             content = SlotContent(vg.sequence, pv.uuid, vg.uuid, text)
             data = encode_slot(content, offset)
             await device.write(offset, data)
@@ -129,6 +140,7 @@ class MetadataStore:
             device = await self._devices.open(pv.name)
             content = SlotContent(vg.sequence, pv.uuid, vg.uuid, text)
             await device.write(offset, encode_slot(content, offset, ARCHIVE_CELL_BYTES))
+            await device.flush()
 
     async def history(self, entry: VgEntry) -> list[VgRecord]:
         """Archived versions of a VG up to the one that counts, oldest first, from all PVs."""

@@ -17,6 +17,7 @@ from cvm.metadata import (
     SLOT_BYTES,
     PvLabel,
     SlotContent,
+    archive_offset,
     check_name,
     decode_label_untrusted,
     decode_slot_untrusted,
@@ -136,6 +137,9 @@ def test_the_register_says_which_slot_counts() -> None:
             await disk.write(offset, encode_slot(content, offset))
         assert await cluster.manager(2)._store.load(entry) == vg
         await cluster.disks["s2/disk0"].write(slot_offset(vg.sequence) + 512, b"?" * 512)
+        assert await cluster.manager(2)._store.load(entry) == vg, "the archive has it too"
+        for disk in cluster.disks.values():
+            await disk.write_zeroes(archive_offset(vg.sequence), 4096)
         with pytest.raises(StackError, match=r"s1/disk0.*given up.*s2/disk0.*torn"):
             await cluster.manager(2)._store.load(entry)
 

@@ -14,6 +14,7 @@ from cluster.device_memory import MemoryDevice
 from cluster.errors import BarredError, DeviceError, StackError
 from cluster.ids import Epoch, ServerId
 from cvm.allocate import Wanted, allocate
+from cvm.bounded_io import BoundedDevice
 from cvm.layout import Leg, VolumeMap
 from cvm.metadata import LvRecord, build_map
 from cvm.target_io import VolumeClient, VolumeDevice
@@ -395,3 +396,18 @@ async def test_buffers_side_by_side_on_a_leg_are_one_request() -> None:
     await device.write(0, bytes(256 * 1024))
     assert await device.read(0, 256 * 1024) == bytes(256 * 1024)
     assert seen == [("write", 128 * 1024)] * 2 + [("read", 128 * 1024)] * 2
+
+
+@pytest.mark.trio
+async def test_bounded_reads_end(autojump_clock) -> None:
+    disk = MemoryDevice(1 << 20)
+    device = BoundedDevice("s1/disk0", disk)
+    await device.write(0, b"x" * 512)
+    assert await device.read(0, 512) == b"x" * 512
+
+    async def hook(*_args: object) -> None:
+        await trio.sleep_forever()
+
+    disk.hook = hook
+    with pytest.raises(DeviceError, match="does not answer"):
+        await device.read(0, 512)
