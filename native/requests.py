@@ -179,10 +179,9 @@ class RequestTable:
             at = _HEADER_BYTES + index * _ROW.size
             row = _ROW.unpack_from(self._map, at)
             if row[0] and _UNIQUE.unpack_from(self._map, at)[0] == row[0]:
-                state = row[9]
-                result.append(
-                    PendingRequest(*row[:9], bool(state & _INTERRUPTED), bool(state & _ANSWERED))
-                )
+                state = int(row[9])
+                values = (*row[:9], bool(state & _INTERRUPTED), bool(state & _ANSWERED))
+                result.append(PendingRequest._make(values))
         return result
 
     def close(self) -> None:

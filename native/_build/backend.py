@@ -14,23 +14,27 @@ import subprocess
 import sys
 import sysconfig
 import tomllib
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+Extension = dict[str, Any]
 ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).resolve().parent
 STAMPS = ROOT / "build" / "native"
 
 
-def extensions() -> list[dict]:
+def extensions() -> list[Extension]:
     with open(ROOT / "pyproject.toml", "rb") as file:
-        return tomllib.load(file)["tool"]["setuptools"]["ext-modules"]
+        declared: list[Extension] = tomllib.load(file)["tool"]["setuptools"]["ext-modules"]
+        return declared
 
 
-def short_name(extension: dict) -> str:
-    return extension["name"].rpartition(".")[2]
+def short_name(extension: Extension) -> str:
+    return str(extension["name"]).rpartition(".")[2]
 
 
-def generate(extension: dict) -> None:
+def generate(extension: Extension) -> None:
     """Write native/_NAME.c from native/_build/_NAME.cdef (unchanged files keep their mtime)."""
     from cffi import FFI
 
@@ -49,7 +53,7 @@ def _generate_all() -> None:
 # --- the PEP 517 and PEP 660 hooks -----------------------------------------------------------
 
 
-def get_requires_for_build_wheel(config_settings=None):
+def get_requires_for_build_wheel(config_settings: Any = None) -> list[str]:
     return []
 
 
@@ -57,9 +61,9 @@ get_requires_for_build_sdist = get_requires_for_build_wheel
 get_requires_for_build_editable = get_requires_for_build_wheel
 
 
-def _delegate(hook: str):
-    def call(*args, **kwargs):
-        from setuptools import build_meta
+def _delegate(hook: str) -> Callable[..., Any]:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        from setuptools import build_meta  # type: ignore[import-untyped]
 
         _generate_all()
         return getattr(build_meta, hook)(*args, **kwargs)
@@ -78,7 +82,7 @@ build_editable = _delegate("build_editable")
 # --- in place --------------------------------------------------------------------------------
 
 
-def fingerprint(extension: dict) -> str:
+def fingerprint(extension: Extension) -> str:
     name = short_name(extension)
     inputs = [ROOT / path for path in extension["sources"] if path != f"native/{name}.c"]
     inputs += [*(ROOT / "native" / "src").glob("**/*.h"), HERE / f"{name}.cdef", Path(__file__)]
@@ -88,7 +92,7 @@ def fingerprint(extension: dict) -> str:
     return digest.hexdigest()
 
 
-def compile_in_place(extension: dict, target: Path) -> None:
+def compile_in_place(extension: Extension, target: Path) -> None:
     generate(extension)
     variables = sysconfig.get_config_vars()
     include_dirs = [sysconfig.get_paths()["include"], *extension.get("include-dirs", [])]

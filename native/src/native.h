@@ -6,6 +6,7 @@
 #include "gate.h"
 #include "notify.h"
 #include "process.h"
+#include "ring.h"
 #include "xor.h"
 
 #endif

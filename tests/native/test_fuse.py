@@ -15,7 +15,7 @@ from native import notify
 from native.requests import Opcode, RequestTable
 
 sys.path.insert(0, str(Path(__file__).parent))
-from fuse_mount import ROOT, blocked, mounted, wait_for  # noqa: E402
+from fuse_mount import ROOT, blocked, mounted, wait_for
 
 PAGE = 4096
 READ_DIRECT = "fd = os.open('d', os.O_RDONLY); print(len(os.pread(fd, 4096, 0)))"
@@ -90,7 +90,7 @@ def test_write_flags_and_lock_owner(mount):
     first, second = mount.do("log", "WRITE")
     assert (first["offset"], first["size"], first["append"], first["sync"]) == (5, 4, True, True)
     assert (second["offset"], second["size"]) == (0, 1)
-    assert not (second["append"] or second["sync"] or second["laundered"])
+    assert not any(second[flag] for flag in ("append", "sync", "laundered"))
     flushes = mount.do("log", "FLUSH")
     assert len({row["lock_owner"] for row in flushes}) == 1
     assert all(row["lock_owner"] for row in flushes)
@@ -254,7 +254,7 @@ def test_another_process_sees_the_pending_ranges(mount):
     mount.process.send_signal(signal.SIGCONT)
     assert (row.opcode, row.inode, row.offset, row.size) == (Opcode.READ, inode, 12288, 8192)
     assert (row.pid, row.handle) == (client.pid, inode + 1000)
-    assert not (row.interrupted or row.answered)
+    assert (row.interrupted, row.answered) == (False, False)
     assert len(table) == 1
     mount.do("hold", [])
     assert client.communicate(timeout=10)[0] == "done\n"

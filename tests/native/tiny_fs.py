@@ -1,8 +1,8 @@
 """A small file system in RAM on pyfuse3 and native.fuse; driven by JSON lines on stdin.
 
-Run as `python tiny_fs.py MOUNTPOINT [--gate FD] [SETTINGS-JSON]`. Commands {"do": name, ...} are
-answered by one line each. Regular files and one directory only;
-files whose name begins with d bypass the page cache.
+Run as `python tiny_fs.py MOUNTPOINT OPTIONS-JSON`. Commands {"do": name, ...} are
+answered by one line each. Regular files and one directory only; files whose name begins with d
+bypass the page cache.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from native import fuse, fuse_io, notify
 from native.gate import Gate
 from native.requests import Opcode
 
-import pyfuse3  # noqa: I001 - after native.fuse
+# isort: split
+import pyfuse3  # only after native.fuse
 
 FOREVER_S = 1e6
 
