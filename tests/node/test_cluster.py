@@ -1,0 +1,233 @@
+"""Whole clusters of real processes: birth, join, death, restart, leave, instances, groups."""
+
+import contextlib
+import os
+import signal
+import threading
+import time
+
+import pytest
+import trio
+from node_harness import wait_until
+
+from cluster.control_io import open_session
+from cluster.errors import StackError
+
+
+def test_three_nodes_and_a_power_cut(cluster):
+    first, second, third = cluster.up(3)
+    assert [v["name"] for v in first.status()["voters"]] == ["n1", "n2", "n3"]
+    begin = time.monotonic()
+    second.kill()
+    cluster.wait_view([1, 3])
+    print(f"new view after {time.monotonic() - begin:.2f} s")
+    fences = first.status()["fences"]
+    assert (fences[-1]["name"], fences[-1]["instance"]) == ("n2", None)
+    second.start()
+    cluster.wait_view([1, 2, 3])
+    lives = {m["name"]: m["incarnation"] for m in third.status()["members"]}
+    assert lives == {"n1": 1, "n2": 2, "n3": 1}
+    epochs = {n.status()["epoch"] for n in (first, second, third)}
+    assert len(epochs) == 1
+
+
+def test_restart_within_the_suspicion_time(cluster):
+    first, second, _third = cluster.up(3)
+    second.kill()
+    second.start()
+    cluster.wait_view([1, 2, 3])
+    wait_until(
+        lambda: {m["id"]: m["incarnation"] for m in first.status()["members"]}[2] == 2,
+        "the new life is in the view",
+    )
+
+
+def test_clean_leave_and_return(cluster):
+    first, second, third = cluster.up(3)
+    third.ctl("leave")
+    third.process.wait(20)
+    cluster.wait_view([1, 2])
+    second.ctl("leave")
+    second.process.wait(20)
+    cluster.wait_view([1])
+    assert first.status()["quorate"]
+    second.start()
+    cluster.wait_view([1, 2])
+
+
+def test_coordinator_dies(cluster):
+    first, second, third = cluster.up(3)
+    first.kill()
+    cluster.wait_view([2, 3])
+    third.kill()
+    wait_until(lambda: not second.status()["quorate"], "one of three is not quorate")
+    assert second.ctl("status", check=False).returncode == 3
+    third.start()
+    cluster.wait_view([2, 3])
+    first.start()
+    cluster.wait_view([1, 2, 3])
+
+
+def test_guard_death_is_node_death(cluster):
+    _first, second, _third = cluster.up(3)
+    os.kill(second.guard, signal.SIGKILL)
+    second.process.wait(20)
+    cluster.wait_view([1, 3])
+
+
+def test_stopped_node_comes_back_with_a_new_life(cluster):
+    """A node that is paused beyond its lease was put out; it starts anew by itself."""
+    first, second, _third = cluster.up(3)
+    for pid in (second.process.pid, second.guard):
+        os.kill(pid, signal.SIGSTOP)
+    cluster.wait_view([1, 3])
+    for pid in (second.guard, second.process.pid):
+        os.kill(pid, signal.SIGCONT)
+    cluster.wait_view([1, 2, 3])
+    lives = {m["name"]: m["incarnation"] for m in first.status()["members"]}
+    assert lives["n2"] > 1
+
+
+def test_recover_after_a_lost_majority(cluster):
+    first, second, third = cluster.up(3)
+    second.kill()
+    third.kill()
+    wait_until(lambda: not first.status()["quorate"], "quorum is lost")
+    assert first.ctl("recover", "wrong", "--voters", "n1", "--yes", check=False).returncode == 4
+    assert first.ctl("recover", "test", "--voters", "n1", check=False).returncode == 4
+    epoch = first.status()["epoch"]
+    first.ctl("recover", "test", "--voters", "n1", "--yes")
+    wait_until(lambda: first.members() == [1], "the recovered node is quorate")
+    assert first.status()["epoch"] > epoch + 1000
+
+
+class Instance:
+    """A registered instance in a thread of its own, as a mount would be."""
+
+    def __init__(self, node, group=None, port=1):
+        self.node = node
+        self.group = group
+        self.port = port
+        self.events = []
+        self.granted = None
+        self._token = None
+        self._scope = None
+        self._clean = False
+        self._thread = threading.Thread(target=trio.run, args=(self._main,), daemon=True)
+        self._thread.start()
+        wait_until(lambda: self.granted, "the instance is registered")
+
+    async def _main(self):
+        async def echo(params):
+            return {"echo": params["text"], "instance": self.granted["instance"]}
+
+        handlers = {"dlm.echo": echo}
+        async with open_session(
+            self.node.run_dir, handlers, lambda *event: self.events.append(event)
+        ) as session:
+            granted = await session.call("instance.register", {"kind": "mount", "title": "/m"})
+            if self.group:
+                await session.call(
+                    "group.join",
+                    {"group": self.group, "addresses": self.node.addresses, "port": self.port},
+                )
+            self._token = trio.lowlevel.current_trio_token()
+            self._session = session
+            self._scope = trio.CancelScope()
+            self.granted = granted
+            with self._scope:
+                await session.closed.wait()
+            if self._clean:
+                with contextlib.suppress(StackError):
+                    await session.call("instance.leave")
+
+    def stop(self, clean):
+        self._clean = clean
+        self._token.run_sync_soon(self._scope.cancel)
+        self._thread.join(20)
+
+    def call(self, method, params):
+        async def work():
+            return await self._session.call(method, params)
+
+        return trio.from_thread.run(work, trio_token=self._token)
+
+    def group_events(self, kind=None):
+        found = [data for name, data in self.events if name == "group"]
+        return [e for e in found if kind is None or e["kind"] == kind]
+
+
+def order(instance):
+    return [(e["epoch"], e["seq"], e["kind"]) for e in instance.group_events()]
+
+
+def test_group_of_instances_and_the_death_of_one(cluster):
+    nodes = cluster.up(3)
+    members = [Instance(node, "g", 100 + node.number) for node in nodes]
+    wait_until(
+        lambda: all(len(m.group_events()[-1]["members"]) == 3 for m in members),
+        "all have the group view of three",
+    )
+    assert len({m.group_events()[-1]["mesh_key"] for m in members}) == 1
+    dead = members[1].granted["instance"]
+    members[1].stop(clean=False)
+    survivors = [members[0], members[2]]
+    wait_until(
+        lambda: all(m.group_events("silent") for m in survivors), "the dead one is silent"
+    )
+    failed = [e for e in survivors[0].group_events("view") if e["failed"]]
+    assert failed[-1]["failed"] == [dead]
+    survivors[0].call("group.released", {"group": "g", "instance": dead})
+    wait_until(
+        lambda: all(m.group_events("released") for m in survivors), "the dead one is released"
+    )
+    tails = [order(m)[-4:] for m in survivors]
+    assert tails[0] == tails[1]
+    assert survivors[0].group_events()[-1]["dead"] == []
+    view = nodes[0].status()
+    member = next(m for m in view["members"] if m["name"] == "n2")
+    assert dead[2] not in member["live"]
+    assert dead[2] < member["next"]
+
+
+def test_group_survives_a_power_cut(cluster):
+    nodes = cluster.up(3)
+    members = [Instance(node, "g", 100 + node.number) for node in nodes]
+    wait_until(
+        lambda: all(len(m.group_events()[-1]["members"]) == 3 for m in members), "view of three"
+    )
+    begin = time.monotonic()
+    nodes[2].kill()
+    dead = members[2].granted["instance"]
+    survivors = members[:2]
+    wait_until(lambda: all(m.group_events("silent") for m in survivors), "silent")
+    print(f"silent after {time.monotonic() - begin:.2f} s")
+    assert all(e["subject"] == dead for m in survivors for e in m.group_events("silent"))
+
+
+def test_clean_leave_of_an_instance_needs_no_view(cluster):
+    nodes = cluster.up(2, voters=False)
+    members = [Instance(node, "g", 100 + node.number) for node in nodes]
+    wait_until(
+        lambda: all(len(m.group_events()[-1]["members"]) == 2 for m in members), "view of two"
+    )
+    epoch = nodes[0].status()["epoch"]
+    left = members[1].granted["instance"]
+    members[1].stop(clean=True)
+    wait_until(lambda: members[0].group_events()[-1]["left"] == [left], "it left")
+    assert nodes[0].status()["epoch"] == epoch
+    assert nodes[1].status()["instances"] == []
+
+
+def test_calls_are_forwarded_to_instances(cluster):
+    nodes = cluster.up(2, voters=False)
+    members = [Instance(node) for node in nodes]
+    rows = nodes[0].call("dlm.echo", {"text": "x"})
+    assert [row["result"]["echo"] for row in rows] == ["x"]
+    rows = nodes[0].call("dlm.echo", {"text": "y", "all": True})
+    assert [row["node"] for row in rows] == ["n1", "n2"]
+    one = nodes[0].call("dlm.echo", {"text": "z", "mountpoint": "/m"})
+    assert one == {"echo": "z", "instance": members[0].granted["instance"]}
+    assert nodes[0].call("dlm.nothing", {}) == []
+    with pytest.raises(StackError, match="nothing of this cluster"):
+        nodes[0].call("dlm.echo", {"text": "z", "mountpoint": "/other"})
