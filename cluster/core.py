@@ -311,7 +311,7 @@ class ClusterCore:
             if operation.reply is None:
                 return []
             return [Reply(operation.reply, error=NotQuorateError("no majority of voters answers"))]
-        bar = bar_of_answers(outcome.value.members, outcome.ages) if outcome.ages else None
+        bar = bar_of_answers(outcome.value, outcome.ages) if outcome.ages else None
         newer = outcome.value.version > self.state.version
         actions: list[Action] = []
         if not self._fresh:
@@ -323,8 +323,8 @@ class ClusterCore:
         if operation.kind in ("read", "refresh"):
             self.commands.was_read(operation.since_ns)
         elif newer and isinstance(outcome, Decided):
-            spread = bar or Bar(outcome.value.members, {}, now_ns)
-            actions.extend(self._to_nodes(notice_of_bar(now_ns, outcome.value, spread)))
+            spread = bar or Bar(outcome.value, {}, now_ns)
+            actions.extend(self._to_nodes(notice_of_bar(now_ns, spread)))
         if operation.reply is not None:
             actions.append(Reply(operation.reply, result=outcome.value))
         return actions

@@ -20,7 +20,7 @@ from cluster.guard_events import Vouch, Vouched
 from cluster.ids import Instance, InstanceNo, VoterId
 from cluster.messages import DecidedNotice, EchoAge, Heartbeat
 from cluster.proposer import VoterAges
-from cluster.state import ClusterState, admits
+from cluster.state import ClusterState, admits, bars
 from cluster.timing import MS, silence_wait_ns
 
 FORGET_DEAD_TIMES = 8
@@ -133,14 +133,14 @@ class LeaseBook:
 
 
 class Bar(msgspec.Struct, frozen=True):
-    """A decided keep-list and upper bounds, on our clock, of the last echoes of whom it bars."""
+    """A decided value and upper bounds, on our clock, of the last echoes of whom it bars."""
 
-    members: list[MemberInfo]
+    state: ClusterState
     echo_ns: dict[Instance, int]
     rest_ns: int
 
 
-def bar_of_answers(members: list[MemberInfo], answers: list[VoterAges]) -> Bar:
+def bar_of_answers(state: ClusterState, answers: list[VoterAges]) -> Bar:
     """From the answers of the majority that accepted the value."""
     instances = sorted({entry.instance for answer in answers for entry in answer.ages})
     rest = [answer.received_ns - answer.start_age_ns for answer in answers]
@@ -148,19 +148,19 @@ def bar_of_answers(members: list[MemberInfo], answers: list[VoterAges]) -> Bar:
         instance: max(_last_echo_ns(answer, instance) for answer in answers)
         for instance in instances
     }
-    return Bar(members, echo_ns, max(rest))
+    return Bar(state, echo_ns, max(rest))
 
 
 def bar_of_notice(now_ns: int, notice: DecidedNotice) -> Bar:
     """From another member's notice."""
     echo_ns = {entry.instance: now_ns - entry.age_ns for entry in notice.ages}
-    return Bar(notice.state.members, echo_ns, now_ns - notice.rest_age_ns)
+    return Bar(notice.state, echo_ns, now_ns - notice.rest_age_ns)
 
 
-def notice_of_bar(now_ns: int, state: ClusterState, bar: Bar) -> DecidedNotice:
+def notice_of_bar(now_ns: int, bar: Bar) -> DecidedNotice:
     """The notice for the other members."""
     ages = [EchoAge(instance, now_ns - at) for instance, at in sorted(bar.echo_ns.items())]
-    return DecidedNotice(state, ages, now_ns - bar.rest_ns)
+    return DecidedNotice(bar.state, ages, now_ns - bar.rest_ns)
 
 
 class SilenceBook:
@@ -180,7 +180,7 @@ class SilenceBook:
         if config != self._config:
             self._config = config
             self._config_ns = now_ns
-        self._bars.append(bar if bar is not None else Bar(state.members, {}, now_ns))
+        self._bars.append(bar if bar is not None else Bar(state, {}, now_ns))
 
     def purged(self, instance: Instance) -> bool:
         """PURGED was reported. True if that is news."""
@@ -192,13 +192,13 @@ class SilenceBook:
         return True
 
     def silent_ns(self, dead: Instance) -> int | None:
-        """When `dead` is silent by time; 0 if it is purged; None while it is admitted."""
+        """When `dead` is silent by time; 0 if it is purged; None while it is not barred.
+
+        A value that has not seen its life yet says nothing about its echoes."""
         bounds = [
-            bar.echo_ns.get(dead, bar.rest_ns)
-            for bar in self._bars
-            if not admits(bar.members, dead)
+            bar.echo_ns.get(dead, bar.rest_ns) for bar in self._bars if bars(bar.state, dead)
         ]
-        if not bounds or admits(self._bars[-1].members, dead):
+        if not bounds:
             return None
         if dead in self._purged:
             return 0

@@ -181,7 +181,9 @@ class Membership:
         if state.epoch != self.state.epoch:
             self._wish_ns = now_ns
         self.state = state
-        self.was_admitted = self.was_admitted or self.admitted
+        # It may have been admitted and removed without having seen either.
+        known = highest_incarnation(state, self.me) >= self.incarnation
+        self.was_admitted = self.was_admitted or known
         for instance in list(self.reported):
             if not admits(state.members, instance):
                 del self.reported[instance]

@@ -193,6 +193,14 @@ def admits(members: list[MemberInfo], instance: Instance) -> bool:
     return instance.number in member.live or instance.number >= member.next
 
 
+def bars(state: ClusterState, instance: Instance) -> bool:
+    """Whether an instance is barred for ever by this value. A life that this value has never seen
+    is neither admitted nor barred: a later value may admit it."""
+    if highest_incarnation(state, instance.node) < instance.incarnation:
+        return False
+    return not admits(state.members, instance)
+
+
 def highest_incarnation(state: ClusterState, node: int) -> Incarnation:
     """The highest incarnation of a node that the register has ever seen, 0 for none."""
     member = member_of(state.members, node)
