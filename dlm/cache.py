@@ -206,6 +206,8 @@ class Glock:
             return True
         manager = self._manager
         manager.raise_if_barred()
+        if not COVERS[mode][self.mode]:
+            await self.send_away_and_wait()
         if self._queue or self._active or self._closing or self._asking is not None:
             return False
         waiter = _Waiter(mode, manager.runtime.wakeup())
@@ -244,7 +246,12 @@ class Glock:
             if self._closing:
                 return
         if queue and not self._active:
-            self._ask(queue[0].mode, Flags.NONE)
+            if COVERS[queue[0].mode][self.mode]:
+                self._ask(queue[0].mode, Flags.NONE)
+            else:
+                # Between PR and CW there is no way up: what is cached under the one goes first.
+                self._demand = _ALL_MODES
+                self._close()
             return
         self._refresh()
 

@@ -112,4 +112,4 @@ class Directory:
     def check(self, members: Sequence[Instance]) -> None:
         for name in self.records:
             assert self.table[slot_of(name)] == self.me
-        assert not members or set(self.table) <= set(members)
+        assert not members or self.table[0] in members

@@ -12,10 +12,11 @@ exactly the live locks of all resources here.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 from cluster.ids import Instance
 from dlm.messages import (
+    NO_MODE,
     Cancel,
     Convert,
     Redirect,
@@ -27,7 +28,7 @@ from dlm.messages import (
 )
 from dlm.modes import Flags, Result
 from dlm.owner import Knowledge
-from dlm.resource import Effect, MasterLock, Resource
+from dlm.resource import Effect, MasterLock, Parked, Resource
 
 if TYPE_CHECKING:
     from dlm.lockspace import Lockspace
@@ -40,8 +41,25 @@ class MasterSide:
         self._space = space
         self.resources: dict[bytes, Resource] = {}
         self.locks: dict[tuple[Instance, int], MasterLock] = {}
-        self.early: list[tuple[Instance, Request]] = []
+        self.early: list[Parked] = []
+        self._parked: dict[tuple[Instance, int], Request] = {}
         self._out: list[Effect] = []
+
+    # Requests that cannot be answered yet. They may be withdrawn meanwhile.
+
+    def park(self, where: list[Parked], source: Instance, message: Request) -> None:
+        self._parked[source, message.lock] = message
+        where.append((source, message))
+
+    def unpark(self, some: list[Parked]) -> list[Parked]:
+        """Those of `some` that still want an answer, from members."""
+        wanted = []
+        for source, message in some:
+            if self._parked.get((source, message.lock)) is message:
+                del self._parked[source, message.lock]
+                if source in self._space.members:
+                    wanted.append((source, message))
+        return wanted
 
     # Messages of owners.
 
@@ -50,7 +68,7 @@ class MasterSide:
         if resource is None:
             self._find_master(source, message)
         elif resource.removing:
-            resource.held.append((source, message))
+            self.park(resource.held, source, message)
         else:
             self._request_here(resource, source, message)
 
@@ -82,7 +100,8 @@ class MasterSide:
     def unlock(self, source: Instance, message: Unlock) -> None:
         lock = self.locks.pop((source, message.lock), None)
         if lock is None:
-            gone = Reply(message.lock, message.op, 0, Result.UNLOCKED, -1)
+            self._parked.pop((source, message.lock), None)
+            gone = Reply(message.lock, message.op, 0, Result.UNLOCKED, NO_MODE)
             self._space.post(source, gone)
             return
         lock.op = message.op
@@ -93,6 +112,9 @@ class MasterSide:
 
     def cancel(self, source: Instance, message: Cancel) -> None:
         lock = self.locks.get((source, message.lock))
+        if lock is None and self._parked.pop((source, message.lock), None) is not None:
+            cancelled = Reply(message.lock, message.op, 0, Result.CANCELLED, NO_MODE)
+            self._space.post(source, cancelled)
         if lock is None or lock.op != message.op:
             return
         resource = lock.resource
@@ -139,7 +161,7 @@ class MasterSide:
             mine = space.owner.resources.get(message.name)
             if mine is not None and mine.knowledge is Knowledge.PROBING and source != space.me:
                 # Perhaps the directory has just made us the master and its word is under way.
-                self.early.append((source, message))
+                self.park(self.early, source, message)
             else:
                 space.post(source, Redirect(message.lock, message.op, message.name, None))
             return
@@ -181,7 +203,6 @@ class MasterSide:
         resource = self.resources.get(name)
         if resource is None:
             self.create(name, floor)
-        self._retry_early(name)
 
     def settle_unused(self, name: bytes) -> None:
         """We were made the master for a request that is no more."""
@@ -189,19 +210,11 @@ class MasterSide:
         if resource is not None and resource.empty:
             self._give_up(resource)
 
-    def _retry_early(self, name: bytes) -> None:
-        early = [item for item in self.early if item[1].name == name]
-        if early:
-            self.early = [item for item in self.early if item[1].name != name]
-            for source, message in early:
-                self.request(source, message)
-
     def answer_early(self) -> None:
-        """Whoever waited for us to become a master that we did not become asks again."""
+        """A question of ours about a master was answered: look again at those who waited for it."""
         waiting, self.early = self.early, []
-        for source, message in waiting:
-            if source in self._space.members:
-                self.request(source, message)
+        for source, message in self.unpark(waiting):
+            self.request(source, message)
 
     def remove(self, source: Instance, message: Remove) -> None:
         directory = self._space.directory
@@ -220,9 +233,8 @@ class MasterSide:
         assert resource.empty
         del self.resources[resource.name]
         held, resource.held = resource.held, []
-        for source, message in held:
-            request = cast(Request, message)
-            self._space.post(source, Redirect(request.lock, request.op, request.name, None))
+        for source, message in self.unpark(held):
+            self._space.post(source, Redirect(message.lock, message.op, message.name, None))
 
     # Deaths.
 
@@ -236,8 +248,6 @@ class MasterSide:
                 self._forget(resource.owner_died(owner))
             for owner in left:
                 self._forget(resource.owner_gone(owner, write_modes=True))
-            gone = {*failed, *left}
-            resource.held = [item for item in resource.held if item[0] not in gone]
             self._drop_dead_keys(resource)
             self._send(resource)
 

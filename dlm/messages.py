@@ -131,7 +131,8 @@ LVB_STALE, LVB_CURRENT, LVB_INVALID = 0, 1, 2
 
 
 class PushedLock(msgspec.Struct, array_like=True, gc=False):
-    """One lock as its owner sees it; the owner is right. `granted` and `requested` may be -1.
+    """One lock as its owner sees it; the owner is right. The modes may be -1. `granted` is what it
+    holds for sure; `had` is more if a conversion under way may already have taken that away.
     `lvb_known`: the copy is the last written value (1), is known to be invalid (2), or is only
     what the owner once read (0)."""
 
@@ -139,6 +140,7 @@ class PushedLock(msgspec.Struct, array_like=True, gc=False):
     op: Count
     name: Name
     granted: HeldMode
+    had: HeldMode
     requested: HeldMode
     flags: Count = 0
     age_ns: Count = 0

@@ -60,6 +60,16 @@ COVER_BITS: tuple[int, ...] = tuple(
     sum(1 << wanted for wanted in range(6) if COVERS[held][wanted]) for held in range(6)
 )
 
+
+def meet(one: Mode, two: Mode) -> Mode:
+    """The strongest mode that both cover: what is held while a conversion between them is under
+    way. Differs from both only for PR and CW."""
+    for mode in (EX, PW, PR, CW, CR):
+        if COVERS[one][mode] and COVERS[two][mode]:
+            return mode
+    return NL
+
+
 WRITE_MODES = frozenset({CW, PW, EX})
 """What a dead holder could have been writing under."""
 

@@ -49,6 +49,7 @@ from dlm.modes import (
     Status,
     convert_is_valid,
     goes_down,
+    meet,
     request_is_valid,
     unlock_is_valid,
 )
@@ -98,6 +99,21 @@ class OwnerLock:
         self.lvb_read = False
         self.exact = False
         self.write = False
+
+    @property
+    def sure(self) -> int:
+        """What this lock holds whatever the master has decided about the pending conversion: the
+        reply to a PR that became CW may be under way, and others were told already."""
+        if not self.pending or self.mode == NO_MODE:
+            return self.mode
+        if self.flags & Flags.CONVDEADLK:
+            return Mode.NL
+        mode = meet(Mode(self.mode), Mode(self.wanted))
+        if self.flags & Flags.ALTPR:
+            mode = meet(mode, Mode.PR)
+        if self.flags & Flags.ALTCW:
+            mode = meet(mode, Mode.CW)
+        return mode
 
 
 class OwnerResource:
@@ -477,11 +493,9 @@ class OwnerSide:
         known = LVB_STALE
         if lock.lvb_read or lock.write or lock.exact:
             known = LVB_CURRENT if lock.lvb_valid else LVB_INVALID
-        granted = lock.mode
-        if lock.pending and lock.flags & Flags.CONVDEADLK:
-            granted = Mode.NL
         return PushedLock(
-            lock.number, lock.op, lock.resource.name, granted, lock.wanted, int(lock.flags),
+            lock.number, lock.op, lock.resource.name, lock.sure, lock.mode, lock.wanted,
+            int(lock.flags),
             self._space.now_ns - lock.since_ns if lock.pending else 0,
             lock.lvb if known == LVB_CURRENT else None, lock.lvb_seq, known,
         )  # fmt: skip

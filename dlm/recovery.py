@@ -44,7 +44,7 @@ from dlm.messages import (
     Sync,
 )
 from dlm.modes import LVB_ZERO
-from dlm.resource import MasterLock
+from dlm.resource import MasterLock, Parked
 
 if TYPE_CHECKING:
     from dlm.lockspace import Lockspace
@@ -60,7 +60,7 @@ class Recovery:
         self._synced: set[Instance] = set()
         self._pushed: set[Instance] = set()
         self._building: dict[bytes, list[tuple[Instance, PushedLock]]] = {}
-        self._held: list[tuple[Instance, Request]] = []
+        self._held: list[Parked] = []
         self.leaving = False
         self._round = 0
         self._acks: set[Instance] | None = None
@@ -71,7 +71,7 @@ class Recovery:
 
     def hold(self, source: Instance, message: Request) -> None:
         """A question that only the end of the recovery can answer."""
-        self._held.append((source, message))
+        self._space.master.park(self._held, source, message)
 
     def install(self, event: GroupEvent) -> None:
         """Take a view: the members and the slot table are new from now on."""
@@ -83,7 +83,6 @@ class Recovery:
         self.phase = "sync"
         self._synced, self._pushed = {space.me}, {space.me}
         self._building.clear()
-        self._held = [item for item in self._held if item[0] in members]
         self._acks = None
         failed = [one for one in gone if one not in event.left]
         space.master.members_gone(failed, [one for one in gone if one in event.left])
@@ -180,7 +179,7 @@ class Recovery:
         if not space.frozen:
             for resource, pushes in rebuilt:
                 self._ask_again(resource, pushes)
-            for source, message in held:
+            for source, message in space.master.unpark(held):
                 space.master.request(source, message)
         self.leave_if_quiet()
 
@@ -197,6 +196,9 @@ class Recovery:
         self._choose_lvb(resource, [push for _source, push in pushes])
         for dead in sorted(space.dead):
             resource.add_phantom(dead, silent=dead in space.silent)
+        for source, push in pushes:
+            if push.had != push.granted:
+                resource.give_back(space.master.locks[source, push.lock], Mode(push.had))
         return resource
 
     def _choose_lvb(self, resource: Resource, pushes: list[PushedLock]) -> None:

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 from cluster.ids import Instance
 from cluster.locks import Mode
-from dlm.messages import NO_MODE, Bast, Reply
+from dlm.messages import NO_MODE, Bast, Reply, Request
 from dlm.modes import (
     COMPATIBLE,
     EXCLUDES,
@@ -70,6 +70,7 @@ class MasterLock:
 
 
 Effect = tuple[MasterLock, Reply | Bast]
+Parked = tuple[Instance, Request]
 
 
 class Resource:
@@ -94,7 +95,7 @@ class Resource:
         self.grants = 0
         self.overtakes = 0
         self.removing = False
-        self.held: list[tuple[Instance, object]] = []
+        self.held: list[Parked] = []
 
     @property
     def empty(self) -> bool:
@@ -126,7 +127,6 @@ class Resource:
         """Change the mode of a granted lock."""
         assert lock.granted != NO_MODE
         lock.requested, lock.flags = mode, flags
-        lock.status = Status.NONE
         if self._grant_or_alternative(lock, lvb):
             self._after()
             return
@@ -226,6 +226,18 @@ class Resource:
         lock.granted = granted
         if granted != NO_MODE:
             self.granted.append(lock)
+
+    def give_back(self, lock: MasterLock, mode: Mode) -> None:
+        """Recovery: a conversion under way put this mode in doubt. If nobody is in the way it is
+        as before; otherwise the owner learns with its next reply that it is gone."""
+        others = 0
+        for other in self.granted:
+            if other is not lock:
+                others |= 1 << other.granted
+        if EXCLUDES[mode] & others:
+            lock.status = Status.DEMOTED
+        else:
+            lock.granted = mode
 
     # The rules.
 
@@ -382,6 +394,8 @@ class Resource:
             self.lvb_seq, self.epoch, self.grants,
         )  # fmt: skip
         self.out.append((lock, lock.last))
+        if result != Result.QUEUED:
+            lock.status = Status.NONE
 
     def check(self) -> None:
         holders = [*self.granted, *self.converting]

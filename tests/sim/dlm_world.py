@@ -48,6 +48,7 @@ class Client:
     completions: int = 0
     ops: int = 0
     wanted: int = 0
+    since: int = 0
     unlocking: bool = False
 
 
@@ -79,9 +80,10 @@ class World:
         self.size = members
         self.births = 0
         self.steps = 0
-        self.trace: list[str] | None = None
+        self.trace: list[str] | None = getattr(self, "trace", None)
         self.writes = 0
         self.lvb: dict[bytes, bytes | None] = {}
+        self.history: dict[bytes, list[bytes | None]] = {}
         self.tokens: dict[bytes, tuple[int, int]] = {}
         for _ in range(members):
             self.birth()
@@ -111,10 +113,10 @@ class World:
         member = self.members.pop(victim)
         held = []
         for lock in member.space.owner.locks.values():
-            if lock.mode > Mode.NL:
-                held.append((lock.resource.name, Mode(lock.mode)))
+            if lock.sure > Mode.NL:
+                held.append((lock.resource.name, Mode(lock.sure)))
                 if lock.mode in LVB_WRITERS:
-                    self.lvb[lock.resource.name] = None
+                    self.write_lvb(lock.resource.name, None)
         self.corpses[victim] = held
         for (source, _to), link in self.links.items():
             if source == victim:
@@ -147,9 +149,7 @@ class World:
         ready: list[tuple[str, object]] = [
             ("link", key) for key, link in self.links.items() if link and key[1] in self.members
         ]
-        ready += [
-            ("event", me) for me, one in self.members.items() if one.position < len(self.log)
-        ]
+        ready += [("event", me) for me, one in self.members.items() if one.position < len(self.log)]
         return ready
 
     def step(self, clients: float = 0.3) -> bool:
@@ -235,9 +235,7 @@ class World:
 
     def client_step(self) -> None:
         ready = [
-            me
-            for me, member in self.members.items()
-            if member.space.members and not member.leaving
+            me for me, member in self.members.items() if member.space.members and not member.leaving
         ]
         if not ready:
             return
@@ -271,7 +269,7 @@ class World:
         number = member.space.lock(name, mode, flags)
         assert number is not None
         self.note(f"{member.space.me} lock {number} {name!r} {mode.name} {flags!r}")
-        member.clients[number] = Client(name, number, pending=1, ops=1)
+        member.clients[number] = Client(name, number, pending=1, ops=1, since=self.steps)
 
     def operate(self, member: Member, client: Client) -> None:
         roll = self.random.random()
@@ -305,9 +303,9 @@ class World:
         held = member.space.owner.locks[number].mode
         if held in LVB_WRITERS and (mode is None or not COVERS[mode][held] or mode == held):
             if flags & Flags.IVVALBLK:
-                self.lvb[client.name] = None
+                self.write_lvb(client.name, None)
             elif flags & Flags.VALBLK and lvb is not None:
-                self.lvb[client.name] = lvb
+                self.write_lvb(client.name, lvb)
 
     def unlock(self, member: Member, client: Client, flags: Flags) -> None:
         if self.random.random() < 0.7:
@@ -316,7 +314,9 @@ class World:
         self.lowered(member, client, client.number, flags, None, lvb)
         client.unlocking = True
         client.ops += 1
-        self.note(f"{member.space.me} unlock {client.number} {client.name!r} {flags!r} {lvb[-4:]!r}")
+        self.note(
+            f"{member.space.me} unlock {client.number} {client.name!r} {flags!r} {lvb[-4:]!r}"
+        )
         result = member.space.unlock(client.number, flags, lvb)
         assert result == Result.GRANTED, result
 
@@ -335,8 +335,8 @@ class World:
         lvb = self.value()
         self.lowered(member, client, client.number, flags, mode, lvb)
         client.pending = 1
+        client.since = self.steps
         client.ops += 1
-        client.wanted = 0
         me = member.space.me
         self.note(f"{me} convert {client.number} {client.name!r} {mode.name} {flags!r}")
         result = member.space.convert(client.number, mode, flags, lvb)
@@ -347,7 +347,6 @@ class World:
         if self.random.random() < 0.5:
             self.unlock(member, client, Flags.NONE)
         else:
-            client.wanted = 0
             self.convert(member, client, Mode.NL)
 
     def completed(self, member: Member, done: Completion) -> None:
@@ -357,7 +356,8 @@ class World:
         client.completions += 1
         if client.completions > client.ops:
             raise Violation(f"S6: {client.name!r} {done} completed twice")
-        self.note(f"{member.space.me} completed {done.lock} {client.name!r} {done.result.name} {done.mode.name} lvb {done.lvb_valid} {done.lvb and done.lvb[-4:]!r}")  # fmt: skip
+        what = f"{done.result.name} {done.mode.name} {done.lvb_valid} {(done.lvb or b'')[-4:]!r}"
+        self.note(f"{member.space.me} completed {done.lock} {client.name!r} {what}")
         if done.result == Result.UNLOCKED:
             if client.completions != client.ops:
                 raise Violation(f"S6: an operation of {client.name!r} never completed")
@@ -366,8 +366,10 @@ class World:
         client.pending = 0
         if done.result == Result.GRANTED:
             client.mode = done.mode
+            # The master tells again what still waits after a grant, not after a refusal.
+            client.wanted = 0
             if done.lvb is not None and done.lvb_valid:
-                self.read_lvb(client.name, done.lvb)
+                self.read_lvb(client, done)
             if done.mode == Mode.EX and done.grant != (0, 0):
                 if done.grant <= self.tokens.get(client.name, (0, 0)):
                     raise Violation(f"S10: token {done.grant} of {client.name!r} is not new")
@@ -375,9 +377,17 @@ class World:
         elif client.mode is None and not client.unlocking:
             del member.clients[done.lock]
 
-    def read_lvb(self, name: bytes, value: bytes) -> None:
-        if self.lvb.get(name) != value:
-            raise Violation(f"S8: {name!r} {value!r} is not the last write {self.lvb.get(name)!r}")
+    def read_lvb(self, client: Client, done: Completion) -> None:
+        """PR and above exclude writers: the value is the last one. Below that there is no order
+        between the read and a write: it is one that was written."""
+        value = self.lvb.get(client.name)
+        allowed = {value} if done.mode >= Mode.PR else set(self.history.get(client.name, ()))
+        if done.lvb not in allowed:
+            raise Violation(f"S8: {client.name!r} {done.lvb!r} is not the last write {value!r}")
+
+    def write_lvb(self, name: bytes, value: bytes | None) -> None:
+        self.lvb[name] = value
+        self.history.setdefault(name, []).append(value)
 
     # Invariants.
 
@@ -387,12 +397,12 @@ class World:
         for me, member in self.members.items():
             member.space.check()
             for lock in member.space.owner.locks.values():
-                mode = lock.mode
-                if lock.pending and lock.flags & Flags.CONVDEADLK:
-                    mode = Mode.NL
+                mode = lock.sure
                 if mode > Mode.NL:
                     held.setdefault(lock.resource.name, []).append((me, Mode(mode)))
-            for name in member.space.master.resources:
+            for name, resource in member.space.master.resources.items():
+                if resource.removing:
+                    continue
                 if name in masters:
                     raise Violation(f"S3: {name!r} has two masters, {me} and {masters[name]}")
                 masters[name] = me
@@ -430,7 +440,7 @@ class World:
             if client.pending
         ]
         if stuck:
-            raise Violation(f"L1: never completed: {stuck}")
+            raise Violation(f"L1: never completed: {stuck} {self.queues(stuck[0][1].name)}")
         self.conservation()
         for member in self.members.values():
             for client in list(member.clients.values()):
@@ -442,6 +452,15 @@ class World:
             left = space.owner.locks, space.master.resources, space.directory.records
             if any(left):
                 raise Violation(f"L4: {me} keeps {left}")
+
+    def queues(self, name: bytes) -> list[str]:
+        """How the masters of a name see it."""
+        return [
+            f"{me} holds {lock.owner}/{lock.number} {lock.granted}->{lock.requested} told {lock.told:b}"
+            for me, member in self.members.items()
+            if name in member.space.master.resources
+            for lock in member.space.master.resources[name].locks()
+        ]
 
     def drain(self) -> None:
         for _ in range(STEPS_MAX):
@@ -477,7 +496,8 @@ class World:
             for number, lock in member.space.owner.locks.items()
         }
         if there != here:
-            raise Violation(f"S11: {sorted(there.items())} at masters, {sorted(here.items())}")
+            odd = sorted(set(there.items()) ^ set(here.items()), key=str)
+            raise Violation(f"S11: owners and masters differ about {odd}")
 
 
 def run(seed: int, steps: int = 600, **options: object) -> World:
