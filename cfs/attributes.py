@@ -8,7 +8,7 @@ import msgspec
 
 BLOCK_BYTES = 4096
 NAME_BYTES_MAX = 255
-SYMLINK_BYTES_MAX = 3800
+SYMLINK_BYTES_MAX = 3584
 FILE_BYTES_MAX = 1 << 62
 LINKS_MAX = 0xFFFF_FFF0
 ROOT_COOKIE_SELF = 1
@@ -74,7 +74,7 @@ class DirEntry(msgspec.Struct, frozen=True, gc=False):
 
 
 class Totals(msgspec.Struct, frozen=True):
-    """What statfs() shows, in blocks of 4096 bytes. `freeing_blocks` are free but not yet for use."""
+    """What statfs() shows, in blocks of 4096 bytes. `freeing_blocks`: free, not yet for use."""
 
     blocks: int
     free_blocks: int

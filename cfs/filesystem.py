@@ -4,27 +4,61 @@ Every method takes the cluster locks that it needs, works on a consistent snapsh
 `FsError(errno)`. What a method returned is visible to every call that starts later on any node.
 Names are bytes. All methods may be called concurrently by any number of tasks.
 
-Fast paths: `try_getattr`, `try_lookup` and `try_read` answer synchronously when locks and blocks are
-here, else None. The `*_held` methods are for a caller that has a hold on the inode's lock already
-(PR for reading, EX for writing), taken with `try_hold`, `hold` or `hold_demoting`.
+Fast paths: `try_getattr`, `try_lookup` and `try_read` answer synchronously when locks and blocks
+are here, else None. The `*_held` methods are for a caller that has a hold on the inode's lock
+already (PR for reading, EX for writing), taken with `try_hold`, `hold` or `hold_demoting`.
 """
 
 from __future__ import annotations
 
+import errno
+import stat
 from collections.abc import Sequence
 from typing import Any
 
-from cfs.attributes import Attributes, DirEntry, MountOptions, SetAttributes, Totals
-from cfs.seams import Environment
+import msgspec
+
+from cfs import stage
+from cfs.attributes import (
+    NOW,
+    Attributes,
+    DirEntry,
+    MountOptions,
+    SetAttributes,
+    Totals,
+)
+from cfs.cache import InodeState
+from cfs.core import Core
+from cfs.errors import FsError
+from cfs.files import Files, clear_privileges, need_regular
+from cfs.lock_names import MOUNT_LOCK, inode_lock_name, open_lock_name
+from cfs.names import Names
+from cfs.nodes import InodeNode
+from cfs.orphans import Orphans, adopt
+from cfs.seams import Environment, Event
+from cfs.transaction import READER, Missing, Tx
 from cluster.device import BlockDevice, Buffer
+from cluster.errors import BarredError, BusyError
 from cluster.ids import Instance
-from cluster.locks import CachedLock, LockManager
+from cluster.locks import CachedLock, LockManager, Mode
+
+COLD_MAX = 4096
+STATFS_MAX_AGE_NS = 1_000_000_000
 
 
 class FileSystem:
     """One mount. Made by `FileSystem.mount`, ended by `unmount`."""
 
-    root_ino: int
+    def __init__(self, core: Core, mount_lock: CachedLock) -> None:
+        self.core = core
+        self.files = Files(core)
+        self.root_ino = core.superblock.root_ino
+        self.orphans: Orphans
+        self.names: Names
+        self._mount_lock = mount_lock
+        self._closing = False
+        self._background: Event | None = None
+        self._beliefs_at = -STATFS_MAX_AGE_NS
 
     @classmethod
     async def mount(
@@ -34,110 +68,299 @@ class FileSystem:
         environment: Environment,
         options: MountOptions | None = None,
     ) -> FileSystem:
-        """Read the superblock, replay journals that nobody owns, take a journal, start the tasks."""
-        raise NotImplementedError
+        """Read the superblock, replay journals that nobody owns, take a journal, start the tasks.
+
+        Raises CorruptionError (no file system), BusyError (mkfs or fsck at work, no journal free).
+        """
+        superblock = await stage.read_superblock(device)
+        core = Core(device, locks, environment, options or MountOptions(), superblock)
+        lock = await locks.try_lock(MOUNT_LOCK, Mode.PR)
+        if lock is None:
+            raise BusyError("mkfs or fsck is at work on this file system")
+        self = cls(core, lock)
+        try:
+            await self._begin()
+        except BaseException:
+            lock.release(Mode.PR)
+            raise
+        if core.options.background:
+            self._background = core.runtime.event()
+            core.runtime.spawn(self._run_background, "background")
+        return self
+
+    async def _begin(self) -> None:
+        core = self.core
+        control = core.control.lock
+        assert control is not None
+        await control.hold(Mode.EX)
+        try:
+            journal, free = await stage.begin(core)
+            core.attach(journal)
+            self.orphans = Orphans(core, self.files, journal.slot, journal.first_block)
+            self.names = Names(core, self.files, self.orphans)
+            await self.orphans.load()
+            for slot, place in free:
+                await adopt(core, self.orphans, slot, place[0])
+        finally:
+            control.release(Mode.EX)
+        self.orphans.reap_all()
+        if not free:
+            core.runtime.spawn(self._add_slot, "another journal")
+
+    async def _add_slot(self) -> None:
+        try:
+            await stage.ensure_free_slot(self.core)
+        except (FsError, BarredError):
+            pass  # No room for another journal: the next mount is told that all are in use.
+
+    async def _run_background(self) -> None:
+        """Commit at least every interval, write in place now and then, keep the cache small."""
+        core = self.core
+        assert self._background is not None
+        interval = core.options.commit_interval_ms / 1000
+        since_checkpoint = 0
+        try:
+            while not self._closing and core.error is None:
+                await core.runtime.sleep(interval)
+                since_checkpoint += core.options.commit_interval_ms
+                if await self.tick(
+                    checkpoint=since_checkpoint >= core.options.checkpoint_interval_ms
+                ):
+                    since_checkpoint = 0
+        except BarredError as error:
+            core.fail(error)
+        finally:
+            self._background.set()
+
+    async def tick(self, *, checkpoint: bool = False) -> bool:
+        """One round of background work; True if a checkpoint was made."""
+        core = self.core
+        try:
+            await core.pages.flush_all()
+            if checkpoint and not core.journal.is_clean:
+                await core.journal.checkpoint()
+            elif core.journal.running:
+                await core.journal.commit()
+        except Exception as error:
+            if core.error is None:
+                core.fail(error)
+            return False
+        await self._shrink_cache()
+        return checkpoint
+
+    async def _shrink_cache(self) -> None:
+        core = self.core
+        cold, core.cold = core.cold, set()
+        for ino in cold:
+            state = core.table.states.get(ino)
+            if state is not None:
+                core.table.forget(state)
+        for state in core.table.surplus(core.is_dirty)[:COLD_MAX]:
+            await core.locks.drop(open_lock_name(state.ino))
+            await core.locks.drop(inode_lock_name(state.ino))
+            core.table.forget(state)
 
     # -- locks -----------------------------------------------------------------------------------
 
     def inode_lock(self, ino: int) -> CachedLock:
         """The cached lock of an inode; synchronous, never a message."""
-        raise NotImplementedError
+        return self.core.state(ino).lock
 
-    # -- synchronous attempts ----------------------------------------------------------------------
+    # -- synchronous attempts --------------------------------------------------------------------
 
     def try_getattr(self, ino: int) -> Attributes | None:
-        """Attributes if the lock is cached in PR or EX, is not being demoted, and the inode is here."""
-        raise NotImplementedError
+        """Attributes if the lock is cached in PR or EX, not being demoted, and the inode here."""
+        state = self.core.state(ino)
+        if not state.lock.try_hold(Mode.PR):
+            return None
+        node = state.node
+        state.lock.release(Mode.PR)
+        if node is None:
+            return None
+        if not node.mode:
+            raise FsError(errno.ESTALE)
+        return node.attributes()
 
     def try_lookup(self, parent: int, name: bytes) -> Attributes | None:
-        """As `lookup`, if everything is here. Raises FsError(ENOENT) for a name known to be absent."""
-        raise NotImplementedError
+        """As `lookup`, if everything is here. Raises FsError(ENOENT) for a name that is absent."""
+        return self.names.try_lookup(parent, name)
 
-    # -- under a hold of the caller ------------------------------------------------------------------
+    def try_read(self, ino: int, offset: int, size: int) -> bytes | None:
+        """As `read`, if it needs neither a message nor the disk."""
+        state = self.core.state(ino)
+        if not state.try_hold(Mode.PR):
+            return None
+        try:
+            return self.files.read_now(state, offset, size)
+        except Missing:
+            return None
+        finally:
+            state.release(Mode.PR)
+
+    # -- under a hold of the caller --------------------------------------------------------------
 
     async def getattr_held(self, ino: int) -> Attributes:
         """The caller holds the inode's lock in PR or stronger."""
-        raise NotImplementedError
+        state = self.core.state(ino)
+        return await self.core.see(lambda: READER.inode(state).attributes())
 
     async def read_held(self, ino: int, offset: int, size: int, *, direct: bool = False) -> bytes:
         """The caller holds the inode's lock in PR or stronger."""
-        raise NotImplementedError
+        return await self.files.read(self.core.state(ino), offset, size)
 
     async def write_held(
         self, ino: int, offset: int, data: Buffer, *, laundered: bool = False
     ) -> int:
         """The caller holds the inode's lock in EX. `laundered`: the kernel writes back a page of a
         shared mapping; it is only buffered, never refused, and clipped at the end of file."""
-        raise NotImplementedError
+        state = self.core.state(ino)
+        _, length = await self.files.write(state, offset, data, laundered=laundered)
+        return len(data) if laundered else length
 
     async def reserve_held(self, ino: int, offset: int, size: int) -> None:
         """The caller holds EX. Give blocks to the holes of a range inside the file, so that stores
         through a shared mapping cannot run out of space (rule G5)."""
-        raise NotImplementedError
+        await self.files.reserve(self.core.state(ino), offset, size)
 
-    # -- attributes ---------------------------------------------------------------------------------
+    async def setattr_held(self, ino: int, changes: SetAttributes) -> Attributes:
+        """The caller holds EX."""
+        core = self.core
+        state = core.state(ino)
+        done, attributes = await core.run(lambda tx: self._setattr_body(tx, state, changes))
+        while not done:
+            done = await core.run(lambda tx: self._cut_more(tx, state))
+        return attributes
+
+    # -- attributes ------------------------------------------------------------------------------
 
     async def getattr(self, ino: int) -> Attributes:
-        raise NotImplementedError
+        state = self.core.state(ino)
+        await state.hold(Mode.PR)
+        try:
+            return await self.core.see(lambda: READER.inode(state).attributes())
+        finally:
+            state.release(Mode.PR)
 
     async def setattr(self, ino: int, changes: SetAttributes) -> Attributes:
         """All changes in one transaction. A new size truncates or extends with zeroes."""
-        raise NotImplementedError
+        state = self.core.state(ino)
+        await state.hold(Mode.EX)
+        try:
+            return await self.setattr_held(ino, changes)
+        finally:
+            state.release(Mode.EX)
+
+    def _setattr_body(
+        self, tx: Tx, state: InodeState, changes: SetAttributes
+    ) -> tuple[bool, Attributes]:
+        core = self.core
+        inode = tx.inode(state)
+        if changes.size is not None:
+            need_regular(inode)
+        inode = tx.edit_inode(state)
+        done = True
+        if changes.size is not None:
+            done = self.files.set_size(tx, state, inode, changes.size)
+            if not done:
+                self.orphans.add(tx, inode.block)
+            clear_privileges(inode)
+            self.files.touch(inode)
+        if changes.mode is not None:
+            inode.mode = stat.S_IFMT(inode.mode) | changes.mode & 0o7777
+        if changes.uid is not None or changes.gid is not None:
+            inode.uid = inode.uid if changes.uid is None else changes.uid
+            inode.gid = inode.gid if changes.gid is None else changes.gid
+            if not inode.is_directory and changes.mode is None:
+                clear_privileges(inode)
+        now = core.now(inode.ctime_ns)
+        if changes.atime_ns is not None:
+            inode.atime_ns = now if changes.atime_ns == NOW else changes.atime_ns
+        if changes.mtime_ns is not None:
+            inode.mtime_ns = now if changes.mtime_ns == NOW else changes.mtime_ns
+        inode.ctime_ns = now if changes.ctime_ns in (None, NOW) else changes.ctime_ns or now
+        inode.counter += 1
+        return done, inode.attributes()
+
+    def _cut_more(self, tx: Tx, state: InodeState) -> bool:
+        """The next step of a cut that one transaction could not do."""
+        inode = tx.edit_inode(state)
+        done = self.files.cut(tx, state, inode, -(-inode.size // 4096))
+        if done and inode.nlink:
+            self.orphans.remove(tx, inode.block)
+        return done
 
     async def readlink(self, ino: int) -> bytes:
-        raise NotImplementedError
+        state = self.core.state(ino)
+        await state.hold(Mode.PR)
+        try:
+            inode: InodeNode = await self.core.see(lambda: READER.inode(state))
+        finally:
+            state.release(Mode.PR)
+        if not stat.S_ISLNK(inode.mode):
+            raise FsError(errno.EINVAL)
+        return inode.data
 
-    # -- names --------------------------------------------------------------------------------------
+    # -- names -----------------------------------------------------------------------------------
 
     async def lookup(self, parent: int, name: bytes) -> Attributes:
-        """"." and ".." are understood."""
-        raise NotImplementedError
+        """ "." and ".." are understood."""
+        return await self.names.lookup(parent, name)
 
-    async def create(
-        self, parent: int, name: bytes, mode: int, uid: int, gid: int
-    ) -> Attributes:
+    async def create(self, parent: int, name: bytes, mode: int, uid: int, gid: int) -> Attributes:
         """Make a regular file; EEXIST if the name is there."""
-        raise NotImplementedError
+        return await self.names.make(parent, name, stat.S_IFREG | mode & 0o7777, (uid, gid))
 
     async def mknod(
         self, parent: int, name: bytes, mode: int, uid: int, gid: int, rdev: int
     ) -> Attributes:
         """Make a node of the type that `mode` says."""
-        raise NotImplementedError
+        kind = stat.S_IFMT(mode) or stat.S_IFREG
+        if kind in (stat.S_IFDIR, stat.S_IFLNK):
+            raise FsError(errno.EINVAL)
+
+        def content(inode: InodeNode) -> None:
+            inode.rdev = rdev if kind in (stat.S_IFBLK, stat.S_IFCHR) else 0
+
+        return await self.names.make(parent, name, kind | mode & 0o7777, (uid, gid), content)
 
     async def mkdir(self, parent: int, name: bytes, mode: int, uid: int, gid: int) -> Attributes:
-        raise NotImplementedError
+        return await self.names.make(parent, name, stat.S_IFDIR | mode & 0o7777, (uid, gid))
 
     async def symlink(
         self, parent: int, name: bytes, target: bytes, uid: int, gid: int
     ) -> Attributes:
-        raise NotImplementedError
+        return await self.names.symlink(parent, name, target, uid, gid)
 
     async def link(self, ino: int, parent: int, name: bytes) -> Attributes:
-        raise NotImplementedError
+        return await self.names.link(ino, parent, name)
 
     async def unlink(self, parent: int, name: bytes) -> None:
         """The inode lives on while any node has it open (`open_ref`)."""
-        raise NotImplementedError
+        await self.names.remove(parent, name, directory_wanted=False)
 
     async def rmdir(self, parent: int, name: bytes) -> None:
-        raise NotImplementedError
+        await self.names.remove(parent, name, directory_wanted=True)
 
     async def rename(
         self, parent: int, name: bytes, new_parent: int, new_name: bytes, flags: int = 0
     ) -> None:
         """`flags`: 0 or RENAME_NOREPLACE; others are EINVAL."""
-        raise NotImplementedError
+        await self.names.rename((parent, name, new_parent, new_name), flags)
 
     async def readdir(self, ino: int, cookie: int, limit: int) -> list[DirEntry]:
         """Entries with a cookie greater than `cookie` in the order of their cookies (0: from the
         start, with "." and ".."), at most `limit`. Empty at the end."""
-        raise NotImplementedError
+        return await self.names.readdir(ino, cookie, limit)
 
-    # -- data ---------------------------------------------------------------------------------------
+    # -- data ------------------------------------------------------------------------------------
 
     async def read(self, ino: int, offset: int, size: int, *, direct: bool = False) -> bytes:
-        raise NotImplementedError
+        state = self.core.state(ino)
+        await state.hold(Mode.PR)
+        try:
+            return await self.files.read(state, offset, size)
+        finally:
+            state.release(Mode.PR)
 
     async def write(
         self,
@@ -149,60 +372,148 @@ class FileSystem:
         sync: bool = False,
         direct: bool = False,
     ) -> int:
-        """Write all or nothing. `append`: at the true end of file whatever `offset` says (the kernel
-        is told through `KernelCache.changed` when they differ). `sync`: durable before it returns.
-        `direct`: past the write-behind buffer."""
-        raise NotImplementedError
+        """Write all or nothing. `append`: at the true end of file whatever `offset` says (the
+        kernel is told through `KernelCache.changed` when they differ). `sync`: durable before it
+        returns. `direct`: past the write-behind buffer."""
+        state = self.core.state(ino)
+        at = None if append else offset
+        await state.hold(Mode.EX)
+        try:
+            if direct:
+                done, length = await self.files.write_direct(state, at, data)
+            else:
+                done, length = await self.files.write(state, at, data)
+            if sync:
+                await self.files.sync(state, datasync=True)
+        finally:
+            state.release(Mode.EX)
+        if done != offset:
+            self.core.kernel.changed(ino, min(offset, done), -1)
+        return length
 
     async def fsync(self, ino: int, datasync: bool = False) -> None:
         """Data and metadata of the inode are durable when this returns. Raises the error of a
         write-behind that failed since."""
-        raise NotImplementedError
+        await self.files.sync(self.core.state(ino), datasync=datasync)
 
-    # -- references -------------------------------------------------------------------------------
+    # -- references ------------------------------------------------------------------------------
 
     def try_open_ref(self, ino: int) -> bool:
         """`open_ref` if it needs no message."""
-        raise NotImplementedError
+        state = self.core.state(ino)
+        if not state.open_count:
+            lock = self._open_lock(state)
+            if state.node is None or not lock.try_hold(Mode.PR):
+                return False
+            if not state.node.mode or not state.lock.try_hold(Mode.PR):
+                lock.release(Mode.PR)
+                return False
+            state.lock.release(Mode.PR)
+        state.open_count += 1
+        return True
+
+    def _open_lock(self, state: InodeState) -> CachedLock:
+        if state.open_lock is None:
+            state.open_lock = self.core.locks.get(open_lock_name(state.ino), self.core)
+        return state.open_lock
 
     async def open_ref(self, ino: int) -> None:
         """An open handle: the inode outlives its last name, cluster wide, until `close_ref`."""
-        raise NotImplementedError
+        if self.try_open_ref(ino):
+            return
+        state = self.core.state(ino)
+        lock = self._open_lock(state)
+        state.pins += 1
+        try:
+            await lock.hold(Mode.PR)
+            try:
+                await self.getattr(ino)
+            except BaseException:
+                lock.release(Mode.PR)
+                raise
+            if state.open_count:
+                lock.release(Mode.PR)  # Another task was here first: one hold is enough.
+            state.open_count += 1
+        finally:
+            state.pins -= 1
 
     def close_ref(self, ino: int) -> None:
         """Give one `open_ref` back. Synchronous: what it starts runs in the background."""
-        raise NotImplementedError
+        state = self.core.state(ino)
+        assert state.open_count > 0, f"inode {ino} is not open"
+        state.open_count -= 1
+        if not state.open_count:
+            self._open_lock(state).release(Mode.PR)
+            if ino in self.orphans.where:
+                self.orphans.reap_soon(ino)
 
     def forget(self, inos: Sequence[int]) -> None:
         """The kernel knows these inodes no more; their cached state may go."""
-        raise NotImplementedError
+        # The cache is bounded by itself; locks of forgotten inodes are worth keeping until then.
 
-    # -- the whole file system ----------------------------------------------------------------------
+    # -- the whole file system -------------------------------------------------------------------
 
     async def statfs(self) -> Totals:
-        raise NotImplementedError
+        core = self.core
+        now = core.runtime.now_ns()
+        if now - self._beliefs_at >= STATFS_MAX_AGE_NS:
+            await core.refresh_superblock()
+            await core.read_beliefs()
+            self._beliefs_at = now
+        free = freeing = 0
+        for group in core.space.groups:
+            node = group.node
+            if node is not None:
+                free += node.free
+                freeing += node.freeing
+            else:
+                free += max(group.believed_free, 0)
+        total = core.superblock.total_blocks
+        return Totals(total, free + freeing, freeing)
 
     async def sync(self) -> None:
         """Everything that was done before is durable when this returns."""
-        raise NotImplementedError
+        await self.core.pages.flush_all()
+        await self.core.journal.commit()
 
     async def grow(self) -> Totals:
         """Use all of the device, which has become larger. Other mounts see it by themselves."""
-        raise NotImplementedError
+        await stage.grow(self.core)
+        self._beliefs_at = -STATFS_MAX_AGE_NS
+        return await self.statfs()
 
     async def recover(self, dead: Instance) -> int:
-        """Replay the journals of a dead mount that is silent; how many were replayed. Repeatable."""
-        raise NotImplementedError
+        """Replay the journals of a dead mount that is silent; how many. Repeatable."""
+        return len(await stage.recover(self.core, self.orphans, dead))
 
     def set_recovering(self, recovering: bool) -> None:
         """True from a view with failed members until all of them are released: meanwhile no freed
         block is used again, so that the replayer sees a state that stands still."""
-        raise NotImplementedError
+        self.core.space.recovering = recovering
 
     async def query(self, verb: str, params: dict[str, Any]) -> Any:
         """Answer `cfs.<verb>`: df, journals, sync, grow."""
-        raise NotImplementedError
+        if verb == "df":
+            self._beliefs_at = -STATFS_MAX_AGE_NS
+            return msgspec.to_builtins(await self.statfs())
+        if verb == "sync":
+            await self.sync()
+            return {}
+        if verb == "grow":
+            return msgspec.to_builtins(await self.grow())
+        if verb == "journals":
+            return await stage.describe_journals(self.core)
+        raise FsError(errno.EOPNOTSUPP, verb)
 
     async def unmount(self) -> None:
-        """Write everything, leave a clean journal, stop the tasks."""
-        raise NotImplementedError
+        """Write everything, leave a clean journal, stop the tasks. Locks stay with the lock
+        manager; whoever owns it gives them back."""
+        core = self.core
+        self._closing = True
+        self.orphans.stopped = True
+        if self._background is not None:
+            await self._background.wait()
+        while core.pages.dirty:
+            await core.pages.flush_all()
+        await core.journal.close()
+        self._mount_lock.release(Mode.PR)

@@ -1,0 +1,432 @@
+"""The parts of a mount tied together: how operations run, how blocks come in, how locks go.
+
+`see` runs a reading body, `run` a changing one; both are synchronous functions that raise for what
+is missing (`cfs.transaction`). The hooks of the cluster locks are here too: what makes an inode, a
+group or the control blocks clean before another member gets them.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable
+from typing import TypeVar
+
+from cfs.attributes import BLOCK_BYTES, MountOptions
+from cfs.cache import Covered, GroupState, InodeState, InodeTable
+from cfs.errors import CorruptionError, FsError
+from cfs.format import SUPERBLOCK_BLOCK, Kind, Superblock, decode_superblock_untrusted
+from cfs.format import open_block_untrusted as open_block
+from cfs.journal import FlushCounter, Journal
+from cfs.lock_names import CONTROL_LOCK, number_of
+from cfs.nodes import GroupNode, InodeNode, SlotsNode, decode_node_untrusted
+from cfs.pages import DirtyPages
+from cfs.seams import Environment
+from cfs.space import Space
+from cfs.transaction import Missing, NeedGroup, NeedSpace, NeedWait, Tx
+from cluster.device import BlockDevice
+from cluster.errors import BarredError, DeviceError
+from cluster.locks import CachedLock, LockManager, Mode
+
+T = TypeVar("T")
+SPACE_ROUNDS_MAX = 16
+"""How often one operation looks for more space before it is told that there is none."""
+
+
+class Core:
+    """One mount's state; the mount stage attaches the journal before the first operation."""
+
+    def __init__(
+        self,
+        device: BlockDevice,
+        locks: LockManager,
+        environment: Environment,
+        options: MountOptions,
+        superblock: Superblock,
+    ) -> None:
+        self.device = device
+        self.locks = locks
+        self.environment = environment
+        self.runtime = environment.runtime
+        self.kernel = environment.kernel
+        self.options = options
+        self.superblock = superblock
+        self.fs = superblock.fs
+        self.counter = FlushCounter(device)
+        self.table = InodeTable(locks, self, options.inodes_cached_max)
+        self.space = Space(superblock, locks, self)
+        self.control = Covered(0, locks.get(CONTROL_LOCK, self))
+        self.pages = DirtyPages(self.counter, self.runtime, options)
+        self._journal: Journal | None = None
+        self.error: BaseException | None = None
+        self.cold: set[int] = set()
+        self._refilling = False
+
+    @property
+    def journal(self) -> Journal:
+        assert self._journal is not None, "the mount stage has not ended"
+        return self._journal
+
+    def attach(self, journal: Journal) -> None:
+        self._journal = journal
+        journal.ordered = self.pages
+        journal.on_placed = self.space.placed
+        journal.on_error = self.fail
+
+    def fail(self, error: BaseException) -> None:
+        """The mount cannot go on."""
+        if self.error is None:
+            self.error = error
+            self.kernel.failed(error)
+
+    def now(self, previous_ns: int) -> int:
+        """A time stamp that is later than the one it replaces, whatever the clocks of the nodes."""
+        return max(self.environment.wall_clock_ns(), previous_ns + 1)
+
+    def state(self, ino: int) -> InodeState:
+        if not 0 < ino < self.superblock.total_blocks and not 0 < ino < 1 << 48:
+            raise FsError(errno.ESTALE)
+        return self.table.get(ino)
+
+    # -- bodies ----------------------------------------------------------------------------------
+
+    async def see(self, body: Callable[[], T]) -> T:
+        """Run a reading body; the caller holds the locks of what it reads."""
+        while True:
+            try:
+                return body()
+            except Missing as missing:
+                await self.load(missing)
+
+    async def run(self, body: Callable[[Tx], T]) -> T:
+        """Run a changing body and apply its changes; the caller holds the inode locks in EX."""
+        groups: list[GroupState] = []
+        held: set[int] = set()
+        rounds = 0
+        try:
+            while True:
+                if self.error is not None:
+                    raise FsError(errno.EIO, str(self.error))
+                if self.journal.running_full:
+                    await self.journal.commit()
+                tx = Tx(self.journal.running, held)
+                try:
+                    result = body(tx)
+                    tx.apply()
+                    return result
+                except Missing as missing:
+                    tx.close()
+                    await self.load(missing)
+                except NeedGroup as need:
+                    tx.close()
+                    await self._hold_group(need.number, groups, held)
+                except NeedSpace as need:
+                    tx.close()
+                    self._release_groups(groups, held)
+                    rounds += 1
+                    await self.more_space(need.blocks, rounds)
+                except NeedWait as need:
+                    tx.close()
+                    await need.wait()
+                finally:
+                    tx.close()
+        finally:
+            self._release_groups(groups, held)
+
+    async def _hold_group(self, number: int, groups: list[GroupState], held: set[int]) -> None:
+        """Hold one more group for the whole operation; always in ascending order."""
+        wanted = sorted({number, *held})
+        if groups and number < groups[-1].number:
+            self._release_groups(groups, held)
+        for each in wanted:
+            if each in held:
+                continue
+            group = self.group(each)
+            await group.lock.hold(Mode.EX)
+            groups.append(group)
+            held.add(each)
+
+    @staticmethod
+    def _release_groups(groups: list[GroupState], held: set[int]) -> None:
+        for group in groups:
+            group.lock.release(Mode.EX)
+        groups.clear()
+        held.clear()
+
+    def group(self, number: int) -> GroupState:
+        if number >= len(self.space.groups):
+            raise FsError(errno.EIO, f"group {number} does not exist")
+        return self.space.groups[number]
+
+    # -- blocks ----------------------------------------------------------------------------------
+
+    async def load(self, missing: Missing) -> None:
+        """Bring a block into the cache, once for all who wait for it."""
+        covered, block = missing.covered, missing.block
+        if isinstance(covered, GroupState):
+            await covered.lock.hold(Mode.EX)
+            try:
+                await self._load(covered, block, missing.kinds)
+            finally:
+                covered.lock.release(Mode.EX)
+            return
+        await self._load(covered, block, missing.kinds)
+
+    async def _load(self, covered: Covered, block: int, kinds: tuple[Kind, ...]) -> None:
+        if block in covered.nodes:
+            return
+        waiting = covered.loading.get(block)
+        if waiting is not None:
+            await waiting.wait()
+            return
+        event = covered.loading[block] = self.runtime.event()
+        try:
+            assert self._journal is None or not self._journal.is_dirty(block)
+            await self._read_node(covered, block, kinds)
+        finally:
+            del covered.loading[block]
+            event.set()
+
+    async def _read_node(self, covered: Covered, block: int, kinds: tuple[Kind, ...]) -> None:
+        stale = isinstance(covered, InodeState) and block == covered.number
+        try:
+            if block >= self.superblock.total_blocks:
+                await self.refresh_superblock()
+            if block >= self.superblock.total_blocks:
+                raise CorruptionError(f"block {block} is beyond the end")
+            data = await self.device.read(block * BLOCK_BYTES, BLOCK_BYTES)
+            header = open_block(self.fs, block, data)
+            if header.kind not in kinds or header.owner != covered.number:
+                raise CorruptionError(f"block {block} holds something else")
+            node = decode_node_untrusted(header, data)
+        except CorruptionError as error:
+            raise FsError(errno.ESTALE if stale else errno.EIO, error.message) from error
+        except DeviceError as error:
+            raise FsError(errno.EIO, error.message) from error
+        if isinstance(node, InodeNode) and not node.mode:
+            raise FsError(errno.ESTALE, f"inode {block} is gone")
+        if block not in covered.nodes:
+            covered.nodes[block] = node
+            if isinstance(node, GroupNode):
+                assert isinstance(covered, GroupState)
+                self.space.loaded(covered, node)
+
+    async def load_group(self, group: GroupState) -> GroupNode:
+        """The group's block; the caller holds its lock."""
+        await self._load(group, group.block, (Kind.GROUP,))
+        node = group.node
+        assert node is not None
+        return node
+
+    async def refresh_superblock(self) -> None:
+        """See whether another mount has grown the file system."""
+        data = await self.device.read(SUPERBLOCK_BLOCK * BLOCK_BYTES, BLOCK_BYTES)
+        found = decode_superblock_untrusted(SUPERBLOCK_BLOCK, data)
+        if found.version > self.superblock.version:
+            self.superblock = found
+            self.space.extend(found)
+
+    async def slots(self) -> SlotsNode:
+        """The slot table; the caller holds the control lock."""
+        from cfs.format import SLOT_TABLE_BLOCK
+
+        await self._load(self.control, SLOT_TABLE_BLOCK, (Kind.SLOTS,))
+        node = self.control.nodes[SLOT_TABLE_BLOCK]
+        assert isinstance(node, SlotsNode)
+        return node
+
+    # -- space -----------------------------------------------------------------------------------
+
+    async def more_space(self, blocks: int, rounds: int) -> None:
+        """Get a group with room, or raise ENOSPC. No group lock is held by the caller."""
+        if any(group.node is None for group in self.space.mine.values()):
+            for group in list(self.space.mine.values()):
+                await self.load(Missing(group, group.block, (Kind.GROUP,)))
+            if any(self.space.available(group) for group in self.space.mine.values()):
+                return
+        for group in self.space.candidates():
+            if await self._try_group(group):
+                return
+        if rounds <= SPACE_ROUNDS_MAX and await self._reclaim(rounds):
+            return
+        if rounds <= SPACE_ROUNDS_MAX:
+            for group in self.space.candidates():
+                if await self._wait_group(group):
+                    return
+        if rounds == 1 or (rounds <= SPACE_ROUNDS_MAX and await self._look_again()):
+            await self._look_again()
+            return
+        raise FsError(errno.ENOSPC)
+
+    async def _try_group(self, group: GroupState) -> bool:
+        if await self.locks.try_lock(group.lock.name, Mode.EX) is None:
+            return False
+        return await self._has_room(group)
+
+    async def _wait_group(self, group: GroupState) -> bool:
+        await group.lock.hold(Mode.EX)
+        return await self._has_room(group)
+
+    async def _has_room(self, group: GroupState) -> bool:
+        """The lock is held; it is given back."""
+        try:
+            node = await self.load_group(group)
+            room = self.space.available(group)
+            group.believed_free = node.free + node.freeing
+            return bool(room)
+        finally:
+            group.lock.release(Mode.EX)
+
+    async def _reclaim(self, rounds: int) -> bool:
+        """Make blocks that were freed here usable: their maps must be on the disk."""
+        if self.space.recovering:
+            return False
+        mine = list(self.space.mine.values())
+        if not any(group.node is not None and group.node.freeing for group in mine):
+            return False
+        await self.journal.checkpoint()
+        return any(self.space.available(group) for group in mine)
+
+    async def _look_again(self) -> bool:
+        """Read the maps of the groups of others as they are on the disk, and the superblock."""
+        await self.refresh_superblock()
+        await self.read_beliefs()
+        return any(group.believed_free > 0 for group in self.space.candidates())
+
+    async def read_beliefs(self) -> None:
+        """Free blocks of groups that are not ours, without their locks: a guess."""
+        others = [g for g in self.space.groups if g.number not in self.space.mine]
+        for start in range(0, len(others), 64):
+            part = others[start : start + 64]
+            ranges = [(group.block * BLOCK_BYTES, BLOCK_BYTES) for group in part]
+            for group, data in zip(part, await self.device.read_many(ranges), strict=True):
+                try:
+                    node = decode_node_untrusted(open_block(self.fs, group.block, data), data)
+                except CorruptionError:
+                    continue
+                if isinstance(node, GroupNode):
+                    group.believed_free = node.free + node.freeing
+
+    async def fill_pool(self, *, patient: bool) -> None:
+        """Lock free blocks as inodes to be. `patient`: wait for locks, so the caller holds none."""
+        space = self.space
+        wanted = self.options.inode_pool
+        rounds = 0
+        while len(space.pool) < wanted:
+            found = space.pool_candidates(wanted)
+            if not found:
+                if space.pool:
+                    return
+                rounds += 1
+                await self.more_space(1, rounds)
+                if not self._sweep_for_pool() and rounds > SPACE_ROUNDS_MAX:
+                    raise FsError(errno.ENOSPC)
+                continue
+            added = 0
+            for ino in found[: wanted - len(space.pool)]:
+                added += await self._add_to_pool(ino, patient=patient and not added)
+            if not added and not patient:
+                return
+
+    def _sweep_for_pool(self) -> bool:
+        """Turn freed blocks that are usable again into free ones."""
+        tx = Tx(self.journal.running, set())
+        try:
+            for group in list(self.space.mine.values()):
+                node = group.node
+                if node is not None and not node.free and self.space.available(group):
+                    self.space.open(tx, group)
+            tx.apply()
+        except Missing:
+            return False
+        finally:
+            tx.close()
+        return any(g.node is not None and g.node.free for g in self.space.mine.values())
+
+    async def _add_to_pool(self, ino: int, *, patient: bool) -> int:
+        from cfs.lock_names import open_lock_name
+
+        state = self.table.get(ino)
+        state.pins += 1
+        try:
+            if not state.lock.try_hold(Mode.EX):
+                if patient:
+                    await state.lock.hold(Mode.EX)
+                elif await self.locks.try_lock(state.lock.name, Mode.EX) is None:
+                    return 0
+            state.lock.release(Mode.EX)
+            lock = self.locks.get(open_lock_name(ino), self)
+            here = lock.try_hold(Mode.PR)
+            if not here and await self.locks.try_lock(lock.name, Mode.PR) is None:
+                return 0
+            lock.release(Mode.PR)
+            state.open_lock = lock
+        finally:
+            state.pins -= 1
+        self.space.add_to_pool(state)
+        return 1
+
+    def refill_pool_soon(self) -> None:
+        if len(self.space.pool) * 2 < self.options.inode_pool and not self._refilling:
+            self._refilling = True
+            self.runtime.spawn(self._refill, "inode pool")
+
+    async def _refill(self) -> None:
+        try:
+            await self.fill_pool(patient=False)
+        except (FsError, BarredError):
+            pass  # The operation that needs an inode will meet the error itself.
+        finally:
+            self._refilling = False
+
+    # -- hooks of the cluster locks --------------------------------------------------------------
+
+    def is_dirty(self, state: Covered) -> bool:
+        journal = self._journal
+        return journal is not None and any(journal.is_dirty(block) for block in state.nodes)
+
+    def granted(self, lock: CachedLock, mode: Mode) -> None:
+        kind = lock.name[:1]
+        if kind == b"I":
+            ino = number_of(lock.name)
+            state = self.table.states.get(ino)
+            if state is not None:
+                state.nodes.clear()
+            self.kernel.granted(ino, mode)
+        elif kind == b"A":
+            self.space.granted(self.space.groups[number_of(lock.name)])
+        elif kind == b"C":
+            self.control.nodes.clear()
+
+    async def demote(self, lock: CachedLock, mode: Mode) -> None:
+        kind = lock.name[:1]
+        if kind == b"I":
+            await self._demote_inode(number_of(lock.name), lock, mode)
+        elif kind == b"A":
+            group = self.space.groups[number_of(lock.name)]
+            if self.is_dirty(group):
+                await self.journal.checkpoint()
+            self.space.gone(group)
+        elif kind == b"C":
+            if self.is_dirty(self.control):
+                await self.journal.checkpoint()
+            self.control.nodes.clear()
+
+    async def _demote_inode(self, ino: int, lock: CachedLock, mode: Mode) -> None:
+        await self.kernel.revoke(ino, mode)
+        state = self.table.states.get(ino)
+        if state is None:
+            return
+        if lock.mode == Mode.EX:
+            await self.clean(state)
+        if mode == Mode.NL:
+            state.nodes.clear()
+            state.clean.clear()
+            self.cold.add(ino)
+
+    async def clean(self, state: InodeState) -> None:
+        """The inode as it is now is in its place on the disk, data and metadata, flushed."""
+        await self.pages.flush(state)
+        if self.is_dirty(state):
+            await self.journal.checkpoint()
+        else:
+            await self.counter.ensure(state.written_at)

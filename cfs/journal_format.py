@@ -1,0 +1,169 @@
+"""The journal on the disk.
+
+A journal is a run of blocks: two headers, `ORPHAN_BLOCKS` orphan blocks, and a ring of log blocks.
+The headers are written in turn; the valid one with the higher change counter counts.
+
+Header, at 64 (kind JOURNAL_HEADER, owner: slot, change: rises with every write):
+
+| bytes | field |
+|---|---|
+| 4 | state: 0 clean, 1 in use |
+| 4 | zero |
+| 8, 8, 8 | instance that uses it: node, incarnation, number |
+| 8, 8 | tail: position in the log (in blocks, never wraps), sequence of its transaction |
+
+A transaction: n commit blocks, then the images of its items in the same order. Everything is one
+vectored write; it counts when the commit blocks are whole and every image has the checksum that
+they name, so nothing needs to be ordered before the flush that makes it durable.
+
+Commit block, at 64 (kind JOURNAL_COMMIT, owner: slot, sequence: of the transaction):
+
+| bytes | field |
+|---|---|
+| 2, 2 | part, parts |
+| 4 | items in all parts |
+| 8 | position of the transaction's first block |
+| 32 each | item: block u64, generation u64, change u64, crc32c of the image u32, zero u32 |
+"""
+
+from __future__ import annotations
+
+import struct
+
+import msgspec
+
+from cfs.attributes import BLOCK_BYTES
+from cfs.errors import CorruptionError
+from cfs.format import (
+    HEADER_BYTES,
+    Header,
+    Kind,
+    block_checksum,
+    open_block_untrusted,
+    seal_block,
+)
+from cluster.ids import Incarnation, Instance, InstanceNo, NodeId
+
+HEADER_BLOCKS = 2
+ORPHAN_BLOCKS = 16
+LOG_OFFSET = HEADER_BLOCKS + ORPHAN_BLOCKS
+JOURNAL_BLOCKS_MIN = 128
+_HEADER = struct.Struct("<IIQQQQQ")
+_COMMIT = struct.Struct("<HHIQ")
+_ITEM = struct.Struct("<QQQII")
+ITEMS_PER_COMMIT = (BLOCK_BYTES - HEADER_BYTES - _COMMIT.size) // _ITEM.size
+
+
+class JournalHeader(msgspec.Struct, frozen=True):
+    """Who uses a journal, and where its first transaction that may be needed stands."""
+
+    slot: int
+    in_use: bool
+    owner: Instance
+    tail: int
+    sequence: int
+    change: int
+
+
+class Item(msgspec.Struct, frozen=True, gc=False):
+    """One image in a transaction."""
+
+    block: int
+    generation: int
+    change: int
+    checksum: int
+
+
+def encode_header(fs: int, header: JournalHeader, first_block: int) -> tuple[int, bytes]:
+    """(block, bytes): the headers alternate."""
+    block = first_block + header.change % HEADER_BLOCKS
+    owner = header.owner
+    body = _HEADER.pack(
+        header.in_use, 0, owner.node, owner.incarnation, owner.number, header.tail, header.sequence
+    )
+    sealed = Header(Kind.JOURNAL_HEADER, block, header.slot, 0, header.change, header.sequence)
+    return block, seal_block(fs, sealed, body)
+
+
+def decode_header_untrusted(fs: int, first_block: int, blocks: bytes) -> JournalHeader:
+    """The header that counts. Raises CorruptionError if neither is whole."""
+    best: JournalHeader | None = None
+    for index in range(HEADER_BLOCKS):
+        block = blocks[index * BLOCK_BYTES : (index + 1) * BLOCK_BYTES]
+        try:
+            header = open_block_untrusted(fs, first_block + index, block)
+        except CorruptionError:
+            continue
+        if header.kind != Kind.JOURNAL_HEADER:
+            continue
+        state, _, node, incarnation, number, tail, sequence = _HEADER.unpack_from(
+            block, HEADER_BYTES
+        )
+        owner = Instance(NodeId(node), Incarnation(incarnation), InstanceNo(number))
+        found = JournalHeader(header.owner, bool(state), owner, tail, sequence, header.change)
+        if best is None or found.change > best.change:
+            best = found
+    if best is None:
+        raise CorruptionError(f"the journal at block {first_block} has no valid header")
+    return best
+
+
+def commit_parts(items: int) -> int:
+    return max(1, -(-items // ITEMS_PER_COMMIT))
+
+
+def encode_commit(
+    fs: int, slot: int, sequence: int, position: int, items: list[Item], blocks: list[int]
+) -> list[bytes]:
+    """The commit blocks; `blocks` are the device blocks they go to."""
+    result = []
+    for part, block in enumerate(blocks):
+        chosen = items[part * ITEMS_PER_COMMIT : (part + 1) * ITEMS_PER_COMMIT]
+        body = bytearray(_COMMIT.pack(part, len(blocks), len(items), position))
+        for item in chosen:
+            body += _ITEM.pack(item.block, item.generation, item.change, item.checksum, 0)
+        header = Header(Kind.JOURNAL_COMMIT, block, slot, 0, 0, sequence)
+        result.append(seal_block(fs, header, bytes(body)))
+    return result
+
+
+class CommitPart(msgspec.Struct, frozen=True):
+    """A commit block as read."""
+
+    part: int
+    parts: int
+    item_count: int
+    position: int
+    items: list[Item]
+
+
+def decode_commit_untrusted(
+    fs: int, number: int, block: bytes, slot: int, sequence: int
+) -> CommitPart:
+    """Raises CorruptionError if this is not a commit block of that transaction."""
+    header = open_block_untrusted(fs, number, block)
+    if (header.kind, header.owner, header.sequence) != (Kind.JOURNAL_COMMIT, slot, sequence):
+        raise CorruptionError("the log ends here")
+    part, parts, count, position = _COMMIT.unpack_from(block, HEADER_BYTES)
+    if part >= parts or parts != commit_parts(count):
+        raise CorruptionError("a commit block makes no sense")
+    here = min(ITEMS_PER_COMMIT, count - part * ITEMS_PER_COMMIT)
+    items = []
+    offset = HEADER_BYTES + _COMMIT.size
+    for index in range(here):
+        number_, generation, change, checksum, _ = _ITEM.unpack_from(
+            block, offset + index * _ITEM.size
+        )
+        items.append(Item(number_, generation, change, checksum))
+    return CommitPart(part, parts, count, position, items)
+
+
+def image_is_whole(fs: int, item: Item, image: bytes) -> Header | None:
+    """The header of an image if it is the one that the item means."""
+    if block_checksum(image) != item.checksum:
+        return None
+    try:
+        header = open_block_untrusted(fs, item.block, image)
+    except CorruptionError:
+        return None
+    return header if (header.generation, header.change) == (item.generation, item.change) else None

@@ -1,0 +1,40 @@
+"""Names of the cluster locks: a letter and 16 hex digits.
+
+| lock | name | modes | protects |
+|---|---|---|---|
+| inode | `I` ino | PR, EX | the inode, its tree, its data |
+| open | `O` ino | PR while open on a node; EX by who frees | the life of an inode without names |
+| group | `A` n | EX | the group's block; LVB: free and freeing blocks |
+| control | `C` | EX | superblock, slot table, choice of a slot |
+| rename | `R` | EX | moves of directories between directories |
+| mount | `M` | PR by mounts; EX by mkfs and fsck | |
+
+Order: `R`, then inodes by number, then groups by number. `O` is taken alone or tried. `C` is taken
+with nothing but groups after it. No demote hook waits for a lock.
+"""
+
+from __future__ import annotations
+
+INODE = b"I"
+OPEN = b"O"
+GROUP = b"A"
+CONTROL_LOCK = b"C"
+RENAME_LOCK = b"R"
+MOUNT_LOCK = b"M"
+
+
+def inode_lock_name(ino: int) -> bytes:
+    return b"I%016x" % ino
+
+
+def open_lock_name(ino: int) -> bytes:
+    return b"O%016x" % ino
+
+
+def group_lock_name(group: int) -> bytes:
+    return b"A%016x" % group
+
+
+def number_of(name: bytes) -> int:
+    """The number in a lock's name."""
+    return int(name[1:], 16)

@@ -1,0 +1,119 @@
+"""`mkfs.cfs`: make a file system on a volume (`vg/lv`) or in a file.
+
+A volume is opened through clusterd as a registered instance of its own, in a mode that excludes
+every other opener: so a file system that is mounted anywhere is never overwritten. What looks like a
+file system already is refused without `--yes`.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+import time
+from collections.abc import Awaitable, Callable
+
+import click
+import trio
+
+from cfs import mkfs_plan
+from cfs.attributes import BLOCK_BYTES
+from cfs.errors import CorruptionError
+from cfs.stage import read_superblock
+from cfs.volume_io import with_device
+from cluster.device import BlockDevice
+from cluster.errors import RefusedError, StackError, UsageError
+
+_SIZE = re.compile(r"(\d+)([kKmMgG]?)[iI]?[bB]?")
+_UNITS = {"": 1 << 20, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30}
+
+
+def parse_size(text: str) -> int:
+    """Bytes; a bare number is MiB, as other mkfs understand journal sizes."""
+    found = _SIZE.fullmatch(text.strip())
+    if found is None:
+        raise UsageError(f"{text!r} is no size", hint="for example: 32M")
+    return int(found[1]) * _UNITS[found[2].lower()]
+
+
+async def _refuse_formatted(device: BlockDevice) -> None:
+    try:
+        found = await read_superblock(device)
+    except CorruptionError:
+        return
+    label = f" called {found.label!r}" if found.label else ""
+    raise RefusedError(f"there is a cfs file system{label} already")
+
+
+def _maker(
+    choices: mkfs_plan.Choices, *, yes: bool, quiet: bool
+) -> Callable[[BlockDevice], Awaitable[None]]:
+    async def make(device: BlockDevice) -> None:
+        if not yes:
+            await _refuse_formatted(device)
+        writes = mkfs_plan.plan(device.size_bytes // BLOCK_BYTES, choices)
+        await mkfs_plan.write_plan(device, writes)
+        if not quiet:
+            made = await read_superblock(device)
+            click.echo(
+                f"{made.total_blocks} blocks of 4 KiB, {made.group_count} groups, "
+                f"{choices.journals} journals, uuid {made.uuid.hex()}"
+            )
+
+    return make
+
+
+@click.command(name="mkfs.cfs", context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("target", metavar="VOLUME|FILE")
+@click.option("-L", "--label", default="", help="Name of the file system.")
+@click.option("-j", "--journals", default=mkfs_plan.JOURNALS_DEFAULT, show_default=True,
+              help="Journals to begin with; mounts make more.")  # fmt: skip
+@click.option("-J", "--journal-size", default="", help="Size of a journal (default: 32M).")
+@click.option("--group-blocks", default=0, hidden=True)
+@click.option("-y", "--yes", "--force", is_flag=True, help="Overwrite a file system.")
+@click.option("--local", is_flag=True, help="TARGET is a file or device of this machine.")
+@click.option("-q", "--quiet", is_flag=True)
+def main(
+    target: str,
+    label: str,
+    journals: int,
+    journal_size: str,
+    group_blocks: int,
+    yes: bool,
+    local: bool,
+    quiet: bool,
+) -> None:
+    """Make a cfs file system. Everything in it will be gone."""
+    try:
+        choices = mkfs_plan.Choices(
+            uuid=os.urandom(16),
+            hash_seed=os.urandom(16),
+            now_ns=time.time_ns(),
+            label=label,
+            journals=journals,
+            journal_bytes=parse_size(journal_size) if journal_size else 0,
+            group_blocks=group_blocks,
+        )
+        make = _maker(choices, yes=yes, quiet=quiet)
+        trio.run(with_device, target, local, "mkfs", make)
+    except* StackError as group:
+        for error in flatten(group):
+            click.echo(f"mkfs.cfs: {error}", err=True)
+            if error.hint:
+                click.echo(f"  {error.hint}", err=True)
+        sys.exit(flatten(group)[0].exit_code)
+
+
+def flatten(group: BaseExceptionGroup[StackError]) -> list[StackError]:
+    """The errors in a group, whatever nurseries they came through."""
+    result: list[StackError] = []
+    for error in group.exceptions:
+        if isinstance(error, BaseExceptionGroup):
+            result += flatten(error)
+        else:
+            result.append(error)
+    return result
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,144 @@
+"""What a new file system looks like, as blocks to write. Nothing here touches a device."""
+
+from __future__ import annotations
+
+import stat
+
+import msgspec
+
+from cfs.attributes import BLOCK_BYTES
+from cfs.format import (
+    DEVICE_BLOCKS_MIN,
+    FIRST_GROUP_BLOCK,
+    GROUP_BLOCKS_MAX,
+    GROUP_BLOCKS_MIN,
+    SLOT_TABLE_BLOCK,
+    SLOTS_MAX,
+    SUPERBLOCK_BLOCK,
+    Superblock,
+)
+from cfs.journal_format import JOURNAL_BLOCKS_MIN
+from cfs.nodes import BlockState, GroupNode, InodeNode, SlotsNode, Tree
+from cfs.stage import empty_group, format_journal, usable_blocks
+from cluster.device import BlockDevice, Buffer
+from cluster.errors import UsageError
+
+JOURNALS_DEFAULT = 4
+JOURNAL_BYTES_DEFAULT = 32 << 20
+GROUPS_WANTED = 32
+ROOT_BLOCK = FIRST_GROUP_BLOCK + 1
+
+
+class Choices(msgspec.Struct, frozen=True):
+    """What the administrator decides."""
+
+    uuid: bytes
+    hash_seed: bytes
+    now_ns: int
+    label: str = ""
+    journals: int = JOURNALS_DEFAULT
+    journal_bytes: int = 0
+    group_blocks: int = 0
+
+
+def choose_group_blocks(blocks: int) -> int:
+    """Small enough that several mounts find groups of their own, and room for a journal."""
+    wanted = max(blocks // GROUPS_WANTED, GROUP_BLOCKS_MIN)
+    if blocks >= GROUP_BLOCKS_MAX * 4:
+        wanted = GROUP_BLOCKS_MAX
+    return min(wanted - wanted % 64, GROUP_BLOCKS_MAX)
+
+
+def choose_journal_blocks(blocks: int, group_blocks: int, journals: int, asked: int) -> int:
+    """The asked size; else 32 MiB, less on a small device: all journals take an eighth at most."""
+    room = group_blocks - 64
+    if asked:
+        chosen = asked // BLOCK_BYTES
+        if not JOURNAL_BLOCKS_MIN <= chosen <= room:
+            raise UsageError(f"a journal here has {JOURNAL_BLOCKS_MIN * 4} KiB to {room * 4} KiB")
+        return chosen
+    share = blocks // 8 // journals
+    return max(min(JOURNAL_BYTES_DEFAULT // BLOCK_BYTES, share, room), JOURNAL_BLOCKS_MIN)
+
+
+def plan(device_blocks: int, choices: Choices) -> list[tuple[int, Buffer]]:
+    """(block, bytes) of everything; the superblock comes last, so that a device is a file system
+    only when all else is written. Raises UsageError if the device is too small."""
+    if device_blocks < DEVICE_BLOCKS_MIN:
+        raise UsageError(f"a file system needs at least {DEVICE_BLOCKS_MIN * 4 // 1024} MiB")
+    if not 1 <= choices.journals <= SLOTS_MAX:
+        raise UsageError(f"1 to {SLOTS_MAX} journals")
+    if len(choices.label.encode()) > 63:
+        raise UsageError("a label has at most 63 bytes")
+    group_blocks = choices.group_blocks or choose_group_blocks(device_blocks)
+    total = usable_blocks(device_blocks, group_blocks)
+    superblock = Superblock(
+        uuid=choices.uuid,
+        label=choices.label,
+        hash_seed=choices.hash_seed,
+        group_blocks=group_blocks,
+        total_blocks=total,
+        root_ino=ROOT_BLOCK,
+        version=1,
+        created_ns=choices.now_ns,
+    )
+    fs = superblock.fs
+    groups = [empty_group(superblock, number) for number in range(superblock.group_count)]
+    _take(groups[0], 0, ROOT_BLOCK + 1)
+    groups[0].last_generation = 1
+    _take(groups[0], superblock.backup_block, 1)
+    size = choose_journal_blocks(total, group_blocks, choices.journals, choices.journal_bytes)
+    places = [_place_journal(superblock, groups, size, n) for n in range(choices.journals)]
+    writes: list[tuple[int, Buffer]] = []
+    for slot, place in enumerate(places):
+        writes += format_journal(fs, slot, place)
+    writes.append((SLOT_TABLE_BLOCK, SlotsNode(SLOT_TABLE_BLOCK, 1, places).encode(fs, 0)))
+    writes.append((ROOT_BLOCK, root_inode(choices.now_ns).encode(fs, 0)))
+    writes += [(group.block, group.encode(fs, 0)) for group in groups]
+    for block in (superblock.backup_block, SUPERBLOCK_BLOCK):
+        writes.append((block, superblock.encode(block)))
+    return writes
+
+
+def root_inode(now_ns: int) -> InodeNode:
+    root = InodeNode(ROOT_BLOCK, 1, 1)
+    root.mode = stat.S_IFDIR | 0o755
+    root.nlink = 2
+    root.size = BLOCK_BYTES
+    root.parent = ROOT_BLOCK
+    root.root = Tree(0, [], [], 0)
+    root.atime_ns = root.mtime_ns = root.ctime_ns = root.birth_ns = now_ns
+    return root
+
+
+def _take(group: GroupNode, index: int, count: int) -> None:
+    group.states[index : index + count] = bytes((BlockState.META,)) * count
+    group.free = group.states.count(BlockState.FREE)
+
+
+def _place_journal(
+    superblock: Superblock, groups: list[GroupNode], size: int, number: int
+) -> tuple[int, int]:
+    """Journals start at groups spread over the device, so that mounts do not meet there."""
+    start = number * len(groups) // SLOTS_MAX
+    order = [*groups[start:], *groups[:start]]
+    for group in order:
+        at = group.states.find(bytes(size))
+        if at >= 0:
+            _take(group, at, size)
+            return int(group.owner) * superblock.group_blocks + at, size
+    raise UsageError("the device is too small for so many journals of this size")
+
+
+async def write_plan(device: BlockDevice, writes: list[tuple[int, Buffer]]) -> None:
+    """Destroy what is recognisable, write everything, and the superblock behind a flush."""
+    zero = bytes(BLOCK_BYTES)
+    await device.write(SUPERBLOCK_BLOCK * BLOCK_BYTES, zero)
+    await device.flush()
+    body, last = writes[:-1], writes[-1]
+    for start in range(0, len(body), 128):
+        part = body[start : start + 128]
+        await device.write_many([(block * BLOCK_BYTES, data) for block, data in part])
+    await device.flush()
+    await device.write(last[0] * BLOCK_BYTES, last[1])
+    await device.flush()

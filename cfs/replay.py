@@ -1,0 +1,270 @@
+"""Replay of a journal whose owner is gone.
+
+An item is applied if its version is newer than that of the block on the disk. That is idempotent
+and needs no order among journals, as long as a block holds metadata. Freed blocks are what versions
+cannot protect, so the maps decide: first the journal's own maps are brought up to date, then an
+item is applied only to a block that the map calls META (or FREEING: not yet used for anything else).
+
+Why the map on the disk is enough, without its lock:
+* A block leaves META by a map that is in its place and flushed before the block is used for data
+  (`cfs.space`), so a stale item meets a map that says so.
+* An inode's lock goes to another mount only after the maps of its blocks are in place
+  (`Journal.checkpoint` writes everything), so a live item meets META, or its map stands in the same
+  journal.
+* A map that says META again is in place only after new metadata is in that block (rule 3 of
+  `cfs.journal`), whose generation is higher.
+* While a dead mount is recovered no block goes from FREEING to another use.
+
+Blocks of journals are never replayed into, except orphan lists by orphan lists.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from cfs import journal_format
+from cfs.attributes import BLOCK_BYTES
+from cfs.errors import CorruptionError
+from cfs.format import (
+    SLOT_TABLE_BLOCK,
+    Header,
+    Kind,
+    Superblock,
+    open_block_untrusted,
+)
+from cfs.journal import joined
+from cfs.journal_format import (
+    HEADER_BLOCKS,
+    LOG_OFFSET,
+    ORPHAN_BLOCKS,
+    Item,
+    JournalHeader,
+    commit_parts,
+    decode_commit_untrusted,
+    decode_header_untrusted,
+    image_is_whole,
+)
+from cfs.nodes import BlockState, GroupNode, SlotsNode, decode_node_untrusted
+from cluster.device import BlockDevice, Buffer
+
+SEQUENCE_GAP = 1024
+"""A replayed journal goes on so much later: what a torn transaction left never fits."""
+READ_BLOCKS_MAX = 256
+
+Image = tuple[Header, bytes]
+
+
+class Replayed(msgspec.Struct, frozen=True):
+    """What a replay did."""
+
+    slot: int
+    transactions: int
+    applied: int
+    skipped: int
+
+
+class LogReader:
+    """Reads a ring of log blocks, many at a time."""
+
+    def __init__(self, device: BlockDevice, first_block: int, blocks: int) -> None:
+        self._device = device
+        self._first = first_block + LOG_OFFSET
+        self._count = blocks - LOG_OFFSET
+        self._cache: dict[int, bytes] = {}
+
+    @property
+    def length(self) -> int:
+        return self._count
+
+    def number(self, position: int) -> int:
+        return self._first + position % self._count
+
+    async def read(self, position: int, ahead: int = READ_BLOCKS_MAX) -> bytes:
+        block = self.number(position)
+        found = self._cache.get(block)
+        if found is not None:
+            return found
+        self._cache.clear()
+        count = min(ahead, self._first + self._count - block)
+        data = await self._device.read(block * BLOCK_BYTES, count * BLOCK_BYTES)
+        for index in range(count):
+            self._cache[block + index] = data[index * BLOCK_BYTES : (index + 1) * BLOCK_BYTES]
+        return self._cache[block]
+
+
+async def read_log(
+    fs: int, log: LogReader, header: JournalHeader
+) -> tuple[dict[int, Image], int, int]:
+    """The newest image of each block in the log: (images, head position, transactions)."""
+    images: dict[int, Image] = {}
+    position, sequence = header.tail, header.sequence
+    count = 0
+    while position - header.tail < log.length:
+        found = await _read_transaction(fs, log, header.slot, position, sequence)
+        if found is None:
+            break
+        length, items = found
+        if position + length - header.tail > log.length:
+            break
+        for image_header, image in items:
+            known = images.get(image_header.block)
+            if known is None or _version(known[0]) <= _version(image_header):
+                images[image_header.block] = (image_header, image)
+        position += length
+        sequence += 1
+        count += 1
+    return images, position, count
+
+
+async def _read_transaction(
+    fs: int, log: LogReader, slot: int, position: int, sequence: int
+) -> tuple[int, list[Image]] | None:
+    """One whole transaction: (blocks, images); None where the log ends."""
+    items: list[Item] = []
+    parts = 1
+    part = 0
+    while part < parts:
+        try:
+            found = decode_commit_untrusted(
+                fs, log.number(position + part), await log.read(position + part), slot, sequence
+            )
+        except CorruptionError:
+            return None
+        if found.part != part or found.position != position:
+            return None
+        parts = found.parts
+        items += found.items
+        part += 1
+        if parts != commit_parts(found.item_count) or parts + found.item_count > log.length:
+            return None
+    images = []
+    for index, item in enumerate(items):
+        image = await log.read(position + parts + index)
+        header = image_is_whole(fs, item, image)
+        if header is None:
+            return None
+        images.append((header, image))
+    return parts + len(items), images
+
+
+def _version(header: Header) -> tuple[int, int]:
+    return header.generation, header.change
+
+
+class Replayer:
+    """Replays journals of one file system; nobody else changes the blocks they name."""
+
+    def __init__(self, device: BlockDevice, superblock: Superblock) -> None:
+        self.device = device
+        self.superblock = superblock
+        self.fs = superblock.fs
+
+    async def header(self, place: tuple[int, int]) -> JournalHeader:
+        data = await self.device.read(place[0] * BLOCK_BYTES, HEADER_BLOCKS * BLOCK_BYTES)
+        return decode_header_untrusted(self.fs, place[0], data)
+
+    async def replay(self, place: tuple[int, int], header: JournalHeader) -> Replayed:
+        """Bring every block of the journal up to date, flushed. The header stays as it is: the
+        caller marks it clean with `finish` when all else is done."""
+        log = LogReader(self.device, *place)
+        images, head, count = await read_log(self.fs, log, header)
+        maps = {b: image for b, image in images.items() if image[0].kind == Kind.GROUP}
+        newer_maps = await self._newer(maps)
+        others = await self._allowed(images, newer_maps)
+        newer = await self._newer(others)
+        for chosen in (newer, newer_maps):
+            writes: list[tuple[int, Buffer]] = [(b, image) for b, (_, image) in chosen.items()]
+            if writes:
+                await self.device.write_many(joined(writes))
+        await self.device.flush()
+        self._head = head, header.sequence + count
+        applied = len(newer) + len(newer_maps)
+        return Replayed(header.slot, count, applied, len(images) - applied)
+
+    async def finish(self, place: tuple[int, int], header: JournalHeader) -> None:
+        """Mark a replayed journal as free."""
+        head, sequence = self._head
+        clean = JournalHeader(
+            header.slot, False, header.owner, head, sequence + SEQUENCE_GAP, header.change + 1
+        )
+        block, data = journal_format.encode_header(self.fs, clean, place[0])
+        await self.device.write(block * BLOCK_BYTES, data)
+        await self.device.flush()
+
+    async def _read(self, blocks: list[int]) -> dict[int, bytes]:
+        result: dict[int, bytes] = {}
+        for start in range(0, len(blocks), READ_BLOCKS_MAX):
+            part = blocks[start : start + READ_BLOCKS_MAX]
+            ranges = [(block * BLOCK_BYTES, BLOCK_BYTES) for block in part]
+            result.update(zip(part, await self.device.read_many(ranges), strict=True))
+        return result
+
+    async def _newer(self, images: dict[int, Image]) -> dict[int, Image]:
+        """The images that are newer than what is on the disk."""
+        result: dict[int, Image] = {}
+        for block, data in (await self._read(list(images))).items():
+            image = images[block]
+            try:
+                found = open_block_untrusted(self.fs, block, data)
+            except CorruptionError:
+                result[block] = image
+                continue
+            if _version(image[0]) > _version(found):
+                result[block] = image
+        return result
+
+    async def _allowed(
+        self, images: dict[int, Image], newer_maps: dict[int, Image]
+    ) -> dict[int, Image]:
+        """The images of blocks that hold metadata as far as the maps say."""
+        areas = await self._journal_areas(images)
+        others = {b: image for b, image in images.items() if image[0].kind != Kind.GROUP}
+        maps = await self._maps({self.superblock.group_of(block) for block in others}, newer_maps)
+        result: dict[int, Image] = {}
+        for block, image in others.items():
+            number, index = divmod(block, self.superblock.group_blocks)
+            states = maps.get(number)
+            if states is None or index >= len(states):
+                continue
+            if states[index] not in (BlockState.META, BlockState.FREEING):
+                continue
+            in_orphans = [
+                first + HEADER_BLOCKS <= block < first + HEADER_BLOCKS + ORPHAN_BLOCKS
+                for first, length in areas
+                if first <= block < first + length
+            ]
+            if (image[0].kind == Kind.ORPHANS) == any(in_orphans) and all(in_orphans):
+                result[block] = image
+        return result
+
+    async def _maps(self, groups: set[int], newer: dict[int, Image]) -> dict[int, bytearray]:
+        blocks = {self.superblock.group_block(g): g for g in groups}
+        result: dict[int, bytearray] = {}
+        for block, data in (await self._read(list(blocks))).items():
+            image = newer.get(block)
+            try:
+                source = data if image is None else image[1]
+                header = open_block_untrusted(self.fs, block, source)
+                node = decode_node_untrusted(header, source)
+            except CorruptionError:
+                continue
+            if isinstance(node, GroupNode):
+                result[blocks[block]] = node.states
+        return result
+
+    async def _journal_areas(self, images: dict[int, Image]) -> list[tuple[int, int]]:
+        data = await self.device.read(SLOT_TABLE_BLOCK * BLOCK_BYTES, BLOCK_BYTES)
+        areas: list[tuple[int, int]] = []
+        candidates = [data]
+        if SLOT_TABLE_BLOCK in images:
+            candidates.append(images[SLOT_TABLE_BLOCK][1])
+        for each in candidates:
+            try:
+                node = decode_node_untrusted(
+                    open_block_untrusted(self.fs, SLOT_TABLE_BLOCK, each), each
+                )
+            except CorruptionError:
+                continue
+            if isinstance(node, SlotsNode):
+                areas += [journal for journal in node.journals if journal not in areas]
+        return areas

@@ -1,0 +1,284 @@
+"""The stages where a mount touches what all mounts share: begin, recovery, one more journal, growth.
+
+Begin, another journal and growth happen under the control lock `C` in EX. Recovery of a dead member
+does not: it is done by one member at a time by the order of the group's events, and ends with the
+write that makes the journal free.
+"""
+
+from __future__ import annotations
+
+import errno
+
+from cfs import journal_format
+from cfs.attributes import BLOCK_BYTES
+from cfs.core import Core
+from cfs.errors import CorruptionError, FsError
+from cfs.format import (
+    GROUP_BLOCKS_MAX,
+    SLOT_TABLE_BLOCK,
+    SLOTS_MAX,
+    SUPERBLOCK_BLOCK,
+    Kind,
+    Superblock,
+    decode_superblock_untrusted,
+)
+from cfs.journal import Journal
+from cfs.journal_format import HEADER_BLOCKS, LOG_OFFSET, ORPHAN_BLOCKS, JournalHeader
+from cfs.nodes import ORPHANS_PER_BLOCK, BlockState, GroupNode, OrphanNode, SlotsNode
+from cfs.orphans import Orphans, adopt
+from cfs.replay import Replayed, Replayer
+from cfs.transaction import NeedSpace, Tx
+from cluster.device import BlockDevice, Buffer
+from cluster.errors import BusyError
+from cluster.ids import Incarnation, Instance, InstanceNo, NodeId
+from cluster.locks import Mode
+
+NOBODY = Instance(NodeId(0), Incarnation(0), InstanceNo(0))
+LAST_GROUP_BLOCKS_MIN = 16
+"""A shorter last group is not worth its block: those blocks are left out."""
+
+
+async def read_superblock(device: BlockDevice) -> Superblock:
+    """The superblock, or its copy. Raises CorruptionError if there is none."""
+    data = await device.read(SUPERBLOCK_BLOCK * BLOCK_BYTES, BLOCK_BYTES)
+    try:
+        return decode_superblock_untrusted(SUPERBLOCK_BLOCK, data)
+    except CorruptionError as error:
+        blocks = device.size_bytes // BLOCK_BYTES
+        size = min(GROUP_BLOCKS_MAX, blocks)
+        while size >= 1024:
+            copy = await device.read((size - 1) * BLOCK_BYTES, BLOCK_BYTES)
+            try:
+                return decode_superblock_untrusted(size - 1, copy)
+            except CorruptionError:
+                size = 1 << ((size - 1).bit_length() - 1)
+        raise error
+
+
+def format_journal(fs: int, slot: int, place: tuple[int, int]) -> list[tuple[int, Buffer]]:
+    """(block, bytes) of an empty journal; the log itself may hold anything."""
+    first = place[0]
+    writes: list[tuple[int, Buffer]] = []
+    for change in range(1, HEADER_BLOCKS + 1):
+        header = JournalHeader(slot, False, NOBODY, 0, 1, change)
+        writes.append(journal_format.encode_header(fs, header, first))
+    for index in range(ORPHAN_BLOCKS):
+        block = first + HEADER_BLOCKS + index
+        node = OrphanNode(block, slot, 1, [0] * ORPHANS_PER_BLOCK)
+        writes.append((block, node.encode(fs, 0)))
+    return writes
+
+
+async def write_blocks(device: BlockDevice, writes: list[tuple[int, Buffer]]) -> None:
+    await device.write_many([(block * BLOCK_BYTES, data) for block, data in writes])
+
+
+async def begin(core: Core) -> tuple[Journal, list[tuple[int, tuple[int, int]]]]:
+    """Replay what nobody owns and take a journal; the caller holds `C`. Returns the journal and
+    the slots that are free (with their places)."""
+    replayer = Replayer(core.device, core.superblock)
+    environment = core.environment
+    chosen: tuple[JournalHeader, tuple[int, int]] | None = None
+    free: list[tuple[int, tuple[int, int]]] = []
+    places = (await core.slots()).journals
+    for slot, place in enumerate(places):
+        header = await replayer.header(place)
+        if header.in_use and (
+            header.owner == environment.owner or environment.is_barred(header.owner)
+        ):
+            await replayer.replay(place, header)
+            await replayer.finish(place, header)
+            header = await replayer.header(place)
+            core.control.nodes.clear()
+        if header.in_use:
+            continue
+        if chosen is None:
+            chosen = header, place
+        else:
+            free.append((slot, place))
+    await core.refresh_superblock()
+    if chosen is None:
+        raise BusyError(
+            "all journals of this file system are in use",
+            hint="a mounted node makes another one within seconds; try again",
+        )
+    header, place = chosen
+    mine = JournalHeader(
+        header.slot, True, environment.owner, header.tail, header.sequence, header.change + 1
+    )
+    block, data = journal_format.encode_header(core.fs, mine, place[0])
+    await core.device.write(block * BLOCK_BYTES, data)
+    await core.device.flush()
+    core.space.first = header.slot * len(core.space.groups) // max(len(places), 1)
+    return Journal(core.fs, core.counter, core.runtime, place, mine), free
+
+
+async def recover(core: Core, orphans: Orphans, dead: Instance) -> list[Replayed]:
+    """Replay the journals of a dead instance and take its orphans over."""
+    replayer = Replayer(core.device, core.superblock)
+    done = []
+    data = await core.device.read(SLOT_TABLE_BLOCK * BLOCK_BYTES, BLOCK_BYTES)
+    for place in _places(core.fs, data):
+        try:
+            header = await replayer.header(place)
+        except CorruptionError:
+            continue
+        if not header.in_use or header.owner != dead:
+            continue
+        done.append(await replayer.replay(place, header))
+        await adopt(core, orphans, header.slot, place[0])
+        await replayer.finish(place, header)
+    await core.refresh_superblock()
+    return done
+
+
+def _places(fs: int, data: bytes) -> list[tuple[int, int]]:
+    from cfs.format import open_block_untrusted
+    from cfs.nodes import decode_node_untrusted
+
+    node = decode_node_untrusted(open_block_untrusted(fs, SLOT_TABLE_BLOCK, data), data)
+    if not isinstance(node, SlotsNode):
+        raise FsError(errno.EIO, "the slot table is damaged")
+    return node.journals
+
+
+async def ensure_free_slot(core: Core) -> bool:
+    """Make another journal if none is free for the next mount; True if one was made. Takes `C`."""
+    lock = core.control.lock
+    assert lock is not None
+    await lock.hold(Mode.EX)
+    try:
+        slots = await core.slots()
+        replayer = Replayer(core.device, core.superblock)
+        for place in slots.journals:
+            if not (await replayer.header(place)).in_use:
+                return False
+        if len(slots.journals) >= SLOTS_MAX:
+            return False
+        await add_journal(core, slots)
+        return True
+    finally:
+        lock.release(Mode.EX)
+
+
+async def add_journal(core: Core, slots: SlotsNode) -> None:
+    """One journal more, as large as the first one if there is such a run of blocks."""
+    wanted = slots.journals[0][1]
+    place = await core.run(lambda tx: _allocate_journal(core, tx, wanted))
+    await core.journal.checkpoint()
+    await write_blocks(core.device, format_journal(core.fs, len(slots.journals), place))
+    await core.device.flush()
+
+    def enter(tx: Tx) -> None:
+        node = tx.edit(core.control, SLOT_TABLE_BLOCK, Kind.SLOTS)
+        assert isinstance(node, SlotsNode)
+        node.journals.append(place)
+
+    await core.run(enter)
+    await core.journal.commit()
+
+
+def _allocate_journal(core: Core, tx: Tx, wanted: int) -> tuple[int, int]:
+    space = core.space
+    for group in list(space.mine.values()):
+        node = space.open(tx, group)
+        if node is None:
+            continue
+        at = node.states.find(bytes(wanted))
+        if at >= 0:
+            node.states[at : at + wanted] = bytes((BlockState.META,)) * wanted
+            node.free -= wanted
+            return group.number * space.superblock.group_blocks + at, wanted
+    if wanted // 2 >= journal_format.JOURNAL_BLOCKS_MIN and not space.candidates():
+        return _allocate_journal(core, tx, wanted // 2)
+    raise NeedSpace(wanted)
+
+
+# -- growth -------------------------------------------------------------------------------------
+
+
+def usable_blocks(device_blocks: int, group_blocks: int) -> int:
+    """How many blocks of a device a file system uses."""
+    rest = device_blocks % group_blocks
+    return device_blocks - (rest if rest < LAST_GROUP_BLOCKS_MIN else 0)
+
+
+def empty_group(superblock: Superblock, number: int, change: int = 1) -> GroupNode:
+    """A group where only its own block is taken."""
+    states = bytearray(superblock.group_length(number))
+    block = superblock.group_block(number)
+    states[block % superblock.group_blocks] = BlockState.META
+    return GroupNode(block, number, change, 0, states)
+
+
+async def grow(core: Core) -> None:
+    """Use all of the device. New groups first, then the superblock that names them, then the rest
+    of what was the last group: a crash in between costs nothing but another `grow`."""
+    lock = core.control.lock
+    assert lock is not None
+    await lock.hold(Mode.EX)
+    try:
+        await core.refresh_superblock()
+        old = core.superblock
+        total = usable_blocks(core.device.size_bytes // BLOCK_BYTES, old.group_blocks)
+        if total > old.total_blocks:
+            await _grow_to(core, old, total)
+        await _extend_group(core, old.group_count - 1)
+    finally:
+        lock.release(Mode.EX)
+
+
+async def _grow_to(core: Core, old: Superblock, total: int) -> None:
+    import msgspec
+
+    new = msgspec.structs.replace(old, total_blocks=total, version=old.version + 1)
+    writes: list[tuple[int, Buffer]] = []
+    for number in range(old.group_count, new.group_count):
+        node = empty_group(new, number)
+        writes.append((node.block, node.encode(core.fs, 0)))
+    for start in range(0, len(writes), 256):
+        await write_blocks(core.device, writes[start : start + 256])
+    await core.device.flush()
+    for block in (new.backup_block, SUPERBLOCK_BLOCK):
+        await write_blocks(core.device, [(block, new.encode(block))])
+        await core.device.flush()
+    core.superblock = new
+    core.space.extend(new)
+
+
+async def _extend_group(core: Core, number: int) -> None:
+    """The group that was the last one may be longer now."""
+    group = core.space.groups[number]
+    wanted = core.superblock.group_length(number)
+
+    def extend(tx: Tx) -> None:
+        node = tx.group(group)
+        more = wanted - len(node.states)
+        if more > 0:
+            node.states += bytes(more)
+            node.free += more
+
+    await core.run(extend)
+    await core.journal.checkpoint()
+
+
+async def describe_journals(core: Core) -> list[dict[str, object]]:
+    """For `cfsctl journals`: every slot, who uses it, and how much of its log is in use."""
+    data = await core.device.read(SLOT_TABLE_BLOCK * BLOCK_BYTES, BLOCK_BYTES)
+    replayer = Replayer(core.device, core.superblock)
+    result: list[dict[str, object]] = []
+    for place in _places(core.fs, data):
+        header = await replayer.header(place)
+        result.append(
+            {
+                "slot": header.slot,
+                "block": place[0],
+                "blocks": place[1],
+                "log_blocks": place[1] - LOG_OFFSET,
+                "state": "in use" if header.in_use else "free",
+                "owner": str(header.owner) if header.in_use else "",
+                "mine": header.slot == core.journal.slot,
+                "sequence": header.sequence,
+            }
+        )
+    return result
