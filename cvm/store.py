@@ -69,8 +69,10 @@ class MetadataStore:
         if known is not None:
             return known
         troubles: list[str] = []
+        answering = {export.pv for export in await self._devices.exports() if export.reachable}
+        pvs = sorted(entry.pvs, key=lambda pv: pv not in answering)
         for offset in (slot_offset(entry.sequence), archive_offset(entry.sequence)):
-            for pv in entry.pvs:
+            for pv in pvs:
                 try:
                     record = await self._load_from(pv, entry, offset)
                 except StackError as error:

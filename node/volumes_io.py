@@ -37,6 +37,7 @@ from cluster.state import (
     member_of,
 )
 from cluster.wire import instance_secret
+from cvm.bounded_io import BoundedDevice
 from cvm.layout import VolumeMap
 from cvm.manager import Identity, Manager, Node
 from cvm.seams import ExportInfo, Opener, VgEntry
@@ -51,6 +52,7 @@ SUSPEND_TIMEOUT_S = 60.0
 CALL_TIMEOUT_S = 10.0
 FENCE_WAIT_S = 30.0
 OPEN_DEVICE_S = 20.0
+RECOVER_POLL_S = 2.0
 DEVICES_MAX = 1024
 
 
@@ -67,7 +69,6 @@ class Volumes:
         self._devices: dict[str, GnbdDevice] = {}
         self._opening = trio.Lock()
         self._openers: dict[tuple[str, Instance], Opener] = {}
-        self._recovered_epoch = 0
         identity = Identity(self._me, daemon.config.node.name, daemon.config.cluster.id)
         self.manager = Manager(Node(identity, self, Devices(self), self, self, _new_uuid))
         methods = daemon.transport.methods
@@ -76,33 +77,38 @@ class Volumes:
         methods["volumes.resume"] = self._resume_here
 
     async def run(self) -> None:
-        """After every view that put somebody out, finish what a dead coordinator left; keep the
-        devices of clusterd at the epoch."""
+        """Finish what a dead coordinator left, once it is fenced; keep the devices of clusterd at
+        the epoch."""
         while True:
-            await self._daemon.wait_changed()
+            with trio.move_on_after(RECOVER_POLL_S):
+                await self._daemon.wait_changed()
             view = self._daemon.view
             for device in self._devices.values():
                 device.set_epoch(view.epoch)
                 if device.server.id in view.installed:
                     device.note_installed(view.epoch)
             self._drop_dead_openers()
-            state = self._daemon.state
-            pending = any("change" in group.data and group.data["change"] is not None
-                          for group in state.volume_groups)  # fmt: skip
             coordinator = min((m.node for m in view.members), default=None)
-            if not pending or coordinator != self._daemon.me or not self._settled():
+            if coordinator != self._daemon.me or not (view.quorate and self._settled()):
                 continue
-            if view.quorate and self._recovered_epoch != view.epoch:
-                self._recovered_epoch = view.epoch
+            if self._has_abandoned_change():
                 try:
                     settled = await self.manager.recover()
                 except StackError as error:
-                    self._recovered_epoch = 0
                     self._daemon.note(EventName.NOTE, f"volume recovery: {error.message}")
-                    await trio.sleep(1)
                 else:
                     for name in settled:
                         self._daemon.note(EventName.VOLUME_CHANGED, f"{name}: change settled")
+
+    def _has_abandoned_change(self) -> bool:
+        """A change is noted in the register, but no admitted holder has the lock of its group."""
+        state = self._daemon.state
+        for group in state.volume_groups:
+            if group.data.get("change") is not None:
+                held = _group(state, f"{LOCK_PREFIX}vg/{group.name}")
+                if held is None or not admits(state.members, Instance(*held.data["holder"])):
+                    return True
+        return False
 
     async def call(self, method: str, params: dict[str, Any]) -> Any:
         """`cvm.<verb>` of the control socket."""
@@ -395,7 +401,7 @@ class Devices:
 
     async def open(self, pv: str) -> BlockDevice:
         """See cvm.seams.PhysicalDevices."""
-        return await self._volumes.open_pv(pv)
+        return BoundedDevice(pv, await self._volumes.open_pv(pv))
 
     async def exports(self) -> list[ExportInfo]:
         """See cvm.seams.PhysicalDevices."""
