@@ -161,7 +161,10 @@ def sweep(mount: Mount) -> bool:
     if size <= 8:
         return False
     table = mmap.mmap(mount.table_fd, size, prot=mmap.PROT_READ | mmap.PROT_WRITE)
-    job = InodeSweep(mount.fuse_fd, memoryview(table)[8:])
+    used = min(int.from_bytes(table[:8], "little"), size // 8 - 1)
+    if used == 0:
+        return False
+    job = InodeSweep(mount.fuse_fd, memoryview(table)[8 : 8 + 8 * used])
     failed: list[int] = []
 
     def work() -> None:

@@ -7,10 +7,14 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
+import trio
+
 from cluster import control_client_io
+from cluster.control_io import open_session
 from cluster.errors import StackError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -70,6 +74,17 @@ class Node:
         if check and done.returncode != 0:
             raise AssertionError(f"clusterctl {args}: {done.stderr}\n{self.logs()}")
         return done
+
+    def tool(self, module, *args):
+        """Run another command-line tool on this node; gives its output."""
+        code = f"from {module} import main; main()"
+        done = subprocess.run(
+            [sys.executable, "-c", code, *args],
+            env=self.environment, cwd=ROOT, capture_output=True, text=True, timeout=90, check=False,
+        )  # fmt: skip
+        if done.returncode != 0:
+            raise AssertionError(f"{module} {args}: {done.stdout}{done.stderr}\n{self.logs()}")
+        return done.stdout
 
     def start(self):
         """Start clusterd; returns when its socket answers."""
@@ -173,5 +188,106 @@ def _addresses(node):
     return [word for address in node.addresses for word in ("--address", address)]
 
 
-def dump(value):
-    return json.dumps(value, indent=1)
+class Server:
+    """A gnbd-server process with one file as disk."""
+
+    def __init__(self, cluster, number):
+        self.cluster = cluster
+        self.number = number
+        self.name = f"s{number}"
+        self.base = cluster.base / self.name
+        self.addresses = [f"127.{cluster.octet}.{200 + number}.{net}" for net in (1, 2)]
+        self.process = None
+
+    def configure(self, size="256M"):
+        self.base.mkdir(parents=True)
+        listen = json.dumps(self.addresses)
+        (self.base / "exports.toml").write_text(
+            f'state_dir = "{self.base}/state"\nlisten = {listen}\n'
+            f'[[exports]]\nname = "disk0"\npath = "{self.base}/disk0"\nsize = "{size}"\n'
+            'access = "cluster"\nfilters = ["volatile"]\n'
+        )
+        token = self.cluster.node(1).ctl(
+            "server", "add", self.name, "--id", str(128 + self.number), *_addresses(self)
+        ).stdout.strip()
+        done = self._command("--join", token, str(self.base / "exports.toml"))
+        output = subprocess.run(done, cwd=ROOT, capture_output=True, text=True, check=False)
+        assert output.returncode == 0, output.stderr
+
+    def _command(self, *args):
+        code = "from gnbd.cli import server_main; server_main()"
+        return [sys.executable, "-c", code, *args]
+
+    def start(self):
+        with (self.base / "log").open("ab") as log:
+            self.process = subprocess.Popen(
+                self._command(str(self.base / "exports.toml")), cwd=ROOT, stdout=log, stderr=log
+            )
+        self.cluster.started.append(self.process)
+        first = self.cluster.node(1)
+
+        def installed():
+            return 128 + self.number in first.status()["installed"]
+
+        wait_until(installed, f"{self.name} has installed the view")
+
+    def kill(self):
+        self.process.kill()
+        self.process.wait()
+
+
+class Instance:
+    """A registered instance in a thread of its own, as a mount would be."""
+
+    def __init__(self, node, group=None, port=1, handlers=None):
+        self.node = node
+        self.group = group
+        self.port = port
+        self.handlers = handlers or {}
+        self.events = []
+        self.granted = None
+        self._token = None
+        self._scope = None
+        self._clean = False
+        self._thread = threading.Thread(target=trio.run, args=(self._main,), daemon=True)
+        self._thread.start()
+        wait_until(lambda: self.granted, "the instance is registered")
+
+    async def _main(self):
+        async def echo(params):
+            return {"echo": params["text"], "instance": self.granted["instance"]}
+
+        handlers = {"dlm.echo": echo, **self.handlers}
+        async with open_session(
+            self.node.run_dir, handlers, lambda *event: self.events.append(event)
+        ) as session:
+            granted = await session.call("instance.register", {"kind": "mount", "title": "/m"})
+            if self.group:
+                await session.call(
+                    "group.join",
+                    {"group": self.group, "addresses": self.node.addresses, "port": self.port},
+                )
+            self._token = trio.lowlevel.current_trio_token()
+            self._session = session
+            self._scope = trio.CancelScope()
+            self.granted = granted
+            with self._scope:
+                await session.closed.wait()
+            if self._clean:
+                with contextlib.suppress(StackError):
+                    await session.call("instance.leave")
+
+    def stop(self, clean):
+        self._clean = clean
+        self._token.run_sync_soon(self._scope.cancel)
+        self._thread.join(20)
+
+    def call(self, method, params):
+        async def work():
+            return await self._session.call(method, params)
+
+        return trio.from_thread.run(work, trio_token=self._token)
+
+    def group_events(self, kind=None):
+        found = [data for name, data in self.events if name == "group"]
+        return [e for e in found if kind is None or e["kind"] == kind]

@@ -1,16 +1,12 @@
 """Whole clusters of real processes: birth, join, death, restart, leave, instances, groups."""
 
-import contextlib
 import os
 import signal
-import threading
 import time
 
 import pytest
-import trio
-from node_harness import wait_until
+from node_harness import Instance, wait_until
 
-from cluster.control_io import open_session
 from cluster.errors import StackError
 
 
@@ -99,62 +95,6 @@ def test_recover_after_a_lost_majority(cluster):
     first.ctl("recover", "test", "--voters", "n1", "--yes")
     wait_until(lambda: first.members() == [1], "the recovered node is quorate")
     assert first.status()["epoch"] > epoch + 1000
-
-
-class Instance:
-    """A registered instance in a thread of its own, as a mount would be."""
-
-    def __init__(self, node, group=None, port=1):
-        self.node = node
-        self.group = group
-        self.port = port
-        self.events = []
-        self.granted = None
-        self._token = None
-        self._scope = None
-        self._clean = False
-        self._thread = threading.Thread(target=trio.run, args=(self._main,), daemon=True)
-        self._thread.start()
-        wait_until(lambda: self.granted, "the instance is registered")
-
-    async def _main(self):
-        async def echo(params):
-            return {"echo": params["text"], "instance": self.granted["instance"]}
-
-        handlers = {"dlm.echo": echo}
-        async with open_session(
-            self.node.run_dir, handlers, lambda *event: self.events.append(event)
-        ) as session:
-            granted = await session.call("instance.register", {"kind": "mount", "title": "/m"})
-            if self.group:
-                await session.call(
-                    "group.join",
-                    {"group": self.group, "addresses": self.node.addresses, "port": self.port},
-                )
-            self._token = trio.lowlevel.current_trio_token()
-            self._session = session
-            self._scope = trio.CancelScope()
-            self.granted = granted
-            with self._scope:
-                await session.closed.wait()
-            if self._clean:
-                with contextlib.suppress(StackError):
-                    await session.call("instance.leave")
-
-    def stop(self, clean):
-        self._clean = clean
-        self._token.run_sync_soon(self._scope.cancel)
-        self._thread.join(20)
-
-    def call(self, method, params):
-        async def work():
-            return await self._session.call(method, params)
-
-        return trio.from_thread.run(work, trio_token=self._token)
-
-    def group_events(self, kind=None):
-        found = [data for name, data in self.events if name == "group"]
-        return [e for e in found if kind is None or e["kind"] == kind]
 
 
 def order(instance):
