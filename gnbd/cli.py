@@ -18,7 +18,7 @@ from cluster.ids import Incarnation
 from cluster.paths_io import state_dir
 from cluster.wire import Keys
 from gnbd import messages as m
-from gnbd.control_client_io import BlockingControl, open_blocking
+from gnbd.control_blocking_io import BlockingControl, open_blocking
 from gnbd.control_session import Peer
 from gnbd.exports import decode_exports, parse_filter
 from gnbd.identity import decode_server_token_untrusted

@@ -8,7 +8,7 @@ from typing import assert_never
 import msgspec
 
 from cluster.errors import ConfigError, ProtocolError, StackError, UsageError
-from cluster.ids import Incarnation, NodeId
+from cluster.ids import Epoch, Incarnation, NodeId
 from cluster.messages import (
     ACCEPTOR_MESSAGES,
     Install,
@@ -18,6 +18,7 @@ from cluster.messages import (
     encode_message,
 )
 from cluster.wire import Frame
+from fencing.admission import DEAD_MS_DEFAULT
 from gnbd import messages as m
 from gnbd.control_session import ControlSession, Peer
 from gnbd.exports import Export, checked_filter
@@ -111,15 +112,24 @@ class ControlServer:
             raise ProtocolError(f"bad cluster message: {error}") from error
         answers: list[Message]
         if isinstance(message, Install):
-            request = m.Install(message.epoch, message.members)
-            done = self._service.install(NodeId(frame.sender), frame.incarnation, request)
-            reason = done.message if isinstance(done, m.Refused) else ""
-            answers = [Installed(message.request, done.epoch, reason)]
+            answers = [self._install(frame, message)]
         elif isinstance(message, ACCEPTOR_MESSAGES):
             answers = self._voter.call(frame.sender, message)
         else:
             raise UsageError("that message is not for a server")
         return m.ClusterAnswer([encode_message(a) for a in answers])
+
+    def _install(self, frame: Frame, message: Install) -> Installed:
+        """`Installed.epoch` equals the asked one only on success."""
+        tombstones = {t.node: t.incarnation for t in message.tombstones}
+        request = m.Install(
+            message.epoch, message.members, tombstones, message.dead_ms or DEAD_MS_DEFAULT
+        )
+        done = self._service.install(NodeId(frame.sender), frame.incarnation, request)
+        if isinstance(done, m.Done):
+            return Installed(message.request, done.epoch)
+        epoch = done.epoch if done.epoch > message.epoch else Epoch(message.epoch - 1)
+        return Installed(message.request, epoch, done.message)
 
     def _reserve_in(self, name: str) -> m.ReserveReport:
         table = self._service.export(name).reservations

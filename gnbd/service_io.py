@@ -349,7 +349,7 @@ class Service:
     ) -> m.Done | m.Refused:
         """Rule R2: durable record, words, drain, flush, and only then the answer."""
         if self._repeats(sender, incarnation, request):
-            return m.Done(self.admission.epoch)
+            return m.Done(request.epoch)
         event = a.InstallRequested(
             sender, incarnation, request.epoch, request.members, request.tombstones, request.dead_ms
         )
@@ -371,7 +371,7 @@ class Service:
             self._refresh(self.exports.values())
             self.serving_changed()
         log.info("installed", epoch=request.epoch, sender=f"n{sender}")
-        return m.Done(self.admission.epoch)
+        return m.Done(request.epoch)
 
     def _repeats(self, sender: NodeId, incarnation: Incarnation, request: m.Install) -> bool:
         """A repeated install of what is in force costs nothing; it is a sign of life."""

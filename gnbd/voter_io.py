@@ -110,6 +110,9 @@ class Voter:
         if not isinstance(message, Heartbeat) or message.node != frame.sender:
             return None
         with self._lock:
+            record = self._acceptor.record
+            if record is None or record.value is None:
+                return None  # no vote: nobody's lease counts us
             echo = self._echoes().heartbeat(boottime_ns(), message)
             self._sequence += 1
             answer = Frame(

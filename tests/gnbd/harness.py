@@ -16,7 +16,7 @@ from cluster.control import MemberInfo, ServerInfo
 from cluster.ids import Epoch, Incarnation, Instance, InstanceNo, NodeId, ServerId
 from cluster.wire import instance_secret
 from gnbd import messages as m
-from gnbd.control_client_io import BlockingControl, open_blocking
+from gnbd.control_blocking_io import BlockingControl, open_blocking
 from gnbd.control_session import Peer
 from gnbd.identity import ServerIdentity, encode_server_token
 

@@ -1,0 +1,80 @@
+"""CONTROL sessions from command-line tools: blocking, without trio."""
+
+from __future__ import annotations
+
+import secrets
+import socket
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TypeVar
+
+from cluster.errors import UnreachableError
+from cluster.wire import Keys
+from gnbd import messages as m
+from gnbd.control_client import CONNECT_TIMEOUT_S, ControlProtocol, expect
+from gnbd.control_session import Peer
+
+A = TypeVar("A")
+T = TypeVar("T", bound=m.Answer)
+
+
+class BlockingControl:
+    """A session of a tool."""
+
+    def __init__(self, protocol: ControlProtocol, sock: socket.socket) -> None:
+        self._protocol = protocol
+        self._sock = sock
+
+    @property
+    def server_id(self) -> int:
+        return self._protocol.server_id
+
+    def ask(self, request: m.Request, kind: type[T]) -> T:
+        """One request; a refusal is raised."""
+        return expect(_drive_blocking(self._protocol.ask(request), self._sock), kind)
+
+
+def _drive_blocking(dialogue: Generator[bytes | int, bytes, A], sock: socket.socket) -> A:
+    try:
+        wanted = next(dialogue)
+        while True:
+            if isinstance(wanted, bytes):
+                sock.sendall(wanted)
+                wanted = next(dialogue)
+                continue
+            data = bytearray()
+            while len(data) < wanted:
+                more = sock.recv(wanted - len(data))
+                if not more:
+                    raise UnreachableError("the server closed the control session")
+                data += more
+            wanted = dialogue.send(bytes(data))
+    except StopIteration as stop:
+        result: A = stop.value
+        return result
+    except OSError as error:
+        raise UnreachableError(f"the control session broke: {error}") from error
+
+
+@contextmanager
+def open_blocking(
+    addresses: Sequence[str], port: int, keys: Keys, identity: Peer, timeout_s: float = 30.0
+) -> Iterator[BlockingControl]:
+    """A blocking session over the first address that answers. Raises UnreachableError."""
+    problem: Exception | None = None
+    for address in addresses:
+        try:
+            sock = socket.create_connection((address, port), CONNECT_TIMEOUT_S)
+        except OSError as error:
+            problem = error
+            continue
+        with sock:
+            sock.settimeout(timeout_s)
+            protocol = ControlProtocol(keys, identity)
+            _drive_blocking(protocol.open(secrets.token_bytes(m.NONCE_BYTES)), sock)
+            yield BlockingControl(protocol, sock)
+            return
+    raise UnreachableError(
+        f"no server answers at {', '.join(addresses)} port {port}: {problem}",
+        hint="is gnbd-server running there?",
+    )
