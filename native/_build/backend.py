@@ -21,7 +21,7 @@ from typing import Any
 Extension = dict[str, Any]
 ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).resolve().parent
-STAMPS = ROOT / "build" / "native"
+GENERATED = ROOT / "build" / "native"
 
 
 def extensions() -> list[Extension]:
@@ -35,14 +35,15 @@ def short_name(extension: Extension) -> str:
 
 
 def generate(extension: Extension) -> None:
-    """Write native/_NAME.c from native/_build/_NAME.cdef (unchanged files keep their mtime)."""
+    """Write build/native/_NAME.c from native/_build/_NAME.cdef (keeps an unchanged file)."""
     from cffi import FFI
 
     name = short_name(extension)
     ffi = FFI()
     ffi.cdef((HERE / f"{name}.cdef").read_text())
     ffi.set_source(extension["name"], f'#include "src/{name.lstrip("_")}.h"')
-    ffi.emit_c_code(str(ROOT / "native" / f"{name}.c"))
+    GENERATED.mkdir(parents=True, exist_ok=True)
+    ffi.emit_c_code(str(GENERATED / f"{name}.c"))
 
 
 def _generate_all() -> None:
@@ -84,7 +85,7 @@ build_editable = _delegate("build_editable")
 
 def fingerprint(extension: Extension) -> str:
     name = short_name(extension)
-    inputs = [ROOT / path for path in extension["sources"] if path != f"native/{name}.c"]
+    inputs = [ROOT / path for path in extension["sources"] if path != f"build/native/{name}.c"]
     inputs += [*(ROOT / "native" / "src").glob("**/*.h"), HERE / f"{name}.cdef", Path(__file__)]
     digest = hashlib.sha256(repr((sorted(extension.items()), sys.version)).encode())
     for path in sorted(inputs):
@@ -115,15 +116,15 @@ def compile_in_place(extension: Extension, target: Path) -> None:
 
 
 def build_in_place(force: bool = False) -> int:
-    STAMPS.mkdir(parents=True, exist_ok=True)
+    GENERATED.mkdir(parents=True, exist_ok=True)
     suffix = sysconfig.get_config_var("EXT_SUFFIX")
     built = 0
-    with open(STAMPS / "lock", "w") as lock:
+    with open(GENERATED / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         for extension in extensions():
             name = short_name(extension)
             target = ROOT / "native" / f"{name}{suffix}"
-            stamp = STAMPS / f"{name}{suffix}.stamp"
+            stamp = GENERATED / f"{name}{suffix}.stamp"
             wanted = fingerprint(extension)
             if not force and target.exists() and stamp.exists() and stamp.read_text() == wanted:
                 continue

@@ -116,44 +116,67 @@ static void interrupt(uint64_t unique)
     (void)ignored; /* EAGAIN: it is readable already */
 }
 
-/* The fields of the operations whose handle, flags or ranges matter above. */
-static void parse(struct fuse_current *request, const void *body, size_t length)
+union body {
+    struct fuse_read_in read;
+    struct fuse_write_in write;
+    struct fuse_open_in open;
+    struct fuse_create_in create;
+    struct fuse_release_in release;
+    struct fuse_flush_in flush;
+    struct fuse_fsync_in fsync;
+    struct fuse_getattr_in getattr;
+    struct fuse_setattr_in setattr;
+    struct fuse_rename2_in rename2;
+    struct fuse_fallocate_in fallocate;
+    struct fuse_lk_in lk;
+};
+
+/* Operations on data; 0 if it is none. */
+static int parse_data(struct fuse_current *request, const union body *in)
 {
-    union {
-        struct fuse_read_in read;
-        struct fuse_write_in write;
-        struct fuse_open_in open;
-        struct fuse_create_in create;
-        struct fuse_release_in release;
-        struct fuse_flush_in flush;
-        struct fuse_fsync_in fsync;
-        struct fuse_getattr_in getattr;
-        struct fuse_setattr_in setattr;
-        struct fuse_rename2_in rename2;
-        struct fuse_fallocate_in fallocate;
-        struct fuse_lk_in lk;
-    } in;
-    memset(&in, 0, sizeof in);
-    memcpy(&in, body, length < sizeof in ? length : sizeof in);
     switch (request->opcode) {
     case FUSE_READ:
     case FUSE_READDIR:
     case FUSE_READDIRPLUS:
-        request->handle = in.read.fh;
-        request->offset = in.read.offset;
-        request->size = in.read.size;
-        request->operation_flags = in.read.read_flags;
-        request->lock_owner = in.read.lock_owner;
-        request->flags = in.read.flags;
-        break;
+        request->handle = in->read.fh;
+        request->offset = in->read.offset;
+        request->size = in->read.size;
+        request->operation_flags = in->read.read_flags;
+        request->lock_owner = in->read.lock_owner;
+        request->flags = in->read.flags;
+        return 1;
     case FUSE_WRITE:
-        request->handle = in.write.fh;
-        request->offset = in.write.offset;
-        request->size = in.write.size;
-        request->operation_flags = in.write.write_flags;
-        request->lock_owner = in.write.lock_owner;
-        request->flags = in.write.flags;
-        break;
+        request->handle = in->write.fh;
+        request->offset = in->write.offset;
+        request->size = in->write.size;
+        request->operation_flags = in->write.write_flags;
+        request->lock_owner = in->write.lock_owner;
+        request->flags = in->write.flags;
+        return 1;
+    case FUSE_FSYNC:
+    case FUSE_FSYNCDIR:
+        request->handle = in->fsync.fh;
+        request->operation_flags = in->fsync.fsync_flags;
+        return 1;
+    case FUSE_FALLOCATE:
+        request->handle = in->fallocate.fh;
+        request->offset = in->fallocate.offset;
+        request->flags = in->fallocate.mode;
+        return 1;
+    default:
+        return 0;
+    }
+}
+
+/* The fields of the operations whose handle, flags or ranges matter above. */
+static void parse(struct fuse_current *request, const void *body, size_t length)
+{
+    union body in;
+    memset(&in, 0, sizeof in);
+    memcpy(&in, body, length < sizeof in ? length : sizeof in);
+    if (parse_data(request, &in))
+        return;
+    switch (request->opcode) {
     case FUSE_OPEN:
     case FUSE_OPENDIR:
         request->flags = in.open.flags;
@@ -175,11 +198,6 @@ static void parse(struct fuse_current *request, const void *body, size_t length)
         request->handle = in.flush.fh;
         request->lock_owner = in.flush.lock_owner;
         break;
-    case FUSE_FSYNC:
-    case FUSE_FSYNCDIR:
-        request->handle = in.fsync.fh;
-        request->operation_flags = in.fsync.fsync_flags;
-        break;
     case FUSE_GETATTR:
         request->handle = in.getattr.getattr_flags & FUSE_GETATTR_FH ? in.getattr.fh : 0;
         request->operation_flags = in.getattr.getattr_flags;
@@ -191,11 +209,6 @@ static void parse(struct fuse_current *request, const void *body, size_t length)
         break;
     case FUSE_RENAME2:
         request->flags = in.rename2.flags;
-        break;
-    case FUSE_FALLOCATE:
-        request->handle = in.fallocate.fh;
-        request->offset = in.fallocate.offset;
-        request->flags = in.fallocate.mode;
         break;
     case FUSE_GETLK:
     case FUSE_SETLK:

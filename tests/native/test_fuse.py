@@ -368,3 +368,50 @@ def test_no_cache_is_filled_after_the_purge(gated):
     client.wait(timeout=10)
     assert gated.do("notify", "invalidate_inode", inode) == 0
     assert json.dumps(gated.do("state")["pending"]) == "[]"
+
+
+TWO_SESSIONS = """
+import sys
+sys.path.insert(0, sys.argv[2])
+import trio
+from tiny_fs import TinyFs
+from native import fuse
+# isort: split
+import pyfuse3
+
+async def session(fs):
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(pyfuse3.main)
+        code = "import os, sys; os.listdir(sys.argv[1])"
+        await trio.run_process([sys.executable, "-I", "-c", code, sys.argv[1]])
+        assert fuse.current_request().unique
+        pyfuse3.terminate()
+
+assert not fuse.interposed()
+for _ in range(2):
+    fs = TinyFs()
+    pyfuse3.init(fs, sys.argv[1], {*pyfuse3.default_options, "fsname=tiny"})
+    assert fuse.interposed()
+    assert fuse.session_fd() > 0
+    assert fuse.session_info().agreed_bits == 0
+    trio.run(session, fs)
+    assert fs.counts["READDIRPLUS"] and not fs.mismatches
+    assert fuse.session_info().agreed_bits
+    pyfuse3.close()
+    assert fuse.session_fd() == -1
+    assert fuse.gate_flush() == 0
+print("good")
+"""
+
+
+def test_sessions_one_after_another(tmp_path):
+    result = subprocess.run(
+        [sys.executable, "-c", TWO_SESSIONS, str(tmp_path), str(Path(__file__).parent)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+        cwd=ROOT,
+    )
+    subprocess.run(["umount", "-l", str(tmp_path)], check=False, capture_output=True)
+    assert result.stdout == "good\n", result.stderr
