@@ -40,7 +40,7 @@ class GroupState(Covered):
 
     `durable` is the map as it is certainly on the disk: a block that is FREEING in both may be used
     again. Only images from the last sweep on count (`swept_change`): an older one may show a block
-    as FREEING in an earlier life of it. `believed_free` is a guess for groups whose lock is elsewhere.
+    as FREEING in an earlier life of it. `believed_free`: a guess for groups of other mounts.
     """
 
     __slots__ = (

@@ -1,8 +1,8 @@
 """`mkfs.cfs`: make a file system on a volume (`vg/lv`) or in a file.
 
 A volume is opened through clusterd as a registered instance of its own, in a mode that excludes
-every other opener: so a file system that is mounted anywhere is never overwritten. What looks like a
-file system already is refused without `--yes`.
+every other opener: so a file system that is mounted anywhere is never overwritten. What looks like
+a file system already is refused without `--yes`.
 """
 
 from __future__ import annotations

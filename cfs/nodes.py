@@ -40,13 +40,13 @@ Slots, at 64: count u64; at 72 per journal: first block u64, length in blocks u6
 from __future__ import annotations
 
 import enum
+import itertools
 import struct
 from typing import Self
 
 from cfs.attributes import BLOCK_BYTES, Attributes
 from cfs.errors import CorruptionError
 from cfs.format import HEADER_BYTES, SLOTS_MAX, Header, Kind, seal_block
-import itertools
 
 INODE = struct.Struct("<IIIIIIQQqqqqQQBBHHH")
 CONTENT_OFFSET = 256

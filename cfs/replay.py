@@ -3,7 +3,7 @@
 An item is applied if its version is newer than that of the block on the disk. That is idempotent
 and needs no order among journals, as long as a block holds metadata. Freed blocks are what versions
 cannot protect, so the maps decide: first the journal's own maps are brought up to date, then an
-item is applied only to a block that the map calls META (or FREEING: not yet used for anything else).
+item is applied only to a block that the map calls META (or FREEING: not yet in another use).
 
 Why the map on the disk is enough, without its lock:
 * A block leaves META by a map that is in its place and flushed before the block is used for data

@@ -1,4 +1,4 @@
-"""The stages where a mount touches what all mounts share: begin, recovery, one more journal, growth.
+"""Where a mount touches what all mounts share: begin, recovery, one more journal, growth.
 
 Begin, another journal and growth happen under the control lock `C` in EX. Recovery of a dead member
 does not: it is done by one member at a time by the order of the group's events, and ends with the

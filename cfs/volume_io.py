@@ -27,7 +27,7 @@ def is_local(target: str, local: bool) -> bool:
 async def with_device(target: str, local: bool, kind: str, work: Work) -> None:
     """Run `work` with the target open; nobody else has the volume open meanwhile."""
     if is_local(target, local):
-        if not os.path.exists(target):
+        if not await trio.Path(target).exists():
             raise UsageError(f"{target} does not exist")
         device = FileDevice(target, read_only=kind == "fsck")
         try:

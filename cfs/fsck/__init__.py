@@ -1,0 +1,1 @@
+"""The checker of the file system: `fsck.cfs`."""

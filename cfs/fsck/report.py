@@ -1,0 +1,33 @@
+"""What a check found."""
+
+from __future__ import annotations
+
+import msgspec
+
+ERRORS_MAX = 1000
+
+
+class Report(msgspec.Struct):
+    """Errors in the order they were met; counts for the summary line."""
+
+    errors: list[str] = []
+    notes: list[str] = []
+    error_count: int = 0
+    inodes: int = 0
+    directories: int = 0
+    names: int = 0
+    data_blocks: int = 0
+    free_blocks: int = 0
+    total_blocks: int = 0
+
+    def error(self, text: str) -> None:
+        self.error_count += 1
+        if len(self.errors) < ERRORS_MAX:
+            self.errors.append(text)
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+    @property
+    def clean(self) -> bool:
+        return not self.error_count
