@@ -121,6 +121,7 @@ class Notifier:
         self._lock = threading.Lock()
         self.has_epoch = epoch is not False
         self.has_prune = prune
+        self._stopped = False
         self.sent = 0
         self.epochs = 0
         self.failures = 0
@@ -137,7 +138,8 @@ class Notifier:
         self.has_prune = self.has_prune and self._try(encode_prune([]))
 
     def stop(self) -> None:
-        """Let the threads end when they are done."""
+        """The mount is gone, and what the kernel held of it: nothing more is to be dropped."""
+        self._stopped = True
         for _ in range(self._threads):
             self._queue.put(None)
 
@@ -145,6 +147,9 @@ class Notifier:
         """Have a thread write `messages`; `wake` is called in the trio thread afterwards."""
         assert self._token is not None
         job = Job(messages, wake)
+        if self._stopped:
+            job.finish()
+            return job
         with self._lock:
             self._busy += 1
             short = self._busy > self._threads and self._threads < THREADS_MAX

@@ -9,12 +9,15 @@ connection is aborted at once, nothing is written any more, the process ends.
 
 from __future__ import annotations
 
+import json
 import logging
+import os
 import random
 import signal
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import AbstractAsyncContextManager
+from pathlib import Path
 from typing import Any, Protocol
 
 import trio
@@ -25,17 +28,19 @@ from cfs.kernel_cache_io import InodeTable, KernelCaches
 from cfs.mount_interrupt_io import RequestWaits
 from cfs.mount_options import MountArguments
 from cfs.mount_session_io import FuseSession
-from cfs.mount_system_io import StatusPipe, settle_memory
+from cfs.mount_system_io import StatusPipe, note_process, settle_memory
 from cfs.operations_io import CfsOperations
 from cfs.seams import Environment, Runtime
 from cluster.device import BlockDevice
 from cluster.ids import Instance
 from cluster.locks import LockManager, Mode
+from cluster.paths_io import run_dir
 
 log = logging.getLogger("cfs.mount")
 
-BUSY_RETRY_S = 1.0
-END_TIMEOUT_S = 30.0
+BUSY_RETRY_S = 0.5
+CONNECTION_POLL_S = 0.5
+CONNECTION_GRACE_S = 2.0
 EXIT_OK = 0
 EXIT_ABORTED = 1
 Query = Callable[[str, dict[str, Any]], Awaitable[Any]]
@@ -44,16 +49,25 @@ Query = Callable[[str, dict[str, Any]], Awaitable[Any]]
 class Backend(Protocol):
     """Where a mount's blocks and locks come from: a cluster, or one machine alone."""
 
-    device: BlockDevice
-    locks: LockManager
-    owner: Instance
-    table: InodeTable
-    waits: RequestWaits
+    @property
+    def device(self) -> BlockDevice: ...
+
+    @property
+    def locks(self) -> LockManager: ...
+
+    @property
+    def owner(self) -> Instance: ...
+
+    @property
+    def table(self) -> InodeTable: ...
+
+    @property
+    def waits(self) -> RequestWaits: ...
 
     def is_barred(self, instance: Instance) -> bool: ...
 
     async def mounted(self, mount: Mount) -> None:
-        """The kernel has the mount: put it under guard. Serving has begun."""
+        """The kernel has the mount: put it under guard. Nothing is answered yet."""
         ...
 
     async def end(self) -> None:
@@ -116,6 +130,7 @@ class Mount:
         self.failure = ""
         self.stopping = trio.Event()
         self._scope = trio.CancelScope()
+        self._note: Path | None = None
 
     def fail(self, reason: str) -> None:
         """End at once without writing: the connection is aborted, the process exits."""
@@ -198,21 +213,25 @@ class Mount:
         caches.connect(notifier)
         self.caches, self.operations = caches, operations
         environment.kernel.caches = caches
+        note = note_process(run_dir(), self.session.minor)
         try:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._watch_signals)
                 nursery.start_soon(backend.waits.run)
                 nursery.start_soon(self._stop_when_asked)
+                nursery.start_soon(self._watch_connection)
                 if self.arguments.test_demote_ms:
                     nursery.start_soon(demote_at_random, backend.locks, caches, self.arguments)
-                nursery.start_soon(self._serve, nursery.cancel_scope)
+                # Nothing is answered, so nothing is cached, before the guard can take it back.
                 await backend.mounted(self)
+                nursery.start_soon(self._serve, nursery.cancel_scope)
                 settle_memory()
                 status.report(0)
                 log.info("%s is mounted at %s", self.arguments.volume, self.session.mountpoint)
         finally:
             environment.kernel.caches = None  # the kernel caches nothing of us any more
             notifier.stop()
+            self._note = note
 
     async def _serve(self, scope: trio.CancelScope) -> None:
         try:
@@ -222,15 +241,44 @@ class Mount:
         scope.cancel()
 
     async def _watch_signals(self) -> None:
-        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
-            async for _ in signals:
+        asked = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+        with trio.open_signal_receiver(*asked) as signals:
+            async for number in signals:
+                if number == signal.SIGUSR1:
+                    log.info("counters %s", json.dumps(self.counters()))
+                    continue
+                if self.stopping.is_set():
+                    await self._let_go()
                 self.stop()
 
     async def _stop_when_asked(self) -> None:
         await self.stopping.wait()
         while error := await self.session.try_unmount():
-            log.warning("%s is busy (errno %d)", self.session.mountpoint, error)
+            log.warning("%s is busy: %s", self.session.mountpoint, os.strerror(error))
             await trio.sleep(BUSY_RETRY_S)
+
+    async def _let_go(self) -> None:
+        """A second signal: stop although the mount is in use. Nothing written is lost; whoever
+        still uses it gets ENOTCONN."""
+        assert self.caches is not None
+        for number, inode in list(self.caches.inodes.items()):
+            if inode.writers:
+                await self.caches.drop_all_pages(number)
+        self.session.terminate()
+
+    async def _watch_connection(self) -> None:
+        """An abort from outside (`umount -f`, the guard) leaves requests in handlers that nobody
+        waits for; if they do not end by themselves the process does."""
+        while True:
+            await trio.sleep(CONNECTION_POLL_S)
+            if self.session.is_broken() and self._requests_stuck():
+                await trio.sleep(CONNECTION_GRACE_S)
+                if self._requests_stuck():
+                    self.fail("the connection was aborted")
+
+    def _requests_stuck(self) -> bool:
+        assert self.operations is not None
+        return bool(self.operations.waits.requests)
 
     async def _end(self, backend: Backend) -> None:
         """The kernel has let go; leave everything in order."""
@@ -244,6 +292,8 @@ class Mount:
         self.operations.handles.clear()
         await self.fs.unmount()
         await backend.end()
+        if self._note is not None:
+            self._note.unlink(missing_ok=True)
 
 
 async def demote_at_random(

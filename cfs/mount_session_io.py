@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import select
 
 import trio
 
@@ -75,6 +76,12 @@ class FuseSession:
     def terminate(self) -> None:
         """Let `serve` return although the mount is still there."""
         pyfuse3.terminate()
+
+    def is_broken(self) -> bool:
+        """Whether the kernel has given the connection up (unmounted or aborted)."""
+        poll = select.poll()
+        poll.register(self.descriptor, 0)
+        return any(events & (select.POLLERR | select.POLLHUP) for _, events in poll.poll(0))
 
     async def try_unmount(self) -> int:
         """Unmount if nobody uses it; an errno (0: done). Writes what is dirty; needs `serve`."""

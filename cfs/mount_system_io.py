@@ -35,6 +35,11 @@ class StatusPipe:
     def __init__(self, descriptor: int = -1) -> None:
         self._descriptor = descriptor
 
+    def take(self) -> int:
+        """The descriptor, for another one to report on."""
+        descriptor, self._descriptor = self._descriptor, -1
+        return descriptor
+
     def report(self, exit_code: int, message: str = "") -> None:
         """Say it, once."""
         if self._descriptor >= 0:
@@ -122,6 +127,14 @@ def abort_mount(mountpoint: str, minor: int) -> None:
         unmount(mountpoint, MNT_FORCE | MNT_DETACH)
         if mounted_minor(mountpoint) == minor:
             unmount(mountpoint, MNT_DETACH)
+
+
+def note_process(directory: Path, minor: int) -> Path:
+    """Leave this process's number where umount.fuse.cfs looks for it."""
+    path = directory / "mounts" / str(minor)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(str(os.getpid()))
+    return path
 
 
 def mounted_minor(mountpoint: str) -> int:

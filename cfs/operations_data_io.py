@@ -8,12 +8,14 @@ ever filled at the end of file that the kernel believes in) goes through the cor
 
 from __future__ import annotations
 
+import errno
 import os
 import time
 
 import trio
 
 from cfs.attributes import SetAttributes
+from cfs.errors import FsError
 from cfs.filesystem import FileSystem
 from cfs.kernel_cache import KernelInode, Waiter
 from cfs.kernel_cache_io import KernelCaches
@@ -109,7 +111,8 @@ class DataOperations(OperationsBase):
 
     @handler
     async def flush(self, fh: pyfuse3.FileHandleT) -> None:
-        """Answered at once: close() must not hang while the cluster is frozen."""
+        """close() must not wait for us: the kernel hears so once and asks no more."""
+        raise FsError(errno.ENOSYS)
 
     @handler
     async def fsync(self, fh: pyfuse3.FileHandleT, datasync: bool) -> None:

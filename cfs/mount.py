@@ -1,0 +1,231 @@
+"""mount.cfs: mount a volume of the cluster (or an image on one machine) at a directory.
+
+`mount.cfs VOLUME DIRECTORY [-o OPTIONS] [-f]`; the same as `cfs` for `mount -t fuse.cfs`. The
+command returns when the file system is mounted and can be used; the process that serves it stays in
+the background unless `-f` is given. Exit codes are those of mount(8).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import socket
+import sys
+from pathlib import Path
+
+from cfs.mount_options import (
+    EXIT_BUG,
+    EXIT_FAILED,
+    EXIT_MOUNTED,
+    EXIT_SYSTEM,
+    EXIT_USAGE,
+    USAGE,
+    MountArguments,
+    parse_arguments,
+)
+from cfs.mount_system_io import (
+    StatusPipe,
+    daemonise,
+    mounted_minor,
+    redirect_output,
+    settle_process,
+    unmount,
+)
+from cluster.errors import StackError, UsageError
+from cluster.paths_io import run_dir
+
+log = logging.getLogger("cfs.mount")
+
+
+def _say(message: str) -> None:
+    print(f"mount.cfs: {message}", file=sys.stderr, flush=True)
+
+
+class Status(StatusPipe):
+    """Reports to the waiting command, then lets go of the terminal."""
+
+    def __init__(self, arguments: MountArguments, descriptor: int) -> None:
+        super().__init__(descriptor)
+        self._arguments = arguments
+        self.done = False
+
+    def report(self, exit_code: int, message: str = "") -> None:
+        if self.done:
+            return
+        self.done = True
+        if not self._arguments.foreground:
+            if exit_code == EXIT_MOUNTED:
+                redirect_output(log_path(self._arguments))
+            super().report(exit_code, message)
+        elif exit_code != EXIT_MOUNTED:
+            _say(message)
+        else:
+            _say(f"{self._arguments.volume} is mounted at {self._arguments.mountpoint}")
+            notify_ready()
+
+
+def log_path(arguments: MountArguments) -> Path:
+    """Where the messages of a background mount go."""
+    if arguments.log_path:
+        return Path(arguments.log_path)
+    return run_dir() / f"mount-{arguments.mountpoint.strip('/').replace('/', '-')}.log"
+
+
+def notify_ready() -> None:
+    """Tell systemd, if it waits."""
+    address = os.environ.get("NOTIFY_SOCKET")
+    if not address:
+        return
+    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+        sock.connect("\0" + address[1:] if address.startswith("@") else address)
+        sock.send(b"READY=1")
+
+
+def _after_start(code: int, message: str) -> int:
+    """What the command that was started says, from the report of its daemon."""
+    if code < 0:
+        _say("the mount process died; see its log")
+        return EXIT_BUG
+    if message:
+        _say(message)
+    return code
+
+
+def run(arguments: MountArguments, status: StatusPipe) -> int:
+    """Be the mount process until the mount ends."""
+    # Heavy imports only now: in the process that stays, with the session extension first.
+    import trio
+
+    from cfs.filesystem import FileSystem
+    from cfs.mount_process_io import Mount, OpenBackend
+    from cfs.runtime_io import TrioRuntime
+
+    open_backend: OpenBackend
+    if arguments.local:
+        from cfs.mount_local_io import open_local
+
+        open_backend = open_local
+    else:
+        from cfs.mount_cluster_io import open_cluster
+
+        open_backend = open_cluster
+
+    async def live() -> int:
+        mount = Mount(arguments)
+        return await mount.run(open_backend, FileSystem.mount, TrioRuntime, status)
+
+    return trio.run(live)
+
+
+def main(words: list[str] | None = None) -> None:
+    """Entry point of mount.cfs."""
+    try:
+        arguments = parse_arguments(sys.argv[1:] if words is None else words)
+    except UsageError as error:
+        _say(error.message)
+        print(error.hint, file=sys.stderr)
+        sys.exit(EXIT_USAGE)
+    if os.geteuid() != 0:
+        _say("only root can mount")
+        sys.exit(EXIT_USAGE)
+    if not os.path.isdir(arguments.mountpoint):
+        _say(f"{arguments.mountpoint} is not a directory")
+        sys.exit(EXIT_USAGE)
+    sys.exit(_main(_absolute(arguments)))
+
+
+def _absolute(arguments: MountArguments) -> MountArguments:
+    """The process will work in `/`."""
+    import msgspec
+
+    changes: dict[str, str] = {"mountpoint": os.path.realpath(arguments.mountpoint)}
+    if arguments.local:
+        changes["volume"] = os.path.realpath(arguments.volume)
+    if arguments.log_path:
+        changes["log_path"] = os.path.abspath(arguments.log_path)
+    return msgspec.structs.replace(arguments, **changes)
+
+
+def _main(arguments: MountArguments) -> int:
+    pipe = StatusPipe() if arguments.foreground else daemonise(_after_start)
+    status = Status(arguments, pipe.take())
+    logging.basicConfig(
+        level=logging.DEBUG if arguments.verbose else logging.INFO,
+        format="%(asctime)s %(name)s %(levelname)s %(message)s",
+    )
+    # Threads and pyfuse3 leave nothing behind that needs an orderly exit, but may hang in one.
+    code = EXIT_FAILED
+    try:
+        settle_process()
+        code = run(arguments, status)
+        if code:
+            status.report(EXIT_FAILED, f"mounting {arguments.volume} failed")
+    except BaseException as error:
+        code = _failed(error, status)
+    finally:
+        logging.shutdown()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def _failed(error: BaseException, status: StatusPipe) -> int:
+    """Say why the mount process ends."""
+    while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
+        error = error.exceptions[0]
+    if isinstance(error, StackError):
+        text = f"{error.message} ({error.hint})" if error.hint else error.message
+        log.error("%s", text)
+        status.report(EXIT_FAILED, text)
+        return EXIT_FAILED
+    log.exception("the mount process failed", exc_info=error)
+    status.report(EXIT_SYSTEM, f"{type(error).__name__}: {error}")
+    return EXIT_SYSTEM
+
+
+def helper_main() -> None:
+    """Entry point of `cfs`, which `mount -t fuse.cfs` calls with the same arguments."""
+    if len(sys.argv) == 1:
+        print(USAGE, file=sys.stderr)
+        sys.exit(EXIT_USAGE)
+    main()
+
+
+def umount_main() -> None:
+    """Entry point of umount.fuse.cfs: unmount, and return only when everything is written.
+
+    The kernel answers umount(2) before the mount process has written its last changes."""
+    words = [word for word in sys.argv[1:] if not word.startswith("-")]
+    flags = 1 if "-f" in sys.argv else 0
+    flags |= 2 if "-l" in sys.argv else 0
+    if not words:
+        print("usage: umount.fuse.cfs [-f] [-l] DIRECTORY", file=sys.stderr)
+        sys.exit(EXIT_USAGE)
+    mountpoint = os.path.realpath(words[0]) if flags == 0 else os.path.abspath(words[0])
+    minor = mounted_minor(mountpoint)
+    if minor < 0:
+        print(f"umount.fuse.cfs: {mountpoint}: not mounted", file=sys.stderr)
+        sys.exit(EXIT_FAILED)
+    watch = watch_process(minor)
+    error = unmount(mountpoint, flags)
+    if error:
+        print(f"umount.fuse.cfs: {mountpoint}: {os.strerror(error)}", file=sys.stderr)
+        sys.exit(EXIT_FAILED)
+    if watch >= 0 and not flags:
+        import select
+
+        select.select([watch], [], [])
+    sys.exit(0)
+
+
+def watch_process(minor: int) -> int:
+    """A descriptor that becomes readable when the process of a mount has ended; -1: unknown."""
+    try:
+        text = (run_dir() / "mounts" / str(minor)).read_text()
+        return os.pidfd_open(int(text))
+    except (OSError, ValueError):
+        return -1
+
+
+if __name__ == "__main__":
+    main()
