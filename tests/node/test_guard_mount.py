@@ -1,0 +1,123 @@
+"""The guard against a real FUSE mount: death, barring, lapse, and the death of clusterd."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from node_harness import ROOT, wait_until
+
+HERE = Path(__file__).parent
+READ = "import os,sys; print(len(os.pread(os.open(sys.argv[1], os.O_RDONLY), 4096, 0)))"
+
+
+class Mounted:
+    def __init__(self, node):
+        self.node = node
+        self.point = node.base / "mnt"
+        self.report = node.base / "reads"
+        self.point.mkdir()
+        self.process = subprocess.Popen(
+            [sys.executable, str(HERE / "tiny_mount.py"), str(self.point), str(self.report)],
+            env=node.environment, cwd=ROOT, stdout=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        node.cluster.started.append(self.process)
+        line = self.process.stdout.readline()
+        assert line.startswith("ready"), line
+        self.reader = None
+
+    def start_read(self):
+        """Read one page of the file in a process of its own."""
+        return subprocess.Popen(
+            [sys.executable, "-S", "-c", READ, str(self.point / "data")],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+
+    def read(self):
+        output, errors = self.start_read().communicate(timeout=30)
+        return output.strip() or errors.strip().splitlines()[-1]
+
+    def blocked_read(self):
+        """A read that does not end; None if it was served."""
+        reader = self.start_read()
+        try:
+            reader.wait(1)
+        except subprocess.TimeoutExpired:
+            return reader
+        reader.communicate()
+        return None
+
+    def reads(self):
+        return len(self.report.read_bytes()) if self.report.exists() else 0
+
+    def warm(self):
+        """Pages in the cache: a second read does not reach the mount process."""
+        assert self.read() == "4096"
+        before = self.reads()
+        assert self.read() == "4096"
+        assert self.reads() == before
+
+    def close(self):
+        subprocess.run(["fusermount3", "-uzq", str(self.point)], check=False)
+        self.process.kill()
+        self.process.wait()
+
+
+@pytest.fixture
+def mounted(cluster, request):
+    made = []
+
+    def make(node):
+        made.append(Mounted(node))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.close()
+
+
+def test_death_of_the_mount_process(cluster, mounted):
+    """The guard aborts and purges: no cached page is served after PURGED."""
+    node = cluster.found()
+    mount = mounted(node)
+    mount.warm()
+    mount.process.kill()
+    wait_until(lambda: node.events("instance.purged"), "purged")
+    assert "not connected" in mount.read()
+    wait_until(lambda: not node.status()["instances"], "the instance is gone")
+
+
+def test_stopped_mount_is_put_out_and_purged(cluster, mounted):
+    """Rule R9: a mount that makes no progress is barred; its cached pages go all the same."""
+    node = cluster.found()
+    mount = mounted(node)
+    mount.warm()
+    os.kill(mount.process.pid, signal.SIGSTOP)
+    wait_until(lambda: node.events("instance.purged"), "purged")
+    assert "not connected" in mount.read()
+
+
+def test_death_of_clusterd_purges_all_mounts(cluster, mounted):
+    node = cluster.found()
+    mount = mounted(node)
+    mount.warm()
+    node.process.kill()
+    wait_until(lambda: "not connected" in mount.read(), "the mount is dead")
+    wait_until(lambda: not Path(f"/proc/{node.guard}").exists(), "the guard ends after its purge")
+
+
+def test_lapsed_lease_empties_the_caches_and_comes_back(cluster, mounted):
+    first, second = cluster.up(2)
+    mount = mounted(first)
+    mount.warm()
+    for pid in (second.process.pid, second.guard):
+        os.kill(pid, signal.SIGSTOP)
+    wait_until(lambda: first.events("lease.lapsed"), "the lease lapses without the other voter")
+    reader = wait_until(mount.blocked_read, "the cached page is gone: a read waits")
+    for pid in (second.guard, second.process.pid):
+        os.kill(pid, signal.SIGCONT)
+    assert reader.communicate(timeout=30)[0].strip() == "4096"
+    assert first.events("lease.renewed")
+    assert not first.events("instance.purged")
