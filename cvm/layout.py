@@ -28,6 +28,9 @@ from cluster.ids import ServerId
 
 SEGMENTS_MAX = 4096
 STRIPES_MAX = 64
+RUN_BYTES_MAX = 1 << 20
+"""Longer runs are several requests: a server works on them side by side."""
+
 SECTOR_BYTES = 512
 
 
@@ -225,7 +228,8 @@ class Layout:
         return row.legs[stripe], row.offsets[stripe] + line * unit + within
 
     def pieces(self, offset_bytes: int, length_bytes: int) -> list[tuple[int, int, int]]:
-        """(leg number, offset on it, length) pieces of a range, in the order of the volume."""
+        """(leg number, offset on it, length) pieces of a range, in the order of the volume; none
+        is longer than RUN_BYTES_MAX."""
         self._check(offset_bytes, length_bytes)
         out: list[tuple[int, int, int]] = []
         end = offset_bytes + length_bytes
@@ -237,52 +241,55 @@ class Layout:
             number, within = divmod(offset_bytes - row.start, unit)
             while offset_bytes < stop:
                 line, stripe = divmod(number, row.count)
-                size = min(unit - within, stop - offset_bytes)
+                size = min(unit - within, stop - offset_bytes, RUN_BYTES_MAX)
                 out.append((row.legs[stripe], row.offsets[stripe] + line * unit + within, size))
                 offset_bytes += size
-                number += 1
-                within = 0
+                within += size
+                if within == unit:
+                    number += 1
+                    within = 0
             index += 1
         return out
 
     def plan_reads(self, ranges: Sequence[tuple[int, int]]) -> ReadPlan:
-        """Plan reads of (offset, length) ranges: contiguous runs per leg."""
+        """Plan reads of (offset, length) ranges: contiguous runs per leg, also across ranges."""
         runs: dict[int, list[Run]] = {}
         slices: list[list[Slice]] = []
         for offset, length in ranges:
             parts: list[Slice] = []
-            opened: dict[int, int] = {}
             for leg, start, size in self.pieces(offset, length):
                 of_leg = runs.setdefault(leg, [])
-                number = opened.get(leg, -1)
-                if number >= 0 and sum(of_leg[number]) == start:
-                    begin, had = of_leg[number]
-                    of_leg[number] = (begin, had + size)
-                    parts.append((leg, number, had, size))
+                begin, had = of_leg[-1] if of_leg else (-1, 0)
+                if begin + had == start and had and had + size <= RUN_BYTES_MAX:
+                    of_leg[-1] = (begin, had + size)
+                    parts.append((leg, len(of_leg) - 1, had, size))
                 else:
-                    opened[leg] = len(of_leg)
                     parts.append((leg, len(of_leg), 0, size))
                     of_leg.append((start, size))
             slices.append(parts)
         return ReadPlan(runs, slices)
 
     def plan_writes(self, parts: Sequence[tuple[int, Buffer]]) -> dict[int, list[WriteRun]]:
-        """Plan writes of (offset, data) parts: per leg, runs of buffer slices, uncopied."""
+        """Plan writes of (offset, data) parts: per leg, runs of buffer slices, uncopied. The parts
+        do not overlap."""
         out: dict[int, list[WriteRun]] = {}
         for offset, data in parts:
             view = memoryview(data).cast("B")
-            opened: dict[int, WriteRun] = {}
             taken = 0
             for leg, start, size in self.pieces(offset, len(view)):
                 piece = view[taken : taken + size]
                 taken += size
-                run = opened.get(leg)
-                if run is not None and run.end_bytes == start:
-                    run.buffers.append(piece)
-                    run.end_bytes += size
+                of_leg = out.setdefault(leg, [])
+                last = of_leg[-1] if of_leg else None
+                if (
+                    last is not None
+                    and last.end_bytes == start
+                    and start + size - last.offset_bytes <= RUN_BYTES_MAX
+                ):
+                    last.buffers.append(piece)
+                    last.end_bytes += size
                 else:
-                    run = opened[leg] = WriteRun(start, start + size, [piece])
-                    out.setdefault(leg, []).append(run)
+                    of_leg.append(WriteRun(start, start + size, [piece]))
         return out
 
     def plan_ranges(self, offset_bytes: int, length_bytes: int) -> dict[int, list[Run]]:

@@ -39,9 +39,6 @@ from cvm.layout import (
 )
 
 OPEN_VOLUMES_MAX = 64
-JOIN_BYTES_MAX = 1 << 20
-"""Buffers side by side on a leg are joined up to this size: a copy costs less than a request."""
-
 IDLE_POLL_S = 0.002
 
 T = TypeVar("T")
@@ -395,28 +392,15 @@ async def _flush_leg(state: _LegState) -> None:
 
 
 async def _write_leg(state: _LegState, runs: list[WriteRun], fua: bool) -> None:
-    """One vectored call for all runs of a leg."""
-    await state.device.write_many([part for run in runs for part in _joined(run)], fua=fua)
+    """One vectored call for all runs of a leg. Buffers that lie side by side there are joined: a
+    copy of at most RUN_BYTES_MAX costs less than the requests it saves."""
+    parts: list[tuple[int, Buffer]] = [
+        (run.offset_bytes, run.buffers[0] if len(run.buffers) == 1 else b"".join(run.buffers))
+        for run in runs
+    ]
+    await state.device.write_many(parts, fua=fua)
     if not fua:
         state.written += 1
-
-
-def _joined(run: WriteRun) -> list[tuple[int, Buffer]]:
-    """The buffers of a run as few parts."""
-    parts: list[tuple[int, Buffer]] = []
-    position = run.offset_bytes
-    index = 0
-    while index < len(run.buffers):
-        size = len(run.buffers[index])
-        end = index + 1
-        while end < len(run.buffers) and size + len(run.buffers[end]) <= JOIN_BYTES_MAX:
-            size += len(run.buffers[end])
-            end += 1
-        alone = end == index + 1
-        parts.append((position, run.buffers[index] if alone else b"".join(run.buffers[index:end])))
-        position += size
-        index = end
-    return parts
 
 
 class VolumeClient:

@@ -13,6 +13,7 @@ from cluster.errors import CorruptionError, StackError
 from cluster.ids import ServerId
 from cvm.allocate import Wanted, allocatable_extents, allocate, free_extents, free_ranges
 from cvm.layout import (
+    RUN_BYTES_MAX,
     Layout,
     Leg,
     Segment,
@@ -126,8 +127,8 @@ def test_plans_carry_every_byte_once(made, data) -> None:
             model[offset + position] = content[position : position + 512]
     plan = layout.plan_reads(ranges)
     for leg, runs in plan.runs.items():
-        for (start, size), (after, _) in pairwise(runs):
-            assert len(ranges) > 1 or start + size != after, f"runs of leg {leg} could be one"
+        for (start, size), (after, more) in pairwise(runs):
+            assert start + size != after or size + more > RUN_BYTES_MAX, f"runs of {leg} are one"
     fetched = {
         leg: [bytes(disks[layout.pvs[leg]][start : start + size]) for start, size in runs]
         for leg, runs in plan.runs.items()
@@ -169,6 +170,19 @@ def test_large_requests_become_one_run_per_leg() -> None:
     writes = layout.plan_writes([(0, bytes(1 << 20))])
     assert [len(runs) for runs in writes.values()] == [1, 1]
     assert [len(runs[0].buffers) for runs in writes.values()] == [8, 8]
+
+
+def test_neighbours_become_one_run_and_long_runs_are_cut() -> None:
+    vg = vg_of([256, 256])
+    lv = LvRecord("vol0", "22" * 16, allocate(vg, None, Wanted(128)))
+    layout = Layout(build_map(vg, lv))
+    base = 1 << 20
+    assert layout.plan_reads([(n * 4096, 4096) for n in range(16)]).runs == {0: [(base, 65536)]}
+    [[run]] = layout.plan_writes([(n * 4096, bytes(4096)) for n in range(16)]).values()
+    assert (run.offset_bytes, len(run.buffers)) == (base, 16)
+    long = layout.plan_reads([(4096, 5 << 20)]).runs[0]
+    assert [size for _, size in long] == [RUN_BYTES_MAX] * 5
+    assert len(layout.plan_writes([(4096, bytes(5 << 20))])[0]) == 5
 
 
 def test_stripes_spread_over_servers_first() -> None:
