@@ -59,6 +59,7 @@ class GnbdServer:
         self.process: subprocess.Popen[bytes] | None = None
         self.file = directory / "exports.toml"
         self.log = directory / "server.log"
+        self.prefix: list[str] = []
 
     @property
     def state_dir(self) -> Path:
@@ -82,7 +83,7 @@ class GnbdServer:
         self.file.write_text(head + "heartbeat_port = 0\n" + self.exports)
 
     def command(self, *arguments: str) -> list[str]:
-        return [sys.executable, "-m", "gnbd.cli", *arguments, str(self.file)]
+        return [*self.prefix, sys.executable, "-m", "gnbd.cli", *arguments, str(self.file)]
 
     def join(self) -> None:
         self.write_config()

@@ -1,0 +1,296 @@
+"""The client's bookkeeping: intervals, retained writes, and random histories of faults."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cluster.ids import Epoch
+from gnbd import protocol as p
+from gnbd.client import ClientCore, Request
+from gnbd.intervals import IntervalSet
+from gnbd.retained import Piece, Retained, owned
+
+ranges = st.tuples(st.integers(0, 60), st.integers(0, 60)).map(sorted)
+
+
+@given(st.lists(st.tuples(st.booleans(), ranges), max_size=40), ranges)
+def test_intervals_agree_with_a_set(steps, probe):
+    """Add, remove and pieces do what a set of integers does."""
+    intervals, model = IntervalSet(), set()
+    for add, (start, end) in steps:
+        (intervals.add if add else intervals.remove)(start, end)
+        (model.update if add else model.difference_update)(range(start, end))
+        intervals.check()
+        assert {x for s, e in intervals for x in range(s, e)} == model
+    assert intervals.total() == len(model)
+    start, end = probe
+    pieces = intervals.pieces(start, end)
+    assert [x for s, e, _ in pieces for x in range(s, e)] == list(range(start, end))
+    for s, e, inside in pieces:
+        assert all((x in model) == inside for x in range(s, e))
+
+
+@given(st.lists(st.tuples(st.integers(0, 30), st.integers(1, 12), st.booleans()), max_size=30))
+def test_overlay_is_the_newest_of_everything(writes):
+    """Writing the overlay in any order gives what the writes in order gave."""
+    retained, disk = Retained(), bytearray(64)
+    for number, (offset, length, zero) in enumerate(writes, 1):
+        data = None if zero else bytes([number]) * length
+        disk[offset : offset + length] = data or bytes(length)
+        retained.add(Piece(offset, length, data))
+    pieces = retained.overlay()
+    random.Random(1).shuffle(pieces)
+    again = bytearray(64)
+    for piece in pieces:
+        again[piece.offset : piece.offset + piece.length] = piece.data or bytes(piece.length)
+    assert again == disk
+
+
+def test_owned_copies_only_what_can_change():
+    """bytes and read-only views of bytes are kept, everything else is copied."""
+    data = b"x" * 10
+    assert owned(data) is data
+    view = memoryview(data)[2:5]
+    assert owned(view) is view
+    changing = bytearray(data)
+    copy = owned(memoryview(changing))
+    changing[0] = 0
+    assert copy == data
+
+
+WIDTH = 8
+
+
+class World:
+    """A server that keeps the rules, in memory, with faults; connections deliver in any order
+    between lanes, and what is on the way when a path breaks may still arrive until it is
+    drained."""
+
+    def __init__(self, seed: int) -> None:
+        self.chance = random.Random(seed)
+        self.core = ClientCore(2, 1)
+        self.disk: dict[int, int] = {}
+        self.durable: dict[int, int] = {}
+        self.cache_generation = 1
+        self.pipes: dict[int, list] = {}
+        self.dead: set[int] = set()
+        self.lanes: list = []
+        self.lingering: list[tuple[int, int, Request]] = []
+        self.acknowledged: dict[int, int] = {}
+        self.busy: set[int] = set()
+        self.version = 0
+        self.flushed_floor: dict[int, int] = {}
+
+    def connect(self, path) -> None:
+        """LOGIN: the server forgets what lingers of older generations, then answers."""
+        self.lingering = [
+            x for x in self.lingering if not (x[0] == path.index and x[1] < path.generation)
+        ]
+        for other in self.core.logged_in(path, Epoch(1), self.cache_generation, 1 << 20):
+            self.break_path(other)
+        lane = self.core.lane_up(path)
+        self.pipes[id(lane)] = []
+        self.lanes.append(lane)  # keeps the id in use
+
+    def break_path(self, path) -> None:
+        """What was sent and not answered may still reach the disk."""
+        for lane in path.lanes:
+            pipe = self.pipes.pop(id(lane))
+            for request, executed in pipe:
+                if not executed and id(lane) not in self.dead:
+                    self.lingering.append((path.index, path.generation, request))
+        self.core.path_lost(path)
+        self.core.check()
+
+    def execute(self, request: Request) -> None:
+        if request.kind == p.CMD_WRITE:
+            self.disk[request.offset] = int(bytes(request.data))
+        elif request.kind == p.CMD_FLUSH:
+            self.durable = dict(self.disk)
+
+    def crash(self) -> None:
+        """The server dies. The client does not know yet: replies that were on the way still come,
+        what it sends vanishes."""
+        self.disk = dict(self.durable)
+        self.cache_generation += 1
+        self.lingering = []
+        for pipe in self.pipes.values():
+            pipe[:] = [(request, True) for request, executed in pipe if executed]
+        self.dead |= set(self.pipes)
+
+    def lose_cache(self) -> None:
+        """A failed fdatasync: the cache is gone, the process lives on, the connections end; what
+        was received may still be executed until it is drained."""
+        self.disk = dict(self.durable)
+        self.cache_generation += 1
+        for path in self.core.paths:
+            for lane in path.lanes:
+                pipe = self.pipes[id(lane)]
+                if id(lane) not in self.dead:
+                    late = [
+                        (path.index, path.generation, r) for r, executed in pipe if not executed
+                    ]
+                    self.lingering += late
+                pipe[:] = [(request, True) for request, executed in pipe if executed]
+        self.dead |= set(self.pipes)
+
+    def send(self) -> None:
+        for lane, request in self.core.assign():
+            self.pipes[id(lane)].append((request, False))
+        for drain in self.core.drains():
+            if id(drain.lane) in self.dead:
+                continue
+            gone = drain.path.index, drain.generation
+            self.lingering = [
+                x for x in self.lingering if not (x[0] == gone[0] and x[1] <= gone[1])
+            ]
+            self.core.drained(drain.path, drain.generation)
+
+    def write(self) -> None:
+        free = [o for o in range(0, 8 * WIDTH, WIDTH) if o not in self.busy]
+        if not free:
+            return
+        offset, self.version = self.chance.choice(free), self.version + 1
+        self.busy.add(offset)
+        world, version = self, self.version
+
+        class Done:
+            def done(self, error) -> None:
+                assert error is None
+                world.busy.discard(offset)
+                world.acknowledged[offset] = version
+
+        data = str(version).encode().ljust(WIDTH)
+        self.core.submit(Request(p.CMD_WRITE, offset, len(data), data, waiter=Done()))
+
+    def flush(self) -> None:
+        seen = dict(self.acknowledged)
+        world = self
+
+        class Done:
+            def done(self, error) -> None:
+                assert error is None
+                for offset, version in seen.items():
+                    assert world.durable.get(offset, 0) >= version, "a flush lied"
+
+        self.core.submit(Request(p.CMD_FLUSH, waiter=Done()))
+
+    def progress(self) -> None:
+        """Execute or answer something, anywhere."""
+        path = self.chance.choice(self.core.paths)
+        if not path.lanes:
+            return
+        lane = path.lanes[0]
+        pipe = self.pipes[id(lane)]
+        for index, (request, executed) in enumerate(pipe):
+            if not executed:
+                if id(lane) in self.dead:
+                    continue
+                self.execute(request)
+                pipe[index] = (request, True)
+                if self.chance.random() < 0.5:
+                    return
+            if executed or self.chance.random() < 0.7:
+                pipe.pop(index)
+                self.core.completed(lane, request.cookie, 0)
+                return
+
+    def linger(self) -> None:
+        """A request of a broken connection is executed late."""
+        if self.lingering:
+            index = self.chance.randrange(len(self.lingering))
+            self.execute(self.lingering.pop(index)[2])
+
+    def settle(self) -> None:
+        for _ in range(10_000):
+            for path in self.core.paths:
+                if path.lanes and id(path.lanes[0]) in self.dead:
+                    self.break_path(path)
+                if not path.lanes:
+                    self.connect(path)
+            self.send()
+            self.progress()
+            if not self.core.all_requests():
+                return
+        raise AssertionError("it does not come to rest")
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.integers(0, 1 << 32))
+def test_no_acknowledged_byte_is_lost(seed):
+    """Random faults: a living client's acknowledged writes are all there in the end, a flush never
+    lies, and no late request overwrites newer data."""
+    world = World(seed)
+    steps = [world.write] * 6 + [world.progress] * 8 + [world.flush, world.linger, world.linger]
+    for _ in range(150):
+        roll = world.chance.random()
+        if roll < 0.01:
+            world.crash()
+        elif roll < 0.02:
+            world.lose_cache()
+        elif roll < 0.06:
+            path = world.chance.choice(world.core.paths)
+            if path.lanes:
+                world.break_path(path)
+        elif roll < 0.25:
+            path = world.chance.choice(world.core.paths)
+            if not path.lanes:
+                world.connect(path)
+        else:
+            world.chance.choice(steps)()
+        world.send()
+        world.core.check()
+    world.settle()
+    while world.lingering:
+        world.linger()
+    assert {o: world.disk[o] for o in world.acknowledged} == world.acknowledged
+
+
+@pytest.mark.parametrize("installed", [0, 1])
+def test_nothing_is_sent_before_the_epoch(installed):
+    """R3 in the core: assign gives nothing, not even repetitions, below the required epoch."""
+    core = ClientCore(1, 1)
+    core.set_epoch(Epoch(2))
+    core.logged_in(core.paths[0], Epoch(installed), 1, 4096)
+    core.lane_up(core.paths[0])
+    core.submit(Request(p.CMD_READ, 0, 512))
+    assert core.assign() == []
+    core.note_installed(Epoch(2))
+    assert len(core.assign()) == 1
+
+
+def test_old_repetitions_hold_new_writes_back():
+    """A repetition of an earlier round that sits undrained on another path keeps the gate shut:
+    it could land on top of a newer write (R6 and R7 together)."""
+    core = ClientCore(2, 1)
+    first, second = core.paths
+
+    def write(version: bytes) -> None:
+        core.submit(Request(p.CMD_WRITE, 0, 1, version))
+
+    core.logged_in(first, Epoch(1), 1, 4096)
+    lane = core.lane_up(first)
+    write(b"1")
+    ((_, request),) = core.assign()
+    core.completed(lane, request.cookie, 0)
+    core.path_lost(first)
+    core.logged_in(first, Epoch(1), 2, 4096)
+    core.lane_up(first)
+    ((_, repetition),) = core.assign()
+    assert repetition.round == 1
+    assert core.logged_in(second, Epoch(1), 3, 4096) == [first]
+    core.path_lost(first)
+    lane = core.lane_up(second)
+    write(b"2")
+    ((_, again),) = core.assign()
+    assert again.round == 2
+    core.completed(lane, again.cookie, 0)
+    assert core.assign() == []
+    (drain,) = core.drains()
+    core.drained(drain.path, drain.generation)
+    ((_, fresh),) = core.assign()
+    assert fresh.data == b"2"

@@ -1,0 +1,368 @@
+"""`GnbdDevice` against real server processes."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Awaitable, Callable
+from contextlib import asynccontextmanager
+
+import pytest
+import trio
+import trio.testing
+
+from cluster.control import ServerInfo
+from cluster.errors import BarredError, DeviceError, UsageError
+from cluster.ids import Epoch, ServerId
+from gnbd import messages as m
+from gnbd.client_io import Options, open_device
+from gnbd.retained import RETAINED_BYTES_MAX
+from tests.gnbd.harness import export_toml, instance, member, running
+from tests.gnbd.proxy import Relay
+
+ME = instance(1)
+MEMBERS = member(live=(1, 2), next_=3)
+KIB = 1024
+DEADLINE_S = 30
+
+
+@pytest.fixture
+def server(tmp_path):
+    exports = export_toml("disk0", tmp_path / "disk0.img", "cluster", "256M", '"volatile"')
+    with running(tmp_path, exports, ("127.0.0.1", "127.0.0.2")) as server:
+        server.install(1, MEMBERS)
+        yield server
+
+
+@asynccontextmanager
+async def opened(server, who=ME, export="disk0", info=None, **options):
+    with trio.fail_after(DEADLINE_S):
+        async with trio.open_nursery() as nursery:
+            device = await open_device(
+                info or server.info, export, who, server.secret(who), nursery, Options(**options)
+            )
+            try:
+                yield device
+            finally:
+                with trio.CancelScope(shield=True):
+                    await device.aclose()
+
+
+def trio_test(body: Callable[..., Awaitable[None]], *arguments: object) -> None:
+    trio.run(body, *arguments)
+
+
+async def eventually(condition: Callable[[], bool]) -> None:
+    while not condition():  # noqa: ASYNC110
+        await trio.sleep(0.005)
+
+
+def report(server, export="disk0"):
+    with server.control() as control:
+        answer = control.ask(m.ExportsRequest(), m.ExportsReport)
+    return next(e for e in answer.exports if e.name == export)
+
+
+def test_every_operation(server):
+    """Sizes from a sector to more than one request, all kinds, many at once."""
+
+    async def body():
+        async with opened(server, connections_per_path=2) as device:
+            assert device.size_bytes == 256 << 20
+            big = os.urandom(9 << 20)
+            await device.write(1 << 20, big)
+            assert await device.read(1 << 20, len(big)) == big
+            parts = [(i * 8192, os.urandom(4096)) for i in range(100)]
+            await device.write_many(parts, fua=True)
+            assert await device.read_many([(o, 4096) for o, _ in parts]) == [d for _, d in parts]
+            view = memoryview(bytearray(300 * KIB))
+            await device.read_into(1 << 20, view)
+            assert view == big[: 300 * KIB]
+            await device.write_zeroes(1 << 20, 64 * KIB)
+            await device.discard(2 << 20, 64 * KIB)
+            assert await device.read(1 << 20, 64 * KIB) == bytes(64 * KIB)
+            source = bytearray(b"q" * 4096)
+            await device.write(0, memoryview(source))
+            source[:] = b"x" * 4096  # the device must not see this any more
+            await device.flush()
+            assert await device.read(0, 4096) == b"q" * 4096
+            assert await device.read_many([]) == []
+            await device.write_many([])
+
+    trio_test(body)
+    server.kill()
+    assert (server.directory / "disk0.img").read_bytes()[:4096] == b"q" * 4096
+
+
+def test_many_tasks(server):
+    """A few hundred tasks with requests of mixed sizes, each seeing its own bytes."""
+
+    async def one(device, index):
+        chance = random.Random(index)
+        for _ in range(10):
+            offset = index * (512 * KIB) + chance.randrange(100) * 512
+            data = chance.randbytes(512 * chance.choice([1, 8, 64, 600]))[: 460 * KIB]
+            await device.write(offset, data)
+            assert await device.read(offset, len(data)) == data
+
+    async def body():
+        async with opened(server) as device, trio.open_nursery() as nursery:
+            for index in range(200):
+                nursery.start_soon(one, device, index)
+
+    trio_test(body)
+
+
+def test_server_killed_again_and_again(server):
+    """kill -9 of a server whose cache is volatile: no flushed and no acknowledged byte is lost,
+    and the client only sees a delay."""
+    blocks = 64
+    latest: dict[int, bytes] = {}
+    durable: dict[int, bytes] = {}
+
+    async def writer(device, index, stop):
+        chance = random.Random(index)
+        count = 0
+        while not stop.is_set():
+            block = chance.randrange(8) * 8 + index
+            data = f"{index} {count}".encode().ljust(4096, b".")
+            await device.write(block * 4096, data, fua=chance.random() < 0.1)
+            latest[block] = data
+            count += 1
+            if chance.random() < 0.05:
+                seen = {b: d for b, d in latest.items() if b % 8 == index}
+                await device.flush()
+                durable.update(seen)
+
+    async def killer(stop):
+        for _ in range(3):
+            await trio.sleep(0.3)
+            server.kill()
+            image = (server.directory / "disk0.img").read_bytes()
+            for block, data in list(durable.items()):
+                stored = image[block * 4096 : block * 4096 + 4096]
+                assert order(stored) >= order(data), block
+            server.start()
+            server.install(1, MEMBERS)
+        stop.set()
+
+    def order(data: bytes) -> int:
+        return int(data.split(b".")[0].split()[1]) if data[0] else -1
+
+    async def body():
+        async with opened(server) as device:
+            stop = trio.Event()
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(killer, stop)
+                for index in range(8):
+                    nursery.start_soon(writer, device, index, stop)
+            for block in range(blocks):
+                if block in latest:
+                    assert await device.read(block * 4096, 4096) == latest[block]
+            await device.flush()
+
+    trio_test(body)
+    server.kill()
+    image = (server.directory / "disk0.img").read_bytes()
+    for block, data in latest.items():
+        assert image[block * 4096 : block * 4096 + 4096] == data
+
+
+def test_unflushed_writes_survive_the_server(server):
+    """The plain case: acknowledged, not flushed, server dies, comes back: the bytes are there."""
+
+    async def body():
+        async with opened(server) as device:
+            await device.write(0, b"a" * 4096)
+            await device.flush()
+            await device.write(0, b"b" * 8192)
+            await device.write(4096, b"c" * 8192, fua=True)
+            await device.write_zeroes(0, 512)
+            server.kill()
+            assert (server.directory / "disk0.img").read_bytes()[:4096] == b"a" * 4096
+            server.start()
+            server.install(1, MEMBERS)
+            expected = bytes(512) + b"b" * 3584 + b"c" * 8192
+            assert await device.read(0, len(expected)) == expected
+            await device.flush()
+            server.kill()
+            assert (server.directory / "disk0.img").read_bytes()[: len(expected)] == expected
+
+    trio_test(body)
+
+
+def test_barred(server):
+    """An install without us: requests end with BarredError, for ever, and so does a new device."""
+
+    async def body():
+        async with opened(server) as device:
+            await device.write(0, b"a" * 4096)
+            await trio.to_thread.run_sync(lambda: server.install(2, member(live=(2,), next_=3)))
+            with pytest.raises(BarredError):
+                await device.write(0, b"b" * 4096)
+            with pytest.raises(BarredError):
+                await device.flush()
+            async with trio.open_nursery() as nursery:
+                with pytest.raises(BarredError):
+                    await open_device(server.info, "disk0", ME, server.secret(ME), nursery)
+
+    trio_test(body)
+
+
+def test_epoch_gate(server):
+    """R3: after set_epoch nothing is sent before the server has installed that epoch."""
+
+    async def body():
+        async with opened(server) as device:
+            await device.write(0, b"a" * 4096)
+            device.set_epoch(Epoch(2))
+            done = trio.Event()
+
+            async def reader():
+                await device.read(0, 4096)
+                done.set()
+
+            before = report(server).counters["reads"]
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(reader)
+                await trio.testing.wait_all_tasks_blocked()
+                assert report(server).counters["reads"] == before
+                assert not done.is_set()
+                await trio.to_thread.run_sync(lambda: server.install(2, MEMBERS))
+                device.note_installed(Epoch(2))
+            assert done.is_set()
+
+    trio_test(body)
+
+
+def test_usage_and_store_errors(server):
+    """No such export: UsageError at open. Past the end, store error: DeviceError, and go on."""
+
+    async def body():
+        async with trio.open_nursery() as nursery:
+            with pytest.raises(UsageError):
+                await open_device(server.info, "nope", ME, server.secret(ME), nursery)
+        async with opened(server) as device:
+            with pytest.raises(DeviceError, match="past the end"):
+                await device.read(device.size_bytes, 512)
+            with server.control() as control:
+                command = {"operation": "read", "count": 1}
+                control.ask(m.FilterCommand("disk0", "add", "error", command), m.Done)
+            with pytest.raises(DeviceError, match="I/O error"):
+                await device.read(0, 512)
+            assert await device.read(0, 512) == bytes(512)
+
+    trio_test(body)
+
+
+def test_failed_flush_is_told_and_repaired(server):
+    """R7: fdatasync fails once: the caller learns it; the next flush makes all of it durable."""
+
+    async def body():
+        async with opened(server) as device:
+            await device.write(0, b"a" * 4096)
+            with server.control() as control:
+                command = {"operation": "flush", "count": 1}
+                control.ask(m.FilterCommand("disk0", "add", "error", command), m.Done)
+            with pytest.raises(DeviceError):
+                await device.flush()
+            await device.flush()
+            server.kill()
+            assert (server.directory / "disk0.img").read_bytes()[:4096] == b"a" * 4096
+
+    trio_test(body)
+
+
+def test_retained_bytes_are_bounded(server):
+    """A writer that never flushes makes the device flush by itself."""
+
+    async def body():
+        async with opened(server) as device:
+            data = os.urandom(1 << 20)
+            async with trio.open_nursery() as nursery:
+                for index in range(200):
+                    nursery.start_soon(device.write, index << 20, data)
+            assert device.core.retained.bytes <= RETAINED_BYTES_MAX
+            assert report(server).counters["flushes"] >= 2
+
+    trio_test(body)
+
+
+def test_clean_close_unregisters(server):
+    """aclose: the registration of the instance goes."""
+
+    async def body():
+        async with opened(server) as device:
+            await device.write(0, b"a" * 512)
+
+    trio_test(body)
+    with server.control() as control:
+        assert control.ask(m.ReserveIn("disk0"), m.ReserveReport).registrations == []
+
+
+@pytest.fixture
+def relayed(server):
+    relays = [Relay(f"127.0.0.{n}", server.port, ("127.0.0.1", server.port)) for n in (3, 4)]
+    info = ServerInfo(ServerId(129), "s1", [r.address for r in relays], server.port)
+    yield info, relays
+    for relay in relays:
+        relay.release()
+        relay.cut()
+
+
+def test_failover_and_return(server, relayed):
+    """Networks break and come back in turn under load: no error, every byte right."""
+    info, relays = relayed
+
+    async def writer(device, index, stop):
+        count = 0
+        while not stop.is_set():
+            data = bytes([index, count % 256]) * 2048
+            await device.write(index * 4096, data)
+            assert await device.read(index * 4096, 4096) == data
+            count += 1
+
+    async def body():
+        async with opened(server, info=info) as device:
+            stop = trio.Event()
+            async with trio.open_nursery() as nursery:
+                for index in range(8):
+                    nursery.start_soon(writer, device, index, stop)
+                await eventually(lambda: device.status()["paths"] == [1, 1])
+                for turn in range(4):
+                    relays[turn % 2].cut()
+                    await eventually(lambda t=turn: device.status()["paths"][t % 2] == 0)
+                    await device.flush()
+                    relays[turn % 2].heal()
+                    await eventually(lambda: device.status()["paths"] == [1, 1])
+                relays[0].cut()
+                relays[1].cut()
+                await eventually(lambda: device.status()["paths"] == [0, 0])
+                relays[1].heal()
+                await device.flush()
+                stop.set()
+
+    trio_test(body)
+
+
+def test_old_bytes_on_a_slow_network_never_land(server, relayed):
+    """R6: a write stuck in one network is sent again on the other after its drain; when the stuck
+    bytes arrive at last, newer data stays."""
+    info, relays = relayed
+
+    async def body():
+        async with opened(server, info=info) as device:
+            await eventually(lambda: device.status()["paths"] == [1, 1])
+            relays[0].stall()
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(device.write, 0, b"old!" * 1024)
+                await trio.testing.wait_all_tasks_blocked()
+                assert device.core.paths[0].lanes[0].in_flight
+                relays[0].close_listener()
+                device._scopes[0].cancel()
+            await device.write(0, b"new!" * 1024)
+            relays[0].release()
+            await trio.sleep(0.05)
+            assert await device.read(0, 4096) == b"new!" * 1024
+
+    trio_test(body)
