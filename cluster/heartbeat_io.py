@@ -18,7 +18,6 @@ from cluster.guard_events import Heard
 from cluster.identity import Identity
 from cluster.ids import Epoch
 from cluster.messages import (
-    DATAGRAM_BYTES_MAX,
     Echo,
     Heartbeat,
     Message,
@@ -28,6 +27,8 @@ from cluster.messages import (
 from cluster.wire import KIND_DATAGRAM, Frame, seal, unseal_untrusted
 
 BURST_MAX = 64
+DATAGRAM_BYTES_LIMIT = 60_000
+"""Above DATAGRAM_BYTES_MAX (hundreds of instances on a node) IP has to cut it in pieces."""
 LIVES_MAX = 512
 PRIORITY = 6
 DSCP_CS6 = 0xC0
@@ -59,7 +60,7 @@ class Datagrams:
         if network >= len(addresses) or network >= len(self.sockets):
             return
         body = encode_message(message)
-        assert len(body) <= DATAGRAM_BYTES_MAX, f"a datagram of {len(body)} bytes"
+        assert len(body) <= DATAGRAM_BYTES_LIMIT, f"a datagram of {len(body)} bytes"
         self._sequence += 1
         epoch = message.epoch if isinstance(message, Heartbeat) else Epoch(0)
         frame = Frame(
@@ -84,7 +85,7 @@ class Datagrams:
         found: list[Heard] = []
         for _ in range(BURST_MAX):
             try:
-                data = self.sockets[network].recv(2048)
+                data = self.sockets[network].recv(DATAGRAM_BYTES_LIMIT)
             except BlockingIOError:
                 break
             except OSError:

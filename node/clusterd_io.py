@@ -1,7 +1,7 @@
 """clusterd: the cores of a node and the world around them.
 
-    guard <-> Clusterd <-> control mesh (other clusterds)
-                 |    \-> sessions with the block servers
+    guard <-> Clusterd <-> control mesh (other clusterds), sessions with the block servers
+                 |
        control socket (instances, command-line tools)
 
 `perform` carries out what the core wants; nothing is decided here. Two runners: the acceptor (its
@@ -74,6 +74,7 @@ from node.servers_io import ServerLinks
 
 CLUSTERD = InstanceNo(0)
 FOLLOWERS_MAX = 64
+GROUPS_NOTED_MAX = 256
 COMMAND_S = 15.0
 RESTART_WAIT_FACTOR = 3
 
@@ -106,6 +107,7 @@ class Clusterd:
         self._unsaved: ClusterState | None = None
         self._over = ""
         self._purged: set[InstanceNo] = set()
+        self._noted: dict[str, tuple[int, int]] = {}
         self.keys = Keys(KEY_ID, {KEY_ID: bytes.fromhex(config.cluster.key)})
         self.cluster_id = bytes.fromhex(config.cluster.id)
         identity = Identity(self.me, self.cluster_id, incarnation, self.keys)
@@ -119,7 +121,7 @@ class Clusterd:
         self.acceptor = Acceptor(incarnation, files.acceptor_record())
         self._acceptor = Runner(self.acceptor, self._perform_acceptor, files.acceptor)
         peer = Peer(self.me, self.cluster_id, incarnation)
-        self.servers = ServerLinks(self.keys, peer, self.timing, self.step)
+        self.servers = ServerLinks(self.keys, peer, self.timing, self.step, self.note)
 
     def _settings(self) -> Settings:
         config = self.config
@@ -177,7 +179,7 @@ class Clusterd:
             if state is not None:
                 await trio.to_thread.run_sync(self.files.save_known, state)
 
-    def note(self, name: str, text: str, **fields: Any) -> EventRecord:
+    def note(self, name: str, text: str, /, **fields: Any) -> EventRecord:
         """Add to the event log and tell the followers."""
         clock = (boottime_ns(), time.time_ns() // 1_000_000)
         record = self.log.add(clock, name, text, self.state.epoch, fields)
@@ -314,6 +316,10 @@ class Clusterd:
         if before.quorate != event.view.quorate:
             name = EventName.QUORUM_GAINED if event.view.quorate else EventName.QUORUM_LOST
             self.note(name, name.replace(".", " "))
+        for server in event.view.installed:
+            if event.view.epoch != before.epoch or server not in before.installed:
+                self.note(EventName.SERVER_INSTALLED, f"server {server} has installed the view",
+                          server=int(server))  # fmt: skip
         if before != event.view:
             for instance in self.instances.live():
                 if not instance.session.closed.is_set():
@@ -324,8 +330,27 @@ class Clusterd:
         """The key of a group's mesh, hex: the same on every node, no secret of the cluster."""
         return derived_key(bytes.fromhex(self.config.cluster.key), f"mesh|{group}").hex()
 
+    def _note_group(self, event: GroupEvent) -> None:
+        """Once per event, however many local members it has."""
+        place = (int(event.epoch), event.seq)
+        if self._noted.get(event.group, (0, 0)) >= place:
+            return
+        self._noted.pop(event.group, None)
+        self._noted[event.group] = place
+        while len(self._noted) > GROUPS_NOTED_MAX:
+            del self._noted[next(iter(self._noted))]
+        about = {
+            "view": f"members {', '.join(str(m.instance) for m in event.members)}",
+            "silent": f"{event.subject} is silent: its journal may be replayed",
+            "released": f"{event.subject} is released: its journal has been replayed",
+        }.get(event.kind, event.kind)
+        failed = [str(one) for one in event.failed]
+        self.note(f"group.{event.kind}", f"{event.group}: {about}", group=event.group,
+                  seq=event.seq, failed=failed)  # fmt: skip
+
     def _deliver(self, to: InstanceNo, event: GroupEvent) -> None:
         filled = msgspec.structs.replace(event, mesh_key=self.group_key(event.group))
+        self._note_group(event)
         if to == CLUSTERD:
             self.group_sink(filled)
             return

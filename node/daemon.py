@@ -7,6 +7,7 @@ anew in the same process id, with a higher incarnation.
 
 from __future__ import annotations
 
+import gc
 import signal
 import sys
 from collections.abc import Mapping
@@ -66,6 +67,8 @@ async def _serve(files: NodeFiles) -> None:
         await nursery.start(serve_sessions, control_socket(), attach, instances.detach)
         nursery.start_soon(_report_status, daemon)
         nursery.start_soon(_stop_on_signal, admin, stop)
+        gc.collect()
+        gc.freeze()
         print(f"clusterd: {config.node.name} ready", file=sys.stderr, flush=True)
         notify("READY=1")
         await stop.wait()

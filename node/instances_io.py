@@ -30,6 +30,8 @@ from node.volumes_io import Volumes
 REGISTER_WAIT_S = 60.0
 FORWARD_TIMEOUT_S = 30.0
 NO_METHOD = "no such method"
+TEXT_MAX = 1000
+FIELDS_MAX = 32
 
 
 class Instances:
@@ -57,6 +59,7 @@ class Instances:
             "instance.register": register,
             "instance.leave": bound(self._leave),
             "instance.fuse": bound(self._fuse),
+            "instance.note": bound(self._note),
             "group.join": bound(self._group_join),
             "group.leave": bound(self._group_leave),
             "group.released": bound(self._group_released),
@@ -124,6 +127,14 @@ class Instances:
         proves that it can be had, and is closed again."""
         for fd in params["fds"]:
             os.fstat(fd)
+        return {}
+
+    async def _note(self, local: LocalInstance, params: dict[str, Any]) -> dict[str, Any]:
+        """An event of the instance for the event stream: `{"name", "text", "fields"}`."""
+        name, text = str(params["name"])[:64], str(params.get("text", ""))[:TEXT_MAX]
+        given = params.get("fields")
+        fields = given if isinstance(given, dict) and len(given) <= FIELDS_MAX else {}
+        self._daemon.note(name, text, **{**fields, "instance": local.number})
         return {}
 
     # --- groups

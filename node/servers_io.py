@@ -18,6 +18,7 @@ from cluster.actions import Received
 from cluster.control import ServerInfo, Timing
 from cluster.core_events import ServerDown, ServerUp
 from cluster.errors import StackError, UnreachableError
+from cluster.events import EventName
 from cluster.ids import ServerId
 from cluster.messages import Install, Message
 from cluster.wire import Keys
@@ -72,12 +73,18 @@ class ServerLinks:
     """The sessions with all servers of the cluster."""
 
     def __init__(
-        self, keys: Keys, peer: Peer, timing: Timing, step: Callable[[Any], None]
+        self,
+        keys: Keys,
+        peer: Peer,
+        timing: Timing,
+        step: Callable[[Any], None],
+        note: Callable[[str, str], object],
     ) -> None:
         self._keys = keys
         self._peer = peer
         self._timing = timing
         self._step = step
+        self._note = note
         self._links: dict[ServerId, _Link] = {}
         self._nursery: trio.Nursery | None = None
 
@@ -156,8 +163,17 @@ class ServerLinks:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._lane, link, link.install, INSTALL_TIMEOUT_S)
                 nursery.start_soon(self._lane, link, link.register, REGISTER_TIMEOUT_S)
+        self._down(link)
+
+    def _up(self, link: _Link) -> None:
+        link.up = True
+        self._note(EventName.SERVER_UP, f"server {link.info.name} answers")
+        self._step(ServerUp(link.info.id))
+
+    def _down(self, link: _Link) -> None:
         if link.up:
             link.up = False
+            self._note(EventName.SERVER_DOWN, f"server {link.info.name} does not answer")
             self._step(ServerDown(link.info.id))
 
     async def _lane(self, link: _Link, lane: _Lane, timeout_s: float) -> None:
@@ -167,16 +183,14 @@ class ServerLinks:
                 async with self._session(link.info, attempt) as control:
                     lane.control = control
                     if lane is link.install:
-                        link.up = True
-                        self._step(ServerUp(link.info.id))
+                        self._up(link)
                     await self._work(link, lane, control, timeout_s)
             except (StackError, OSError, trio.TooSlowError, trio.BrokenResourceError) as error:
                 link.problem = str(error) or "it does not answer in time"
             finally:
                 lane.control = None
-                if lane is link.install and link.up:
-                    link.up = False
-                    self._step(ServerDown(link.info.id))
+                if lane is link.install:
+                    self._down(link)
             attempt += 1
             await trio.sleep(RETRY_S)
 

@@ -1,7 +1,10 @@
 """Whole clusters of real processes: birth, join, death, restart, leave, instances, groups."""
 
+import json
 import os
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
@@ -171,3 +174,41 @@ def test_calls_are_forwarded_to_instances(cluster):
     assert nodes[0].call("dlm.nothing", {}) == []
     with pytest.raises(StackError, match="nothing of this cluster"):
         nodes[0].call("dlm.echo", {"text": "z", "mountpoint": "/other"})
+
+
+def test_the_last_node_leaves_and_comes_back(cluster):
+    node = cluster.found()
+    node.ctl("leave")
+    assert node.process.wait(20) == 0
+    node.start()
+    wait_until(lambda: node.members() == [1], "back")
+    os.kill(node.process.pid, signal.SIGTERM)
+    assert node.process.wait(20) == 0
+
+
+def test_leave_is_refused_while_something_is_mounted(cluster):
+    node = cluster.found()
+    instance = Instance(node)
+    refused = node.ctl("leave", check=False)
+    assert (refused.returncode, "/m" in refused.stderr) == (5, True)
+    instance.stop(clean=True)
+    node.ctl("leave")
+    assert node.process.wait(20) == 0
+
+
+def test_events_and_screens(cluster):
+    node = cluster.found()
+    names = [json.loads(line)["event"] for line in node.ctl("events", "--json").stdout.split("\n")
+             if line]  # fmt: skip
+    assert names[0] == "node.started"
+    assert "view.decided" in names
+    assert "n1 *" in node.ctl("status").stdout
+    assert "member" in node.ctl("nodes").stdout
+    assert "nobody was put out" in node.tool("node.fence_cli", "history")
+    wrong = node.ctl("voter", "add", "nobody", check=False)
+    assert (wrong.returncode, "nobody" in wrong.stderr) == (2, True)
+    status = subprocess.run(
+        [sys.executable, "-c", "import sys; import node.cli; print('trio' in sys.modules)"],
+        env=node.environment, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert status.stdout.strip() == "False"
