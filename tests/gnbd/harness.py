@@ -80,7 +80,9 @@ class GnbdServer:
     def write_config(self) -> None:
         listen = ", ".join(f'"{a}"' for a in self.addresses)
         head = f'listen = [{listen}]\nport = {self.port}\nstate_dir = "{self.state_dir}"\n'
-        self.file.write_text(head + "heartbeat_port = 0\n" + self.exports)
+        if "heartbeat_port" not in self.exports:
+            head += "heartbeat_port = 0\n"
+        self.file.write_text(head + self.exports)
 
     def command(self, *arguments: str) -> list[str]:
         return [*self.prefix, sys.executable, "-m", "gnbd.cli", *arguments, str(self.file)]
