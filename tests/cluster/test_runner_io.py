@@ -1,0 +1,77 @@
+"""The runner: nothing behind a Persist is performed before the record is durable."""
+
+import pytest
+import trio
+
+from cluster.actions import Notify, Persist, Tick
+from cluster.paths_io import boottime_ns, read_store
+from cluster.runner_io import Runner
+
+
+class Script:
+    """A core that answers event n with the n-th list, and a tick with its own."""
+
+    def __init__(self, answers):
+        self.answers = answers
+        self.due = None
+        self.ticks = 0
+
+    def step(self, _now, event):
+        if isinstance(event, Tick):
+            self.ticks += 1
+            self.due = None
+            return [Notify("tick")]
+        return self.answers[event]
+
+    def deadline(self):
+        return self.due
+
+
+@pytest.mark.trio
+async def test_order_across_steps_and_durability(tmp_path, nursery):
+    store = tmp_path / "store"
+    seen = []
+
+    def perform(action):
+        seen.append((action.event, read_store(store)))
+
+    core = Script({
+        "a": [Notify(1), Persist(b"one"), Notify(2)],
+        "b": [Notify(3), Persist(b"two"), Notify(4)],
+    })  # fmt: skip
+    runner = Runner(core, perform, store)
+    await nursery.start(runner.run)
+    runner.step("a")
+    runner.step("b")
+    assert seen == [(1, None)]
+    with trio.fail_after(10):
+        while len(seen) < 4:  # noqa: ASYNC110
+            await trio.sleep(0.001)
+    assert seen == [(1, None), (2, b"one"), (3, b"one"), (4, b"two")]
+
+
+@pytest.mark.trio
+async def test_events_fed_by_perform_come_after_the_step(nursery):
+    seen = []
+    core = Script({"a": [Notify("x"), Notify("y")], "x": [Notify("z")], "y": [], "z": []})
+
+    def perform(action):
+        seen.append(action.event)
+        if action.event in ("x", "y"):
+            runner.step(action.event)
+
+    runner = Runner(core, perform, None)
+    runner.step("a")
+    assert seen == ["x", "y", "z"]
+
+
+@pytest.mark.trio
+async def test_ticks_at_the_deadline(nursery):
+    done = trio.Event()
+    core = Script({})
+    core.due = boottime_ns() + 20_000_000
+    runner = Runner(core, lambda _action: done.set(), None)
+    await nursery.start(runner.run)
+    with trio.fail_after(10):
+        await done.wait()
+    assert core.ticks == 1
