@@ -3,8 +3,10 @@
 Small files live in their inode (`InodeNode.data`), journalled with it. Larger ones have extents;
 their data goes through the write-behind buffer, or past it (`direct`) when every block is there.
 
-Invariant: the bytes of a file's last block beyond its end are zero, on the disk and in pages, so
-that a file that becomes longer shows zeroes there.
+The bytes of a file's last block beyond its end may be anything on the disk: data goes there before
+the transaction that moves the end, and a crash may come in between. So they are made zero whenever
+they come into the file: a page that is read to be changed is cut at the end of file, and whatever
+makes a file longer without writing that block zeroes its tail (`_zero_tail`).
 """
 
 from __future__ import annotations
@@ -209,6 +211,8 @@ class Files:
                 block = self._fill(tx, state, inode, 0, 1)[0][1]
                 pages[0] = (spill.ljust(BLOCK_BYTES, b"\0"), block)
                 ordered = True
+        elif inode.size < first * BLOCK_BYTES:
+            self._zero_tail(tx, state, inode, inode.size)
         for logical, physical, count in extents.pieces(tx, state, inode, first, last - first + 1):
             fresh = not physical
             runs = [(logical, physical, count)]
@@ -240,6 +244,10 @@ class Files:
             return view[start : start + BLOCK_BYTES]
         if base is None:
             page = bytearray(self.old_page(state, index, block))
+            node = state.node
+            inside = 0 if node is None else max(node.size - index * BLOCK_BYTES, 0)
+            if inside < BLOCK_BYTES:
+                page[inside:] = bytes(BLOCK_BYTES - inside)
         else:
             page = bytearray(base.ljust(BLOCK_BYTES, b"\0"))
         low = max(-start, 0)
@@ -378,15 +386,16 @@ class Files:
             if inode.root is None:
                 inode.data = inode.data[:size]
             else:
-                self._zero_tail(tx, state, inode, size)
                 done = self.cut(tx, state, inode, -(-size // BLOCK_BYTES))
+        elif size > inode.size and inode.root is not None:
+            self._zero_tail(tx, state, inode, inode.size)
         if size != inode.size:
             self._changed(tx, state)
         inode.size = size
         return done
 
     def _zero_tail(self, tx: Tx, state: InodeState, inode: InodeNode, size: int) -> None:
-        """The bytes after the new end in its block become zero."""
+        """The bytes after `size`, where the file has ended, become zero in that block."""
         index, keep = divmod(size, BLOCK_BYTES)
         if not keep:
             return

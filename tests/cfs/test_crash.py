@@ -1,0 +1,185 @@
+"""Every prefix of the write log mounts, replays, is clean, and holds what was synced.
+
+With operations that never overwrite data the recovered file system must be exactly one of the states
+between the last sync and the crash: transactions are atomic and in order, data comes before the
+metadata that shows it.
+"""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import trio
+
+from cfs.attributes import MountOptions
+from cluster.device_memory import LogEntry, LoggedFlush, MemoryDevice
+from tests.cfs.harness import QUIET, fsck, make_device, mounted, tree_of
+from tests.cfs.test_model import NAMES, Model, Refused, both
+
+PREFIXES_MAX = 40
+ATOM_BYTES = 512
+
+pytestmark = pytest.mark.trio
+
+
+def image(
+    size_bytes: int, log: list[LogEntry], count: int, choice: random.Random | None
+) -> MemoryDevice:
+    """The disk after a crash: what was flushed, and of the rest all (None) or any sectors."""
+    device = MemoryDevice(size_bytes)
+    covered = max((e.covered for e in log[:count] if isinstance(e, LoggedFlush)), default=0)
+    for position, entry in enumerate(log[:count]):
+        if isinstance(entry, LoggedFlush):
+            continue
+        for start in range(0, len(entry.data), ATOM_BYTES):
+            if choice is None or position < covered or choice.random() < 0.5:
+                piece = entry.data[start : start + ATOM_BYTES]
+                device._current.write(entry.offset_bytes + start, piece)
+    device._durable = device._current.copy()
+    return device
+
+
+def random_step(rng: random.Random) -> tuple[object, ...]:
+    def path() -> tuple[bytes, ...]:
+        return tuple(rng.choice(NAMES) for _ in range(rng.randint(1, 2)))
+
+    kind = rng.choice(
+        ["create", "create", "mkdir", "symlink", "link", "unlink", "rmdir", "rename", "rename"]
+        + ["append"] * 6
+        + ["sync"] * 2
+    )
+    if kind == "sync":
+        return (kind,)
+    if kind == "append":
+        return (kind, path(), rng.choice([10, 1000, 4096, 9000, 30_000]))
+    if kind == "symlink":
+        return (kind, path(), rng.randbytes(20).hex().encode())
+    if kind in ("link", "rename"):
+        return (kind, path(), path())
+    return (kind, path())
+
+
+@pytest.mark.parametrize("seed", range(6))
+async def test_every_prefix_holds_what_was_synced(seed: int) -> None:
+    rng = random.Random(seed)
+    device = await make_device(8, group_blocks=512, log_writes=True)
+    model = Model()
+    states = [model.tree()]
+    synced = [0]
+    marks = [len(device.log)]
+    begin = len(device.log)
+    options = MountOptions(
+        background=False, dirty_bytes_start=20_000 if seed % 2 else 1 << 20, inode_pool=4
+    )
+    async with mounted(device, options, unmount=False) as fs:
+        for number in range(120):
+            step = random_step(rng)
+            await both(fs, model, step)
+            if number % 17 == 16:
+                await fs.tick(checkpoint=True)
+                step = ("sync",)
+            states.append(model.tree())
+            marks.append(len(device.log))
+            synced.append(len(states) - 1 if step[0] == "sync" else synced[-1])
+    log = list(device.log)
+    points = list(range(begin, len(log) + 1))
+    for count in sorted(rng.sample(points, min(len(points), PREFIXES_MAX))):
+        done = max(index for index, mark in enumerate(marks) if mark <= count)
+        allowed = states[synced[done] : done + 2]
+        for choice in (None, random.Random(count)):
+            await check_image(image(device.size_bytes, log, count, choice), allowed)
+
+
+async def check_image(device: MemoryDevice, allowed: list[dict[bytes, object]]) -> None:
+    await fsck(device)
+    async with mounted(device, QUIET) as fs:
+        found = await tree_of(fs)
+        assert found in allowed, "not a state between the last sync and the crash"
+        made = await fs.create(fs.root_ino, b"after", 0o644, 0, 0)
+        await fs.write(made.ino, 0, b"x" * 10_000)
+    await fsck(device)
+
+
+async def test_crash_during_replay_is_replayed_again() -> None:
+    rng = random.Random(99)
+    device = await make_device(8, group_blocks=512)
+    model = Model()
+    async with mounted(device, unmount=False) as fs:
+        for _ in range(150):
+            await both(fs, model, random_step(rng))
+        await fs.sync()
+    crashed = device.snapshot()
+    size = crashed.size_bytes
+    recorder = MemoryDevice(size, log_writes=True)
+    recorder._current = crashed._current.copy()
+    recorder._durable = crashed._current.copy()
+    async with mounted(recorder, unmount=False) as fs:
+        assert await tree_of(fs) == model.tree()
+    log = list(recorder.log)
+    assert log
+    for count in range(len(log) + 1):
+        again = crashed.snapshot()
+        for entry in log[:count]:
+            if not isinstance(entry, LoggedFlush) and rng.random() < 0.7:
+                again._current.write(entry.offset_bytes, entry.data)
+        await fsck(again)
+        async with mounted(again) as fs:
+            assert await tree_of(fs) == model.tree()
+
+
+async def test_freed_metadata_used_as_data_survives_replay() -> None:
+    """Blocks that held inodes and trees become file data; an old image never comes back."""
+    device = await make_device(8, group_blocks=512, log_writes=True)
+    async with mounted(device, unmount=False) as fs:
+        root = fs.root_ino
+        for number in range(500):
+            await fs.create(root, b"%03d" % number * 40, 0o644, 0, 0)
+        await fs.sync()
+        for number in range(500):
+            await fs.unlink(root, b"%03d" % number * 40)
+        await fs.sync()
+        await fs.tick(checkpoint=True)
+        made = await fs.create(root, b"data", 0o644, 0, 0)
+        size = 0
+        while (await fs.statfs()).free_blocks > 60:
+            await fs.write(made.ino, size, b"%07d\n" % size * 4096)
+            size += 32_768
+            await fs.sync()
+        free = (await fs.statfs()).free_blocks
+        assert free < 100
+    await fsck(device)
+    for choice in (None, random.Random(1)):
+        crashed = image(device.size_bytes, list(device.log), len(device.log), choice)
+        await fsck(crashed)
+        async with mounted(crashed) as fs:
+            for offset in range(0, size, 32_768):
+                data = await fs.read(made.ino, offset, 32_768)
+                assert data == b"%07d\n" % offset * 4096
+
+
+async def test_a_write_that_was_not_acknowledged_may_be_torn_but_is_clean() -> None:
+    rng = random.Random(5)
+    device = await make_device(8, group_blocks=512, log_writes=True)
+    begin = len(device.log)
+    model = Model()
+    async with mounted(device, unmount=False) as fs:
+        steps = [("create", (b"a",)), ("create", (b"b",))]
+        for _ in range(60):
+            path = (rng.choice([b"a", b"b"]),)
+            steps.append(("write", path, rng.randrange(60_000), rng.randrange(20_000), False))
+            steps.append(("truncate", path, rng.randrange(60_000)))
+            steps.append(("sync",))
+        for step in steps:
+            try:
+                await both(fs, model, step)
+            except Refused:
+                pass
+    log = list(device.log)
+    for count in rng.sample(range(begin, len(log)), 40):
+        crashed = image(device.size_bytes, log, count, random.Random(count))
+        await fsck(crashed)
+        async with mounted(crashed) as fs:
+            await tree_of(fs)
+            await trio.lowlevel.checkpoint()
+        await fsck(crashed)
