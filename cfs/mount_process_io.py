@@ -29,6 +29,7 @@ from cfs.mount_interrupt_io import RequestWaits
 from cfs.mount_options import MountArguments
 from cfs.mount_session_io import FuseSession
 from cfs.mount_system_io import StatusPipe, note_process, settle_memory
+from cfs.mount_tasks_io import describe_tasks
 from cfs.operations_io import CfsOperations
 from cfs.seams import Environment, Runtime
 from cluster.device import BlockDevice
@@ -179,6 +180,7 @@ class Mount:
         with self._scope:
             try:
                 async with trio.open_nursery() as nursery:
+                    nursery.start_soon(self._watch_for_hangs)
                     async with open_backend(self.arguments, self) as backend:
                         environment = MountEnvironment(
                             make_runtime(nursery), KernelBridge(self), backend
@@ -189,6 +191,12 @@ class Mount:
             finally:
                 self.session.close()
         return EXIT_ABORTED if self.failure else EXIT_OK
+
+    async def _watch_for_hangs(self) -> None:
+        """SIGUSR2 tells where every task is; it works until the very end."""
+        with trio.open_signal_receiver(signal.SIGUSR2) as signals:
+            async for _ in signals:
+                log.info("tasks\n%s", "\n".join(describe_tasks()))
 
     async def _live(
         self,

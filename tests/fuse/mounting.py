@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import functools
 import json
 import os
 import signal
@@ -12,7 +14,8 @@ import tempfile
 import time
 from pathlib import Path
 
-DEADLINE_S = 30
+DEADLINE_S = 20
+CLONE_NEWNS = 0x20000
 ROOT = Path(__file__).resolve().parent.parent.parent
 
 
@@ -56,6 +59,10 @@ class Mounted:
             time.sleep(0.1)
         try:
             return self.process.wait(DEADLINE_S)
+        except subprocess.TimeoutExpired:
+            self.process.send_signal(signal.SIGUSR2)
+            self.wait_for("__main__")
+            raise AssertionError(f"it does not end:\n{self.log.read_text()[-6000:]}") from None
         finally:
             self.destroy()
 
@@ -68,9 +75,20 @@ class Mounted:
             subprocess.run(["umount", "-lf", self.path], capture_output=True)
 
 
+@functools.cache
+def enter_private_namespace():
+    """Mounts of tests are nobody else's: a mount namespace made elsewhere in the meantime would
+    take a copy along and keep the connection alive after the unmount."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.unshare(CLONE_NEWNS):
+        raise OSError(ctypes.get_errno(), "unshare")
+    subprocess.run(["mount", "--make-rprivate", "/"], check=True)
+
+
 @contextlib.contextmanager
 def scratch():
     """A directory outside of every mount."""
+    enter_private_namespace()
     with tempfile.TemporaryDirectory(prefix="cfs-fuse-", ignore_cleanup_errors=True) as name:
         yield Path(name)
 
