@@ -291,7 +291,7 @@ class Admin:
 
     async def _start_anew(self) -> None:
         await trio.sleep(self._daemon.timing.heartbeat_ms / 1000)
-        raise RestartNeeded("recovered by the operator")
+        raise RestartNeeded("recovered by the operator", self._daemon.guard)
 
     # --- fencing
 

@@ -82,6 +82,10 @@ RESTART_WAIT_FACTOR = 3
 class RestartNeeded(Exception):
     """This life is over; the process starts anew with a higher incarnation."""
 
+    def __init__(self, reason: str, guard: GuardLink) -> None:
+        super().__init__(reason)
+        self.guard = guard
+
 
 class Clusterd:
     """Everything of one life of a node."""
@@ -402,7 +406,7 @@ class Clusterd:
         with trio.move_on_after(RESTART_WAIT_FACTOR * self.timing.dead_ms / 1000):
             while not all(n in self._purged for n in self.instances.by_number):
                 await self.wait_changed()
-        raise RestartNeeded(self._over)
+        raise RestartNeeded(self._over, self.guard)
 
     # --- guard
 
@@ -440,8 +444,9 @@ class Clusterd:
             self.guard.forget(number)
 
 
-def restart_process() -> None:
-    """Replace this process by a new clusterd with the same arguments."""
+def restart_process(guard: GuardLink) -> None:
+    """Replace this process by a new clusterd with the same arguments, after the guard's purge."""
+    guard.end()
     sys.stdout.flush()
     sys.stderr.flush()
     try:

@@ -131,8 +131,8 @@ def main() -> None:
         trio.run(_serve, NodeFiles())
     except BaseException as error:
         restart = _find(error, RestartNeeded)
-        if restart is not None:
-            restart_process()
+        if isinstance(restart, RestartNeeded):
+            restart_process(restart.guard)
         stack = _find(error, StackError)
         if not isinstance(stack, StackError):
             raise

@@ -191,6 +191,15 @@ class GuardLink:
                 except OSError:
                     self.lost = True
 
+    def end(self) -> None:
+        """Outside trio, before a restart: wait for the guard's purge, then make sure it is gone."""
+        self._socket.close()
+        try:
+            self.process.wait(READY_S)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+
     async def close(self) -> None:
         """End the guard after a clean leave: it purges what is left and exits by itself."""
         self.lost = True
