@@ -40,6 +40,7 @@ from cvm.layout import (
 
 OPEN_VOLUMES_MAX = 64
 IDLE_POLL_S = 0.002
+DECLARE_S = 1.0
 
 T = TypeVar("T")
 OpenLeg = Callable[[Leg, VolumeMap], Awaitable[BlockDevice]]
@@ -79,12 +80,13 @@ class Session(Protocol):
 class _LegState:
     """A leg device and how much of what was written there is durable."""
 
-    __slots__ = ("device", "flushed", "written")
+    __slots__ = ("device", "flushed", "sequence", "written")
 
     def __init__(self, device: BlockDevice) -> None:
         self.device = device
         self.written = 1
         self.flushed = 0
+        self.sequence = 0
 
 
 async def _all(calls: Sequence[Callable[[], Awaitable[None]]]) -> None:
@@ -351,10 +353,19 @@ class VolumeDevice:
             self._order = [self._legs[pv] for pv in layout.pvs]
             self._layout = layout
         self._map = volume_map
-        for state in self._legs.values():
-            if isinstance(state.device, SequencedDevice):
-                await state.device.set_sequence(volume_map.sequence)
+        await self._declare(volume_map.sequence)
         self._open_gate()
+
+    async def _declare(self, sequence: int) -> None:
+        """Tell the servers how new the map is, while the gate is closed. A server that is away
+        hears it when it is back, before anything else: nobody waits for it here."""
+        behind = [state for state in self._legs.values() if state.sequence < sequence]
+        for state in behind:
+            state.sequence = sequence
+        devices = [one.device for one in behind if isinstance(one.device, SequencedDevice)]
+        with trio.move_on_after(DECLARE_S):
+            if devices:
+                await _all([partial(device.set_sequence, sequence) for device in devices])
 
     def fail(self, error: StackError) -> None:
         """Answer every request that waits at the gate, and every later one, with an error."""

@@ -411,3 +411,20 @@ async def test_bounded_reads_end(autojump_clock) -> None:
     disk.hook = hook
     with pytest.raises(DeviceError, match="does not answer"):
         await device.read(0, 512)
+
+
+@pytest.mark.trio
+async def test_a_server_that_is_away_does_not_hold_up_a_resume(autojump_clock) -> None:
+    device, disks = await opened()
+    disk = next(iter(disks.by_pv.values()))
+
+    async def away(_sequence: int) -> None:
+        await trio.sleep_forever()
+
+    disk.set_sequence = away  # type: ignore[method-assign]
+    await device.suspend(2)
+    await device.resume(maps()[0])
+    await device.suspend(2)
+    await device.resume(maps()[1])
+    assert not device.suspended
+    assert await device.read(0, 512) == bytes(512)
