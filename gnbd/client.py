@@ -47,8 +47,8 @@ class Waiter(Protocol):
 class Request:
     """One NBD request on its way. `into` receives a READ; `result` is what was read."""
 
-    __slots__ = ("cookie", "data", "flags", "into", "kind", "length", "mark", "offset", "result",
-                 "round", "waiter")  # fmt: skip
+    __slots__ = ("cookie", "data", "flags", "into", "kind", "length", "mark", "offset", "order",
+                 "result", "round", "waiter")  # fmt: skip
 
     def __init__(
         self,
@@ -69,6 +69,8 @@ class Request:
         self.result: bytes = b""
         self.mark = 0
         self.cookie = 0
+        self.order = 0
+        """Rises with each `submit`."""
         self.round = 0
         """Not 0: sends retained bytes again, in that round."""
 
@@ -136,6 +138,8 @@ class ClientCore:
         self.barred: str | None = None
         self.size_bytes = 0
         self._cookie = 0
+        self._order = 0
+        self._barrier: Request | None = None
         self._round = 0
         self._resync_left = 0
         self._own_flush = False
@@ -146,6 +150,8 @@ class ClientCore:
         """A new request. Raises BarredError."""
         if self.barred is not None:
             raise BarredError(self.barred)
+        self._order += 1
+        request.order = self._order
         self.queue.append(request)
 
     def is_open(self) -> bool:
@@ -179,6 +185,8 @@ class ClientCore:
             if not queue or (queue is self.queue and not self.is_open()):
                 return result
             request = queue[0]
+            if self._barrier is not None and request.order > self._barrier.order:
+                return result
             changes = request.kind in (p.CMD_WRITE, p.CMD_WRITE_ZEROES)
             if changes and request.round == 0 and self.retained.is_full():
                 flush = next((r for r in queue if r.kind == p.CMD_FLUSH), None)
@@ -209,13 +217,16 @@ class ClientCore:
         request.cookie = self._cookie
         if request.kind == p.CMD_FLUSH:
             request.mark = self.retained.mark()
+        elif request.kind == p.CMD_SEQUENCE:
+            # What comes later may need the new sequence number: it must not overtake elsewhere.
+            self._barrier = request
         lane.in_flight[request.cookie] = request
         lane.bytes_in_flight += request.length + _HEADER_COST_BYTES
 
     def _maybe_flush(self) -> None:
         if self.retained.wants_flush() and not self._own_flush:
             self._own_flush = True
-            self.queue.append(Request(p.CMD_FLUSH, waiter=_OwnFlush(self)))
+            self.submit(Request(p.CMD_FLUSH, waiter=_OwnFlush(self)))
 
     def place_private(self, lane: Lane, request: Request) -> None:
         """Send a private command on this very lane (the gates do not matter to it)."""
@@ -225,6 +236,8 @@ class ClientCore:
         """A reply. The result of a READ is already in the request."""
         request = lane.in_flight.pop(cookie)
         lane.bytes_in_flight -= request.length + _HEADER_COST_BYTES
+        if request is self._barrier:
+            self._barrier = None
         if request.round:
             self._resync_done(request, number)
             return
@@ -311,7 +324,7 @@ class ClientCore:
             if stranded.generation <= generation:
                 back += stranded.requests
         path.stranded = [s for s in path.stranded if s.generation > generation]
-        for request in sorted(back, key=lambda r: r.cookie, reverse=True):
+        for request in sorted(back, key=lambda r: r.order, reverse=True):
             if request.round == 0:
                 self.queue.appendleft(request)
             elif request.round == self._round:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import secrets
-import socket
 from collections.abc import AsyncIterator, Generator
 from contextlib import asynccontextmanager
 from typing import TypeVar
@@ -11,6 +10,7 @@ from typing import TypeVar
 import msgspec
 import trio
 
+from cluster.channel_io import tune
 from cluster.control import MemberInfo, ServerInfo
 from cluster.errors import ProtocolError, UnreachableError
 from cluster.ids import Epoch, Incarnation, Instance, NodeId
@@ -24,7 +24,9 @@ __all__ = ["Control", "InstallRefusedError", "drive", "open_control"]
 A = TypeVar("A")
 
 
-class Control:
+class Control:CUT_MS = 1000
+"""A session whose peer does not acknowledge for so long breaks (a cut network): open another."""
+
     """A long-lived session of clusterd (trio). Calls are serialised; when the connection breaks
     every call raises UnreachableError: open a new session."""
 
@@ -145,7 +147,7 @@ async def open_control(
             problem = error
             continue
         async with stream:
-            stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            tune(stream.socket, CUT_MS)
             protocol = ControlProtocol(keys, identity)
             with trio.fail_after(CONNECT_TIMEOUT_S):
                 await drive(protocol.open(secrets.token_bytes(m.NONCE_BYTES)), stream)

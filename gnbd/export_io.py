@@ -17,6 +17,7 @@ from gnbd.exports import Export, parse_filter, parse_size
 from gnbd.filters_io import filters_of, stack_filter
 
 CACHE_GENERATION_ERRORS = 1 << 16
+CLUSTERD = 0
 
 
 class Session(msgspec.Struct, frozen=True):
@@ -78,7 +79,10 @@ class ExportRuntime:
         return flags | p.FLAG_SEND_TRIM | p.FLAG_SEND_WRITE_ZEROES
 
     def is_stale(self, nexus: Instance) -> bool:
-        """Whether the nexus works with an older volume map than this export allows."""
+        """Whether the nexus works with an older volume map than this export allows. clusterd
+        itself (instance 0) touches metadata only, under the volume group's lock."""
+        if nexus.number == CLUSTERD:
+            return False
         return self.sequences.get(nexus, 0) < self.sequence_min
 
     def filter_texts(self) -> list[str]:

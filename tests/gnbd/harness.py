@@ -19,6 +19,7 @@ from gnbd import messages as m
 from gnbd.control_blocking_io import BlockingControl, open_blocking
 from gnbd.control_session import Peer
 from gnbd.identity import ServerIdentity, encode_server_token
+from gnbd.server_io import join_cluster
 
 DEADLINE_S = 20.0
 INCARNATION = Incarnation(7)
@@ -88,6 +89,9 @@ class GnbdServer:
         return [*self.prefix, sys.executable, "-m", "gnbd.cli", *arguments, str(self.file)]
 
     def join(self) -> None:
+        join_cluster(self.state_dir, self.identity)
+
+    def join_by_command(self) -> None:
         self.write_config()
         token = encode_server_token(self.identity)
         subprocess.run(self.command("--join", token), check=True, stdout=subprocess.DEVNULL)

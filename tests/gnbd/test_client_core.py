@@ -294,3 +294,27 @@ def test_old_repetitions_hold_new_writes_back():
     core.drained(drain.path, drain.generation)
     ((_, fresh),) = core.assign()
     assert fresh.data == b"2"
+
+
+def test_nothing_overtakes_a_sequence_number():
+    """After SEQUENCE nothing younger is sent before its answer, on no lane, not even when the
+    path of the SEQUENCE is lost."""
+    core = ClientCore(2, 1)
+    lanes = []
+    for path in core.paths:
+        core.logged_in(path, Epoch(1), 1, 4096)
+        lanes.append(core.lane_up(path))
+    core.submit(Request(p.CMD_READ, 0, 512))
+    core.submit(Request(p.CMD_SEQUENCE, 5))
+    core.submit(Request(p.CMD_READ, 512, 512))
+    assert [r.kind for _, r in core.assign()] == [p.CMD_READ, p.CMD_SEQUENCE]
+    lost = next(lane for lane in lanes if any(r.offset == 5 for r in lane.in_flight.values()))
+    core.path_lost(lost.path)
+    assert core.assign() == []
+    (drain,) = core.drains()
+    core.drained(drain.path, drain.generation)
+    sent = core.assign()
+    assert [r.offset for _, r in sent] == [0, 5]
+    for lane, request in sent:
+        core.completed(lane, request.cookie, 0)
+    assert [r.offset for _, r in core.assign()] == [512]

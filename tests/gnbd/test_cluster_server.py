@@ -257,7 +257,7 @@ def test_silence_stops_the_server(server):
 
 def test_minimum_sequence(server):
     """A nexus with an older volume map is refused, durably."""
-    server.install(1, member(live=(1, 2), next_=3))
+    server.install(1, member(live=(0, 1, 2), next_=3))
     old = logged_in(server, ME, sequence=4)
     new = logged_in(server, OTHER, sequence=4)
     assert new.request(p.CMD_SEQUENCE, 5) == 0
@@ -267,11 +267,13 @@ def test_minimum_sequence(server):
     assert new.request(p.CMD_WRITE, 0, b"n" * 512) == 0
     server.kill()
     server.start()
-    server.install(1, member(live=(1, 2), next_=3))
+    server.install(1, member(live=(0, 1, 2), next_=3))
     with logged_in(server, ME, sequence=4, generation=2) as old:
         assert old.request(p.CMD_READ, 0, length=512) == p.ESTALE
         assert old.request(p.CMD_SEQUENCE, 6) == 0
         assert old.request(p.CMD_READ, 0, length=0) == 0
+    with logged_in(server, instance(0)) as clusterd:
+        assert clusterd.request(p.CMD_READ, 0, length=0) == 0
 
 
 def test_damaged_state_stops_the_server(server):
@@ -297,12 +299,12 @@ def test_a_state_directory_has_one_server(server):
 
 def test_join_is_idempotent(server):
     """--join again is fine, with another cluster's token it is refused."""
-    server.join()
+    server.join_by_command()
     server.identity = type(server.identity)(
         "0" * 32, "other", "1" * 64, server.identity.server_id, "s1"
     )
     with pytest.raises(Exception, match="non-zero"):
-        server.join()
+        server.join_by_command()
 
 
 def test_control_needs_the_key(server):
