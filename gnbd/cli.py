@@ -12,7 +12,8 @@ import click
 import msgspec
 import structlog
 
-from cluster.config import NodeConfig, decode_config
+from cluster.config import SERVER_PORT, NodeConfig, decode_config
+from cluster.control_client_io import call
 from cluster.errors import ConfigError, StackError, UsageError
 from cluster.ids import Incarnation
 from cluster.paths_io import state_dir
@@ -90,14 +91,27 @@ def _target(server: str, config_path: str | None) -> Target:
         raise UsageError(
             f"cannot read {path}: {error.strerror}", hint="run this on a node of the cluster"
         ) from error
-    address, _, port = server.partition(":")
+    addresses, port = _addresses(server)
     keys = Keys(1, {1: bytes.fromhex(config.cluster.key)})
     peer = Peer(config.node.id, bytes.fromhex(config.cluster.id), Incarnation(0))
-    return Target([address], int(port or 10809), keys, peer)
+    return Target(addresses, port, keys, peer)
+
+
+def _addresses(server: str) -> tuple[list[str], int]:
+    """ADDRESS[:PORT], or the name of a server that clusterd knows."""
+    address, _, port = server.partition(":")
+    if "." in address or address == "localhost":
+        return [address], int(port or SERVER_PORT)
+    for row in call("cluster.status")["servers"]:
+        if row["name"] == server:
+            return list(row["addresses"]), int(row["port"])
+    raise UsageError(f"the cluster knows no server {server}", hint="see: clusterctl status")
 
 
 @click.group()
-@click.option("--server", "-s", required=True, metavar="ADDRESS[:PORT]", help="The gnbd-server.")
+@click.option(
+    "--server", "-s", required=True, metavar="NAME|ADDRESS[:PORT]", help="The gnbd-server."
+)
 @click.option("--config", metavar="FILE", help="node.toml with the cluster key.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.pass_context

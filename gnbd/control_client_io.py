@@ -23,10 +23,11 @@ from gnbd.control_session import Peer
 __all__ = ["Control", "InstallRefusedError", "drive", "open_control"]
 A = TypeVar("A")
 
-
-class Control:CUT_MS = 1000
+CUT_MS = 1000
 """A session whose peer does not acknowledge for so long breaks (a cut network): open another."""
 
+
+class Control:
     """A long-lived session of clusterd (trio). Calls are serialised; when the connection breaks
     every call raises UnreachableError: open a new session."""
 
