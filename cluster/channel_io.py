@@ -199,7 +199,7 @@ class Channel:
         self._keys = Keys(0, {0: session})
 
 
-def tune(sock: socket.socket, dead_ms: int) -> None:
+def tune(sock: socket.socket | trio.socket.SocketType, dead_ms: int) -> None:
     """No delay for small frames; a dead peer is noticed even while we are silent."""
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, dead_ms)

@@ -200,10 +200,11 @@ class ServerLinks:
             message: Message | None = None
             with trio.move_on_after(self._timing.dead_ms / 4000):
                 message = await lane.receive.receive()
-            with trio.fail_after(timeout_s):
-                if message is None:
+            if message is None:
+                with trio.fail_after(REGISTER_TIMEOUT_S):
                     await control.ping()
-                    continue
+                continue
+            with trio.fail_after(timeout_s):
                 answers = await control.cluster_call(message)
             for answer in answers:
                 self._step(Received(int(link.info.id), answer))

@@ -86,12 +86,15 @@ class Node:
             raise AssertionError(f"{module} {args}: {done.stdout}{done.stderr}\n{self.logs()}")
         return done.stdout
 
+    def command(self):
+        return [sys.executable, "-m", "node.daemon"]
+
     def start(self):
         """Start clusterd; returns when its socket answers."""
         self.base.mkdir(parents=True, exist_ok=True)
         with (self.base / "log").open("ab") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "node.daemon"],
+                self.command(),
                 env=self.environment, cwd=ROOT, stderr=log, stdout=log,
             )  # fmt: skip
         self.cluster.started.append(self.process)
