@@ -1,13 +1,14 @@
 """What a mount keeps in memory under its locks: blocks of inodes and groups, unwritten data.
 
 A `Covered` owns the nodes that one lock protects. It is emptied when its lock goes to nothing.
-There is one `InodeState` per inode at a time: it stays in the table while it is pinned, cached or
-dirty, so two tasks never work on two copies of one inode.
+There is one `InodeState` per inode at a time: the table finds it again as long as anybody refers to
+it, so two tasks never work on two copies of one inode.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from weakref import WeakValueDictionary
 
 from cfs.lock_names import inode_lock_name
 from cfs.nodes import GroupNode, InodeNode, Node
@@ -78,7 +79,7 @@ class InodeState(Covered):
     """
 
     __slots__ = (
-        "changed_in", "clean", "direct_done", "direct_writes", "error_count", "error_seen",
+        "__weakref__", "changed_in", "clean", "direct_done", "direct_writes", "error_count", "error_seen",
         "flush_done", "flushing", "map_version", "open_count", "open_lock", "pages", "pins",
         "written_at",
     )  # fmt: skip
@@ -153,14 +154,22 @@ class InodeTable:
         self._hooks = hooks
         self.limit = limit
         self.states: dict[int, InodeState] = {}
+        self._referred: WeakValueDictionary[int, InodeState] = WeakValueDictionary()
 
     def get(self, ino: int) -> InodeState:
         """The state of an inode, made if it is not there."""
         state = self.states.get(ino)
         if state is None:
-            lock = self._locks.get(inode_lock_name(ino), self._hooks)
-            state = self.states[ino] = InodeState(ino, lock)
+            state = self._referred.get(ino)
+            if state is None:
+                lock = self._locks.get(inode_lock_name(ino), self._hooks)
+                state = self._referred[ino] = InodeState(ino, lock)
+            self.states[ino] = state
         return state
+
+    def find(self, ino: int) -> InodeState | None:
+        """The state of an inode if there is one."""
+        return self.states.get(ino) or self._referred.get(ino)
 
     def forget(self, state: InodeState) -> None:
         """Take an idle state whose lock is gone out of the table."""

@@ -388,7 +388,7 @@ class Core:
         kind = lock.name[:1]
         if kind == b"I":
             ino = number_of(lock.name)
-            state = self.table.states.get(ino)
+            state = self.table.find(ino)
             if state is not None:
                 state.nodes.clear()
             self.kernel.granted(ino, mode)
@@ -413,7 +413,7 @@ class Core:
 
     async def _demote_inode(self, ino: int, lock: CachedLock, mode: Mode) -> None:
         await self.kernel.revoke(ino, mode)
-        state = self.table.states.get(ino)
+        state = self.table.find(ino)
         if state is None:
             return
         if lock.mode == Mode.EX:

@@ -377,8 +377,9 @@ class Names:
                 source, target = await self._rename_peek(old, new, name, new_name)
                 moves = source[1] == DIRECTORY_TYPE and old is not new
                 if moves and rename_lock is None:
-                    rename_lock = core.locks.get(RENAME_LOCK, core)
-                    await rename_lock.hold(Mode.EX)
+                    lock = core.locks.get(RENAME_LOCK, core)
+                    await lock.hold(Mode.EX)
+                    rename_lock = lock
                     continue
                 if moves:
                     await self._need_no_cycle(source[0], new_parent)

@@ -175,7 +175,7 @@ async def add_journal(core: Core, slots: SlotsNode) -> None:
         node.journals.append(place)
 
     await core.run(enter)
-    await core.journal.commit()
+    await core.journal.checkpoint()
 
 
 def _allocate_journal(core: Core, tx: Tx, wanted: int) -> tuple[int, int]:

@@ -1,7 +1,7 @@
 """Several lock caches on one lock table in one process: a cluster's locks without a cluster.
 
-Only the engine is replaced; the cache with its queues, demotions and holds is the real one. A member
-that is killed keeps its locks until `release_dead`.
+Only the engine is replaced; the cache with its queues, demotions and holds is the real one. A
+member that is killed keeps its locks until `release_dead`.
 """
 
 from __future__ import annotations
@@ -121,6 +121,8 @@ class MemberEngine:
     def lock(self, name: bytes, mode: Mode, flags: Flags, client: LockClient) -> int:
         table = self.table
         table.numbers += 1
+        if self.dead:
+            return table.numbers
         lock = Lock(table.numbers, name, client, self)
         resource = table.resources.setdefault(name, Resource())
         resource.locks.append(lock)
@@ -145,6 +147,8 @@ class MemberEngine:
         table.pump()
 
     def convert(self, lock: int, mode: Mode, flags: Flags, lvb: bytes | None = None) -> Result:
+        if self.dead:
+            return Result.GRANTED
         found = self.locks[lock]
         resource = self.table.resources[found.name]
         if lvb is not None:
@@ -159,6 +163,8 @@ class MemberEngine:
         return Result.GRANTED
 
     def unlock(self, lock: int, flags: Flags, lvb: bytes | None = None) -> Result:
+        if self.dead:
+            return Result.GRANTED
         found = self.locks.pop(lock)
         resource = self.table.resources[found.name]
         if lvb is not None:
@@ -171,6 +177,8 @@ class MemberEngine:
         return Result.GRANTED
 
     def cancel(self, lock: int) -> Result:
+        if self.dead:
+            return Result.GRANTED
         found = self.locks[lock]
         resource = self.table.resources[found.name]
         if found in resource.queue:

@@ -1,8 +1,8 @@
 """Every prefix of the write log mounts, replays, is clean, and holds what was synced.
 
-With operations that never overwrite data the recovered file system must be exactly one of the states
-between the last sync and the crash: transactions are atomic and in order, data comes before the
-metadata that shows it.
+With operations that never overwrite data the recovered file system must be exactly one of the
+states between the last sync and the crash: transactions are atomic and in order, data comes before
+the metadata that shows it.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import random
 import pytest
 import trio
 
-from cfs.attributes import MountOptions
+from cfs.attributes import MountOptions, SetAttributes
 from cluster.device_memory import LogEntry, LoggedFlush, MemoryDevice
 from tests.cfs.harness import QUIET, fsck, make_device, mounted, tree_of
 from tests.cfs.test_model import NAMES, Model, Refused, both
@@ -183,3 +183,26 @@ async def test_a_write_that_was_not_acknowledged_may_be_torn_but_is_clean() -> N
             await tree_of(fs)
             await trio.lowlevel.checkpoint()
         await fsck(crashed)
+
+
+async def test_bytes_beyond_the_end_never_appear() -> None:
+    """An append whose data reached the disk and whose transaction did not."""
+    device = await make_device(8, group_blocks=512)
+    async with mounted(device, unmount=False) as fs:
+        made = await fs.create(fs.root_ino, b"f", 0o644, 0, 0)
+        await fs.write(made.ino, 0, b"a" * 5000)
+        await fs.fsync(made.ino)
+        await fs.write(made.ino, 5000, b"b" * 2000)
+        await fs.core.pages.flush_all()
+    for offset in (0, 6000, 20_000):
+        crashed = device.snapshot()
+        async with mounted(crashed) as fs:
+            if offset:
+                await fs.write(made.ino, offset, b"c")
+            else:
+                await fs.setattr(made.ino, SetAttributes(size=9000))
+            expected = b"a" * 5000 + bytes(offset - 5000) + b"c" if offset else b"a" * 5000
+            expected = expected.ljust(9000, b"\0") if not offset else expected
+            assert await fs.read(made.ino, 0, 30_000) == expected
+            await fs.fsync(made.ino)
+            assert await fs.read(made.ino, 0, 30_000) == expected

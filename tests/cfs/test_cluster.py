@@ -1,0 +1,290 @@
+"""Several mounts on one disk: coherence, hand-over of locks, deaths and recovery."""
+
+from __future__ import annotations
+
+import errno
+import random
+
+import pytest
+import trio
+
+from cfs.attributes import MountOptions, SetAttributes
+from cfs.errors import FsError
+from cfs.filesystem import FileSystem
+from tests.cfs.harness import cluster, fsck, make_device, mounted, tree_of
+from tests.cfs.test_crash import image, random_step
+from tests.cfs.test_model import Model, both, resolve
+
+pytestmark = pytest.mark.trio
+BUSY = MountOptions(commit_interval_ms=20, checkpoint_interval_ms=60, inode_pool=4)
+
+
+async def test_what_one_returned_the_other_sees() -> None:
+    device = await make_device(32)
+    async with cluster(device) as group:
+        one, two = await group.mount(1), await group.mount(2)
+        root = one.root_ino
+        for number in range(30):
+            first, second = (one, two) if number % 2 else (two, one)
+            made = await first.create(root, b"f%d" % number, 0o644, 0, 0)
+            assert await second.lookup(root, b"f%d" % number) == made
+            await second.write(made.ino, 0, b"x" * number * 500)
+            seen = await first.getattr(made.ino)
+            assert seen.size == number * 500
+            assert await first.read(made.ino, 0, 99_999) == b"x" * number * 500
+            await first.setattr(made.ino, SetAttributes(size=7))
+            assert (await second.read(made.ino, 0, 100)) == (b"x" * number * 500)[:7].ljust(
+                7, b"\0"
+            )
+            await second.rename(root, b"f%d" % number, root, b"g%d" % number)
+            with pytest.raises(FsError, match="ENOENT"):
+                await first.lookup(root, b"f%d" % number)
+        assert await tree_of(one) == await tree_of(two)
+    await fsck(device)
+
+
+async def test_all_append_to_one_file() -> None:
+    device = await make_device(32)
+    async with cluster(device) as group:
+        mounts = [await group.mount(number, BUSY) for number in (1, 2, 3)]
+        made = await mounts[0].create(mounts[0].root_ino, b"log", 0o644, 0, 0)
+
+        async def append(number: int, fs: FileSystem) -> None:
+            for step in range(100):
+                record = b"%d %03d %s\n" % (number, step, b"x" * (step * 7 % 200))
+                assert await fs.write(made.ino, 0, record, append=True) == len(record)
+
+        with trio.fail_after(60):
+            async with trio.open_nursery() as nursery:
+                for number, fs in enumerate(mounts):
+                    nursery.start_soon(append, number, fs)
+        text = await mounts[1].read(made.ino, 0, 1 << 20)
+        lines = text.splitlines()
+        for number in range(3):
+            mine = [line for line in lines if line.startswith(b"%d " % number)]
+            assert [int(line.split()[1]) for line in mine] == list(range(100))
+        assert len(lines) == 300
+    await fsck(device)
+
+
+async def test_all_work_in_one_directory() -> None:
+    device = await make_device(64, group_blocks=512)
+    async with cluster(device) as group:
+        mounts = [await group.mount(number, BUSY) for number in (1, 2, 3)]
+        root = mounts[0].root_ino
+
+        async def work(number: int, fs: FileSystem) -> None:
+            rng = random.Random(number)
+            for step in range(120):
+                name = b"n%d-%d" % (number, step)
+                made = await fs.create(root, name, 0o644, 0, 0)
+                await fs.write(made.ino, 0, name * rng.randrange(1, 1500))
+                if step % 3 == 0:
+                    await fs.rename(root, name, root, b"moved-" + name)
+                elif step % 4 == 1:
+                    await fs.unlink(root, name)
+                if step % 10 == 0:
+                    await fs.fsync(made.ino)
+
+        with trio.fail_after(100):
+            async with trio.open_nursery() as nursery:
+                for number, fs in enumerate(mounts):
+                    nursery.start_soon(work, number, fs)
+        trees = [await tree_of(fs) for fs in mounts]
+        assert trees[0] == trees[1] == trees[2]
+        assert len(trees[0]) == 3 * 100
+    await fsck(device)
+
+
+async def test_crossing_renames_end() -> None:
+    """Directories moved into each other from all mounts: no cycle, no deadlock."""
+    device = await make_device(32)
+    async with cluster(device) as group:
+        mounts = [await group.mount(number, BUSY) for number in (1, 2, 3)]
+        root = mounts[0].root_ino
+        names = [b"a", b"b", b"c", b"d"]
+        for name in names:
+            await mounts[0].mkdir(root, name, 0o755, 0, 0)
+
+        async def move(number: int, fs: FileSystem) -> None:
+            rng = random.Random(number)
+            for _ in range(60):
+                paths = list(await tree_of_retrying(fs))
+                source, target = rng.choice(paths), rng.choice([*paths, b""])
+                try:
+                    old = await resolve(fs, tuple(source.split(b"/")[1:-1]))
+                    new = await resolve(fs, tuple(target.split(b"/")[1:]))
+                    name = source.split(b"/")[-1]
+                    await fs.rename(old, name, new, name)
+                except FsError as error:
+                    assert error.errno in (  # noqa: PT017
+                        errno.EINVAL, errno.ENOENT, errno.ENOTEMPTY, errno.ENOTDIR, errno.ESTALE
+                    )  # fmt: skip
+
+        with trio.fail_after(100):
+            async with trio.open_nursery() as nursery:
+                for number, fs in enumerate(mounts):
+                    nursery.start_soon(move, number, fs)
+        assert len(await tree_of(mounts[0])) == len(names)
+    await fsck(device)
+
+
+async def tree_of_retrying(fs: FileSystem) -> dict[bytes, object]:
+    for _ in range(1000):
+        try:
+            found = await tree_of(fs)
+        except FsError:
+            continue
+        if found:
+            return found
+    raise AssertionError("the tree never stands still")
+
+
+async def test_open_elsewhere_keeps_the_file() -> None:
+    device = await make_device(32)
+    async with cluster(device) as group:
+        one, two = await group.mount(1), await group.mount(2)
+        root = one.root_ino
+        free = (await one.statfs()).free_blocks
+        made = await one.create(root, b"f", 0o644, 0, 0)
+        await one.write(made.ino, 0, b"x" * 100_000)
+        await two.open_ref(made.ino)
+        await one.unlink(root, b"f")
+        assert await two.read(made.ino, 99_990, 100) == b"x" * 10
+        await two.write(made.ino, 0, b"y")
+        await one.sync()
+        assert (await two.getattr(made.ino)).nlink == 0
+        two.close_ref(made.ino)
+        with trio.fail_after(10):
+            while one.orphans.where:  # noqa: ASYNC110
+                await trio.sleep(0.001)
+        await one.sync()
+        await two.sync()
+        with pytest.raises(FsError, match="ESTALE"):
+            await two.getattr(made.ino)
+        used = free - (await one.statfs()).free_blocks
+        assert used <= 1
+    await fsck(device)
+
+
+async def test_remounts_find_journals_and_more_are_made() -> None:
+    device = await make_device(64, journals=2)
+    async with cluster(device) as group:
+        for number in range(1, 6):
+            fs = await group.mount(number)
+            with trio.fail_after(10):
+                while True:
+                    journals = await fs.query("journals", {})
+                    if any(journal["state"] == "free" for journal in journals):
+                        break
+                    await trio.sleep(0.001)
+            await fs.create(fs.root_ino, b"f%d" % number, 0o644, 0, 0)
+        assert len(journals) == 6
+    await fsck(device)
+
+
+async def test_growth_is_seen_by_all() -> None:
+    device = await make_device(16, group_blocks=1024)
+    async with cluster(device) as group:
+        one, two = await group.mount(1), await group.mount(2)
+        device.grow(64 << 20)
+        grown = await one.grow()
+        two._beliefs_at = -(1 << 62)
+        assert (await two.statfs()).blocks == grown.blocks == 16_384
+        made = await two.create(two.root_ino, b"f", 0o644, 0, 0)
+        for step in range(30):
+            await two.write(made.ino, step << 20, bytes([step]) * (1 << 20))
+        assert await one.read(made.ino, 29 << 20, 4) == bytes([29]) * 4
+    await fsck(device)
+
+
+@pytest.mark.parametrize("seed", range(4))
+async def test_a_dead_mount_leaves_what_it_synced(seed: int) -> None:
+    rng = random.Random(seed)
+    device = await make_device(64, group_blocks=512)
+    async with cluster(device) as group:
+        mounts = {number: await group.mount(number, BUSY) for number in (1, 2, 3)}
+        root = mounts[1].root_ino
+        synced: dict[bytes, bytes] = {}
+
+        async def work(number: int) -> None:
+            fs = mounts[number]
+            local = random.Random(seed * 10 + number)
+            for step in range(400):
+                name = b"n%d-%d" % (number, step)
+                data = local.randbytes(16) * local.choice([1, 10, 1000])
+                made = await fs.create(root, name, 0o644, 0, 0)
+                await fs.write(made.ino, 0, data)
+                if local.random() < 0.3:
+                    await fs.fsync(made.ino)
+                    synced[name] = data
+                if step % 5 == 2 and name not in synced:
+                    await fs.unlink(root, name)
+
+        victim = rng.choice([1, 2, 3])
+        scopes = {number: trio.CancelScope() for number in mounts}
+
+        async def run(number: int) -> None:
+            with scopes[number]:
+                try:
+                    await work(number)
+                except (RuntimeError, BaseExceptionGroup):
+                    assert number == victim
+
+        with trio.fail_after(100):
+            async with trio.open_nursery() as nursery:
+                for number in mounts:
+                    nursery.start_soon(run, number)
+                await trio.sleep(rng.uniform(0.05, 0.3))
+                scopes[victim].cancel()
+                group.kill(victim)
+                await group.recover(victim)
+        survivor = group.members[min(group.members)].fs
+        for name, data in synced.items():
+            found = await survivor.lookup(root, name)
+            assert await survivor.read(found.ino, 0, 1 << 20) == data
+        await tree_of(survivor)
+    await fsck(device)
+
+
+@pytest.mark.parametrize("seed", range(4))
+async def test_crash_of_all_is_clean_and_keeps_the_order(seed: int) -> None:
+    """Both mounts and the disk's cache die at once: journals hold old images of blocks that the
+    other mount changed, freed and used again since."""
+    rng = random.Random(seed)
+    device = await make_device(8, group_blocks=512, log_writes=True)
+    begin = len(device.log)
+    model = Model()
+    options = MountOptions(background=False, inode_pool=4)
+    async with trio.open_nursery() as nursery:
+        async with cluster(device) as group:
+            mounts = [await group.mount(number, options) for number in (1, 2)]
+            states = [model.tree()]
+            marks = [len(device.log)]
+            synced = [0]
+            for step_number in range(150):
+                step = random_step(rng)
+                fs = mounts[rng.randrange(2)]
+                await both(fs, model, step)
+                if step[0] == "sync" or step_number % 10 == 9:
+                    for each in mounts:
+                        await each.sync()
+                    step = ("sync",)
+                if step_number % 23 == 22:
+                    await fs.tick(checkpoint=True)
+                states.append(model.tree())
+                marks.append(len(device.log))
+                synced.append(len(states) - 1 if step[0] == "sync" else synced[-1])
+            log = list(device.log)
+        nursery.cancel_scope.cancel()
+    for count in sorted(rng.sample(range(begin, len(log)), 30)):
+        for choice in (None, random.Random(count)):
+            crashed = image(device.size_bytes, log, count, choice)
+            await fsck(crashed)
+            async with mounted(crashed) as fs:
+                found = await tree_of(fs)
+            done = max((index for index, mark in enumerate(marks) if mark <= count), default=0)
+            for path, content in states[synced[done]].items():
+                if all(state.get(path) == content for state in states[synced[done] : done + 2]):
+                    assert found.get(path) == content, path
+            await fsck(crashed)
