@@ -2,8 +2,8 @@
 
 Order after a death (rule R4): the group hears of the view without the dead instance, later that it
 is *silent*, then its lowest member replays its journals and says so, then the group hears that it
-is *released*. The dead and silent lists are in every event, so that whoever is lowest after the next
-death starts again; a replay is repeatable. Members order by instance.
+is *released*. The dead and silent lists are in every event, so that whoever is lowest after the
+next death starts again; a replay is repeatable. Members order by instance.
 
 Invariants: a replay is started only for a silent instance, only by the lowest member, at most once
 at a time; while anybody is dead the file system is `recovering` (no freed block is used again).
@@ -15,7 +15,13 @@ from dataclasses import dataclass, field
 
 import msgspec
 
+from cfs import stage
+from cfs.attributes import BLOCK_BYTES
+from cfs.errors import CorruptionError
+from cfs.format import SLOT_TABLE_BLOCK
+from cfs.replay import Replayer
 from cluster.control import GroupEvent
+from cluster.device import BlockDevice
 from cluster.ids import Instance
 
 
@@ -97,3 +103,21 @@ class RecoveryCore:
         """Assert the invariants."""
         assert not self.running & self.finished
         assert self.silent <= self.dead
+
+
+async def replay_unmounted(device: BlockDevice, dead: Instance) -> int:
+    """Replay the journals of a dead instance without a mounted file system; how many."""
+    superblock = await stage.read_superblock(device)
+    replayer = Replayer(device, superblock)
+    count = 0
+    table = await device.read(SLOT_TABLE_BLOCK * BLOCK_BYTES, BLOCK_BYTES)
+    for place in stage._places(superblock.fs, table):
+        try:
+            header = await replayer.header(place)
+        except CorruptionError:
+            continue
+        if header.in_use and header.owner == dead:
+            await replayer.replay(place, header)
+            await replayer.finish(place, header)
+            count += 1
+    return count

@@ -37,8 +37,12 @@ def page(version):
 
 
 class Said(StatusPipe):
+    def __init__(self):
+        super().__init__()
+        self.mounted = trio.Event()
+
     def report(self, exit_code, message=""):
-        print("MOUNTED" if not exit_code else message, flush=True)
+        self.mounted.set()
 
 
 class Changing(MemoryFileSystem):
@@ -110,23 +114,17 @@ def main():
         return fs
 
     async def run():
-        if os.path.exists("/tmp/fusetest/dump.py"):
-            sys.path.insert(0, "/tmp/fusetest")
-            import dump
-
-            dump.install()
         async with trio.open_nursery() as nursery:
-            mount = Mount(arguments)
+            mount, said = Mount(arguments), Said()
 
             async def later():
-                while mount.operations is None:
-                    await trio.sleep(0.01)
+                await said.mounted.wait()
                 await revoke_for_ever(mount, make.fs.locks, float(pause_ms) / 1000, chooser)
 
             nursery.start_soon(later)
-            code = await mount.run(open_local, make, lambda nursery: None, Said())
+            code = await mount.run(open_local, make, lambda nursery: None, said)
             nursery.cancel_scope.cancel()
-        print("VERSION", make.fs.version, mount.counters(), flush=True)
+        print("VERSION", make.fs.version, mount.counters(), file=sys.stderr, flush=True)
         return code
 
     with tempfile.NamedTemporaryFile() as image:

@@ -1,7 +1,7 @@
 """A client program: reads a file of versioned pages by KIND and counts what is too old.
 
-Arguments: FILE VERSION_FILE KIND THREADS SECONDS SEED. Prints: reads, stale reads, newest version.
-KIND: pread, mmap, direct, stat, write (buffered counters in the first pages), store (mmap counters).
+Arguments: FILE VERSION_FILE KIND THREADS SECONDS SEED. Prints: reads, stale, newest.
+KIND: pread, mmap, direct, write (counters in our own pages), store (the same through mmap).
 """
 
 import mmap

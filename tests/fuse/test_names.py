@@ -67,8 +67,9 @@ def test_chmod_chown_utimens(place):
 
 def test_kinds_of_nodes(place):
     """mknod makes pipes, sockets, devices and files."""
-    for kind, device in ((stat.S_IFIFO, 0), (stat.S_IFSOCK, 0), (stat.S_IFREG, 0),
-                         (stat.S_IFCHR, os.makedev(1, 3)), (stat.S_IFBLK, os.makedev(7, 0))):  # fmt: skip
+    devices = {stat.S_IFCHR: os.makedev(1, 3), stat.S_IFBLK: os.makedev(7, 0)}
+    for kind in (stat.S_IFIFO, stat.S_IFSOCK, stat.S_IFREG, *devices):
+        device = devices.get(kind, 0)
         path = place / str(kind)
         os.mknod(path, kind | 0o640, device)
         found = os.lstat(path)
@@ -140,7 +141,7 @@ def test_unlinked_file_lives_while_open(place):
 
 
 def test_rename_cases(place):
-    """Over nothing, over a file, over a directory, onto itself, into itself, between directories."""
+    """Over nothing, a file, a directory, itself; into itself; between directories."""
     for name in ("d1", "d2", "d3"):
         (place / name).mkdir()
     (place / "a").write_bytes(b"a")

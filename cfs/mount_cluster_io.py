@@ -1,0 +1,264 @@
+"""A mount in the cluster: instance, volume, lockspace, guard, and the recovery of dead members.
+
+The group of a file system is its lockspace, `cfs:UUID`. Events of clusterd arrive in order and are
+handled synchronously: views go to the volume (data is used in an epoch only on servers that have
+installed it), group events to the mesh, the lockspace and `RecoveryCore`.
+
+A member that is still mounting may be the lowest of its group, and what it waits for may hang on
+the recovery of a dead one; so it can replay without a mounted file system: the dead one's list of
+unlinked files then stays with the journal's slot, and is taken over by the mount that goes on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+import msgspec
+import trio
+from dlm.lockspace_io import LockspaceMember, join
+
+from cfs import stage
+from cfs.errors import FsError
+from cfs.guard_client_io import GuardSession, SharedInodeTable, attach
+from cfs.mount_fuse_io import fuse
+from cfs.mount_interrupt_io import InterruptibleRuntime, RequestWaits
+from cfs.mount_options import MountArguments
+from cfs.mount_process_io import Mount
+from cfs.mount_recovery import (
+    Recovering,
+    RecoveryAction,
+    RecoveryCore,
+    Release,
+    Replay,
+    replay_unmounted,
+)
+from cluster.control import GroupEvent, InstanceGranted, ViewInfo
+from cluster.control_io import Session, open_session
+from cluster.device import BlockDevice
+from cluster.errors import StackError
+from cluster.ids import Instance
+from cluster.mesh_io import TrioMesh, open_mesh
+from cvm.target_io import VolumeClient, open_volume
+
+log = logging.getLogger("cfs.mount")
+
+GATE_POLL_S = 0.005
+STAMPS_PER_STALL = 8
+REPLAY_RETRY_S = 0.2
+CFS_VERBS = ("df", "journals", "grow", "sync", "counters")
+
+
+class ClusterBackend:
+    """Implements `cfs.mount_process_io.Backend`."""
+
+    def __init__(self, arguments: MountArguments, mount: Mount) -> None:
+        self.waits = RequestWaits()
+        self.table = SharedInodeTable()
+        self.volumes = VolumeClient()
+        self.granted: InstanceGranted
+        self.session: Session
+        self.device: BlockDevice
+        self.locks: LockspaceMember
+        self._arguments = arguments
+        self._mount = mount
+        self._mesh: TrioMesh | None = None
+        self._early: list[GroupEvent] = []
+        self._recovery: RecoveryCore
+        self._nursery: trio.Nursery
+        self._guard: GuardSession | None = None
+        self._group = ""
+        self._leaving = False
+
+    @property
+    def owner(self) -> Instance:
+        return self.granted.instance
+
+    def is_barred(self, instance: Instance) -> bool:
+        return self._recovery.gone(instance)
+
+    # -- beginning ---------------------------------------------------------------------------------
+
+    def handlers(self) -> dict[str, Callable[[dict[str, Any]], Awaitable[Any]]]:
+        """What clusterd may call."""
+        found = dict(self.volumes.handlers())
+        for verb in CFS_VERBS:
+            found[f"cfs.{verb}"] = self._cfs_query(verb)
+        for verb in ("spaces", "locks", "waiters", "why", "dump"):
+            found[f"dlm.{verb}"] = self._dlm_query(verb)
+        return found
+
+    def _cfs_query(self, verb: str) -> Callable[[dict[str, Any]], Awaitable[Any]]:
+        async def answer(params: dict[str, Any]) -> Any:
+            if self._mount.fs is None:
+                raise StackError("the file system is still being mounted")
+            try:
+                return await self._mount.query(verb, params)
+            except FsError as error:
+                raise StackError(f"{verb}: {error}") from error
+
+        return answer
+
+    def _dlm_query(self, verb: str) -> Callable[[dict[str, Any]], Awaitable[Any]]:
+        async def answer(params: dict[str, Any]) -> Any:
+            return await self.locks.query(verb, params)
+
+        return answer
+
+    async def open(self, session: Session, nursery: trio.Nursery) -> None:
+        """Register, open the volume; the lockspace comes next."""
+        self.session = session
+        self._nursery = nursery
+        parameters = {"kind": "mount", "title": self._arguments.volume, "pid": os.getpid()}
+        answer = await session.call("instance.register", parameters)
+        self.granted = msgspec.convert(answer, InstanceGranted)
+        self._recovery = RecoveryCore(self.granted.instance)
+        nursery.start_soon(self._watch_session)
+        volume = self._arguments.volume
+        self.device = await open_volume(
+            session, volume, "sharedwrite", self.granted, nursery, self.volumes
+        )
+        superblock = await stage.read_superblock(self.device)
+        self._group = f"cfs:{superblock.uuid.hex()}"
+
+    async def addresses(self) -> list[str]:
+        """Where this node's member processes listen: one address per network."""
+        for row in await self.session.call("cluster.nodes", {}):
+            if row["id"] == self.granted.instance.node:
+                return [str(address) for address in row["addresses"]]
+        raise StackError("clusterd does not know its own node")
+
+    @contextlib.asynccontextmanager
+    async def join(self) -> AsyncIterator[None]:
+        """Be a member of the file system's group and lockspace."""
+        addresses = await self.addresses()
+        retry_ms = self.granted.timing.link_down_ms
+        async with open_mesh(
+            self.granted.instance, addresses, group=self._group, retry_ms=retry_ms
+        ) as mesh:
+            self._mesh = mesh
+            async with join(mesh, self._group) as locks:
+                self.locks = locks
+                locks.cache.runtime = InterruptibleRuntime(locks.cache.runtime, self.waits)
+                for event in self._early:
+                    mesh.group_event(event)
+                self._early.clear()
+                parameters = {"group": self._group, "addresses": addresses, "port": mesh.port}
+                await self.session.call("group.join", parameters)
+                await locks.wait_member()
+                yield
+
+    # -- events ------------------------------------------------------------------------------------
+
+    def on_event(self, name: str, data: Any) -> None:
+        """An event of clusterd, in its order."""
+        if name == "view":
+            self.volumes.on_view(msgspec.convert(data, ViewInfo))
+        elif name == "group":
+            self._group_event(msgspec.convert(data, GroupEvent))
+        elif name == "barred":
+            self._mount.fail(f"this instance was put out of the cluster: {data}")
+
+    def _group_event(self, event: GroupEvent) -> None:
+        if self._mesh is None:
+            self._early.append(event)
+        else:
+            self._mesh.group_event(event)
+        self._perform(self._recovery.event(event))
+
+    def _perform(self, actions: list[RecoveryAction]) -> None:
+        for action in actions:
+            match action:
+                case Recovering(recovering):
+                    self.recovering = recovering
+                    if self._mount.fs is not None:
+                        self._mount.fs.set_recovering(recovering)
+                case Replay(dead):
+                    self._nursery.start_soon(self._replay, dead)
+                case Release(dead):
+                    self._nursery.start_soon(self._release, dead)
+
+    recovering = False
+
+    async def _replay(self, dead: Instance) -> None:
+        log.info("replaying the journals of %s", dead)
+        fs = self._mount.fs
+        try:
+            if fs is not None:
+                count = await fs.recover(dead)
+            else:
+                count = await replay_unmounted(self.device, dead)
+        except StackError as error:
+            log.error("the replay for %s failed: %s", dead, error)
+            self._recovery.failed(dead)
+            raise
+        log.info("replayed %d journals of %s", count, dead)
+        self._perform(self._recovery.done(dead))
+
+    async def _release(self, dead: Instance) -> None:
+        parameters = {"group": self._group, "instance": msgspec.to_builtins(dead)}
+        await self.session.call("group.released", parameters)
+
+    async def _watch_session(self) -> None:
+        await self.session.closed.wait()
+        if not self._leaving:
+            self._mount.fail("clusterd is gone")
+
+    # -- guard -------------------------------------------------------------------------------------
+
+    async def mounted(self, mount: Mount) -> None:
+        """Put the mount under guard before anything is answered."""
+        assert mount.fs is not None
+        mount.fs.set_recovering(self.recovering)
+        session = mount.session
+        self._guard = await attach(
+            self.granted.guard_socket,
+            self.granted.instance,
+            session.minor,
+            session.mountpoint,
+            (session.descriptor, self.table.descriptor),
+        )
+        fuse.set_gate(self._guard.gate)
+        self._nursery.start_soon(self._stamp, self._guard)
+        await self.session.send_fds(
+            "instance.fuse",
+            {"connection": session.minor, "mountpoint": session.mountpoint},
+            [session.descriptor],
+        )
+
+    async def _stamp(self, guard: GuardSession) -> None:
+        """Show progress; send what a closed gate has kept as soon as it opens."""
+        timing = self.granted.timing
+        pause_s = min(timing.heartbeat_ms, timing.dead_ms / STAMPS_PER_STALL) / 1000
+        while True:
+            guard.gate.stamp()
+            kept = fuse.gate_flush()
+            await trio.sleep(GATE_POLL_S if kept else pause_s)
+
+    # -- end ---------------------------------------------------------------------------------------
+
+    async def end(self) -> None:
+        """The file system is clean: give everything back in order."""
+        fuse.set_gate(None)
+        if self._guard is not None:
+            await self._guard.detach()
+        await self.locks.leave()
+        await self.session.call("group.leave", {"group": self._group})
+        await self.volumes.close(self.session, self._arguments.volume)
+        self._leaving = True
+        await self.session.call("instance.leave", {})
+
+
+@contextlib.asynccontextmanager
+async def open_cluster(arguments: MountArguments, mount: Mount) -> AsyncIterator[ClusterBackend]:
+    """Everything below the file system, for the life of the mount."""
+    backend = ClusterBackend(arguments, mount)
+    async with open_session(None, backend.handlers(), backend.on_event) as session:
+        async with trio.open_nursery() as nursery:
+            await backend.open(session, nursery)
+            async with backend.join():
+                yield backend
+            nursery.cancel_scope.cancel()

@@ -1,0 +1,89 @@
+"""A frozen lock stops whom it must and nobody else (rule G6)."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.fuse.mounting import DEADLINE_S, Mounted, scratch
+
+
+@pytest.fixture
+def frozen():
+    """A mount on which `f` waits for a lock, and the process that serves it."""
+    with scratch() as directory:
+        path = directory / "mnt"
+        path.mkdir()
+        words = ["-m", "tests.fuse.frozen_mount", str(path), str(directory)]
+        mounted = Mounted(words, path, directory / "log")
+        try:
+            yield mounted
+        finally:
+            mounted.destroy()
+
+
+def stuck(mounted, *command):
+    """A client that waits in a request."""
+    before = mounted.counters().get("getattr", 0) + mounted.counters().get("lookup", 0)
+    client = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    end = time.monotonic() + DEADLINE_S
+    while mounted.counters().get("getattr", 0) + mounted.counters().get("lookup", 0) == before:
+        assert time.monotonic() < end
+    return client
+
+
+def test_a_killed_caller_ends(frozen):
+    """kill -9 of a program that waits for the lock ends it although nobody gives the lock."""
+    client = stuck(frozen, "cat", frozen.path / "f")
+    assert client.poll() is None
+    client.kill()
+    client.wait(DEADLINE_S)
+    assert (frozen.path / "free").read_bytes() == b"data", "others go on"
+    assert frozen.close() == 0
+
+
+def test_a_harmless_signal_does_not_end_the_wait(frozen):
+    """A handled signal interrupts nothing: the read succeeds once the lock comes."""
+    program = (
+        "import signal; signal.signal(signal.SIGUSR1, lambda *_: None)\n"
+        f"print(open({str(frozen.path / 'f')!r}).read())"
+    )
+    client = stuck(frozen, "python3", "-c", program)
+    client.send_signal(10)
+    assert (frozen.path / "free").read_bytes() == b"data"
+    assert client.poll() is None
+    (frozen.log.parent / "thaw").touch()
+    out, error = client.communicate(timeout=DEADLINE_S)
+    assert out == "data\n", error
+    assert frozen.close() == 0
+
+
+def test_a_forced_unmount_ends_all(frozen):
+    """umount -f: the waiting program gets an error, the mount process ends and leaves no mount."""
+    client = stuck(frozen, "cat", frozen.path / "f")
+    subprocess.run(["umount", "-f", frozen.path], capture_output=True)
+    assert client.wait(DEADLINE_S) != 0
+    frozen.process.wait(DEADLINE_S)
+    assert f" {frozen.path} " not in Path("/proc/self/mounts").read_text()
+    assert os.listdir(frozen.path) == []
+
+
+def test_a_broken_process_leaves_no_mount(frozen):
+    """An exception in the mount process ends its callers and takes the mount with it."""
+    client = stuck(frozen, "cat", frozen.path / "f")
+    (frozen.log.parent / "break").touch()
+    assert frozen.process.wait(DEADLINE_S) != 0
+    assert client.wait(DEADLINE_S) != 0
+    assert f" {frozen.path} " not in Path("/proc/self/mounts").read_text()
+
+
+def test_a_killed_process_fails_its_callers(frozen):
+    """SIGKILL of the mount process ends its callers with an error."""
+    client = stuck(frozen, "cat", frozen.path / "f")
+    frozen.process.kill()
+    frozen.process.wait(DEADLINE_S)
+    assert client.wait(DEADLINE_S) != 0
