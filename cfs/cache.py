@@ -79,7 +79,8 @@ class InodeState(Covered):
     """
 
     __slots__ = (
-        "__weakref__", "changed_in", "clean", "direct_done", "direct_writes", "error_count", "error_seen",
+        "__weakref__", "changed_in", "clean", "direct_done", "direct_writes", "error_count",
+        "error_seen",
         "flush_done", "flushing", "map_version", "open_count", "open_lock", "pages", "pins",
         "written_at",
     )  # fmt: skip

@@ -1,0 +1,149 @@
+"""`cfsctl`: a mounted file system from the command line.
+
+A blocking client of clusterd's control socket, which passes the calls on to the mount process of
+this node. MOUNT is a mount point or the volume (`vg/lv`). Exit codes: 0 done, 1 failed, 2 usage,
+3 not quorate, 4 refused, 5 busy, 6 clusterd unreachable.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Any
+
+import click
+import msgspec
+
+from cluster.control_client_io import call
+from cluster.errors import StackError
+
+TIMEOUT_S = 120.0
+_UNITS = ("KiB", "MiB", "GiB", "TiB", "PiB")
+
+
+class CfsGroup(click.Group):
+    """Errors of the stack become a sentence, a hint and an exit code."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except StackError as error:
+            click.echo(f"cfsctl: {error.message}", err=True)
+            if error.hint:
+                click.echo(f"  {error.hint}", err=True)
+            sys.exit(error.exit_code)
+
+
+def ask(verb: str, mount: str) -> Any:
+    """One query of the mount process."""
+    where = os.path.abspath(mount) if mount.startswith((".", "/")) else mount
+    return call(f"cfs.{verb}", {"mountpoint": where}, timeout_s=TIMEOUT_S)
+
+
+def show_json(found: Any) -> None:
+    click.echo(msgspec.json.format(msgspec.json.encode(found), indent=2).decode())
+
+
+def size(count: int) -> str:
+    """Bytes for people."""
+    value = count / 1024
+    for unit in _UNITS:
+        if value < 1024 or unit == _UNITS[-1]:
+            break
+        value /= 1024
+    return f"{value:.1f} {unit}"
+
+
+def table(titles: list[str], rows: list[list[str]]) -> None:
+    widths = [max(len(row[i]) for row in [titles, *rows]) for i in range(len(titles))]
+    for row in [titles, *rows]:
+        click.echo("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip())
+
+
+def show_totals(mount: str, totals: dict[str, int]) -> None:
+    unit = totals["block_bytes"]
+    all_bytes, free = totals["blocks"] * unit, totals["free_blocks"] * unit
+    used = all_bytes - free
+    share = f"{100 * used / all_bytes:.0f}%" if all_bytes else "-"
+    table(
+        ["mount", "size", "used", "free", "use"],
+        [[mount, size(all_bytes), size(used), size(free), share]],
+    )
+
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+mount_argument = click.argument("mount", metavar="MOUNT")
+
+
+@click.group(cls=CfsGroup, context_settings={"help_option_names": ["-h", "--help"]})
+def main() -> None:
+    """Look at and change a mounted cfs file system."""
+
+
+@main.command()
+@mount_argument
+@json_option
+def df(mount: str, as_json: bool) -> None:
+    """Show how full the file system is, as of now on the disk."""
+    found = ask("df", mount)
+    if as_json:
+        show_json(found)
+    else:
+        show_totals(mount, found)
+
+
+@main.command()
+@mount_argument
+@json_option
+def journals(mount: str, as_json: bool) -> None:
+    """Show the journals and who uses them."""
+    found = ask("journals", mount)
+    if as_json:
+        show_json(found)
+        return
+    rows = [
+        [
+            str(row["slot"]),
+            row["state"] + (" (this mount)" if row["mine"] else ""),
+            row["owner"],
+            size(row["blocks"] * 4096),
+            str(row["sequence"]),
+        ]
+        for row in found
+    ]
+    table(["slot", "state", "owner", "size", "sequence"], rows)
+
+
+@main.command()
+@mount_argument
+@json_option
+def grow(mount: str, as_json: bool) -> None:
+    """Use all of the volume after it became larger. Every mount sees it by itself."""
+    found = ask("grow", mount)
+    if as_json:
+        show_json(found)
+    else:
+        show_totals(mount, found)
+
+
+@main.command()
+@mount_argument
+def sync(mount: str) -> None:
+    """Make everything that was written on this node durable: sync(2) does not reach the mount."""
+    ask("sync", mount)
+
+
+@main.command()
+@mount_argument
+@json_option
+def stats(mount: str, as_json: bool) -> None:
+    """Show the counters of this node's mount process."""
+    found = ask("counters", mount)
+    if as_json:
+        show_json(found)
+    else:
+        table(["counter", "value"], [[key, str(value)] for key, value in sorted(found.items())])
+
+
+if __name__ == "__main__":
+    main()
