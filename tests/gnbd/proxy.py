@@ -16,6 +16,8 @@ class Relay:
         self._flow = threading.Event()
         self._flow.set()
         self._listener: socket.socket | None = None
+        self.pumps = 0
+        """How many directions of connections are alive."""
         self.heal()
 
     def heal(self) -> None:
@@ -62,6 +64,7 @@ class Relay:
                 return
             with self._lock:
                 self._sockets += [client, server]
+                self.pumps += 2
             threading.Thread(target=self._pump, args=(client, server, True), daemon=True).start()
             threading.Thread(target=self._pump, args=(server, client, False), daemon=True).start()
 
@@ -78,3 +81,6 @@ class Relay:
                     sock.shutdown(socket.SHUT_RDWR)
                 except OSError:
                     pass
+        finally:
+            with self._lock:
+                self.pumps -= 1

@@ -119,6 +119,7 @@ def test_server_killed_again_and_again(server):
     blocks = 64
     latest: dict[int, bytes] = {}
     durable: dict[int, bytes] = {}
+    written = [0]
 
     async def writer(device, index, stop):
         chance = random.Random(index)
@@ -129,6 +130,7 @@ def test_server_killed_again_and_again(server):
             await device.write(block * 4096, data, fua=chance.random() < 0.1)
             latest[block] = data
             count += 1
+            written[0] += 1
             if chance.random() < 0.05:
                 seen = {b: d for b, d in latest.items() if b % 8 == index}
                 await device.flush()
@@ -136,7 +138,8 @@ def test_server_killed_again_and_again(server):
 
     async def killer(stop):
         for _ in range(3):
-            await trio.sleep(0.3)
+            goal = written[0] + 300
+            await eventually(lambda g=goal: written[0] >= g)
             server.kill()
             image = (server.directory / "disk0.img").read_bytes()
             for block, data in list(durable.items()):
@@ -362,7 +365,7 @@ def test_old_bytes_on_a_slow_network_never_land(server, relayed):
                 device._scopes[0].cancel()
             await device.write(0, b"new!" * 1024)
             relays[0].release()
-            await trio.sleep(0.05)
+            await eventually(lambda: relays[0].pumps == 0)
             assert await device.read(0, 4096) == b"new!" * 1024
 
     trio_test(body)
