@@ -339,22 +339,40 @@ class Volumes:
 
         async def one(node: NodeId) -> None:
             with trio.move_on_after(SUSPEND_TIMEOUT_S):
-                while member_of(self._daemon.state.members, node) is not None:
-                    try:
-                        results.append(
-                            await self._daemon.transport.call(
-                                node, method, params, SUSPEND_TIMEOUT_S
-                            )
-                        )
-                    except UnreachableError:
-                        continue
-                    return
+                results.extend(await self._ask_member(node, method, params))
                 return
             raise UnreachableError(f"node {node} does not answer {method}")
 
         members = list((await self._daemon.read_state()).members)
         await run_all([partial(one, member.node) for member in members])
         return results
+
+    async def _ask_member(self, node: NodeId, method: str, params: dict[str, Any]) -> list[Any]:
+        """The answer of a member; nothing as soon as it is out of the register."""
+        answers: list[Any] = []
+        errors: list[StackError] = []
+
+        async def ask(scope: trio.CancelScope) -> None:
+            while True:
+                try:
+                    transport = self._daemon.transport
+                    answers.append(await transport.call(node, method, params, SUSPEND_TIMEOUT_S))
+                except UnreachableError:
+                    await trio.sleep(LOCK_POLL_S)
+                    continue
+                except StackError as error:
+                    errors.append(error)
+                scope.cancel()
+                return
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(ask, nursery.cancel_scope)
+            while member_of(self._daemon.state.members, node) is not None:
+                await self._daemon.wait_changed()
+            nursery.cancel_scope.cancel()
+        if errors:
+            raise errors[0]
+        return answers
 
     def _local(self, volume: str) -> list[Opener]:
         return [
