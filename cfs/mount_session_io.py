@@ -96,7 +96,7 @@ class FuseSession:
     def close(self) -> None:
         """Give the connection back; unmounts if that has not happened yet."""
         if self.opened:
-            self.opened = False
             if mounted_minor(self.mountpoint) == self.minor:
                 self.abort()
+            self.opened = False
             pyfuse3.close(unmount=False)
