@@ -77,7 +77,10 @@ class Directory:
         moved = [slot for slot in range(SLOTS) if not before or table[slot] != before[slot]]
         for slot in moved:
             self.unsettled[slot] = view
-            if lost:
+        if lost:
+            # A dead member may have been made a master here and have told nobody but the former
+            # directory member: so also where a move was under way.
+            for slot in self.unsettled:
                 self.blockers.setdefault(slot, set()).update(lost)
         self.table = table
         mine = self.me

@@ -61,6 +61,8 @@ HINTS_MAX = 1 << 16
 
 _KNOWS_LVB = frozenset({Mode.PR, Mode.PW, Mode.EX})
 
+_DECISIONS = frozenset({Result.GRANTED, Result.QUEUED, Result.AGAIN, Result.DEADLOCK})
+
 
 class Knowledge(enum.Enum):
     UNKNOWN = 0
@@ -313,8 +315,7 @@ class OwnerSide:
             return
         resource = lock.resource
         lock.state = max(lock.state, message.state)
-        if resource.knowledge is Knowledge.PROBING and resource.asked == source:
-            self._master_is(resource, source)
+        self._learn_from(resource, source, message.result)
         if lock.unacked and message.op >= lock.unacked:
             lock.unacked = 0
             lock.write = False
@@ -331,6 +332,16 @@ class OwnerSide:
         elif lock.mode != NO_MODE and message.status & Status.DEMOTED:
             lock.mode = message.mode
         self._finish(lock, message.result, message)
+
+    def _learn_from(self, resource: OwnerResource, source: Instance, result: Result) -> None:
+        """A member that decides is the master; one that only gives a request back may not be."""
+        if resource.knowledge not in (Knowledge.UNKNOWN, Knowledge.PROBING):
+            return
+        if result in _DECISIONS:
+            self._master_is(resource, source)
+        elif resource.asked == source:
+            resource.knowledge, resource.asked = Knowledge.UNKNOWN, None
+            self._next_probe(resource)
 
     def _take_grant(self, lock: OwnerLock, message: Reply) -> None:
         lock.mode = message.mode
@@ -454,14 +465,16 @@ class OwnerSide:
                 resource.pushed = resource.target = None
                 resource.backlog.clear()
             elif resource.knowledge is Knowledge.PROBING and resource.asked not in members:
-                resource.knowledge = Knowledge.UNKNOWN
-                self._probe_again(resource)
+                resource.knowledge, resource.asked = Knowledge.UNKNOWN, None
             elif resource.knowledge is Knowledge.LOST and resource.target not in members:
                 resource.pushed = resource.target = None
+            if resource.knowledge is not Knowledge.LOST:
+                self._ask_elsewhere(resource, members)
 
-    def _probe_again(self, resource: OwnerResource) -> None:
+    def _ask_elsewhere(self, resource: OwnerResource, members: frozenset[Instance]) -> None:
+        """What was asked of a member that is gone, whether it was the master or not."""
         for lock in list(resource.locks.values()):
-            if lock.sent_to is None:
+            if lock.sent_to is None or lock.sent_to in members:
                 continue
             lock.sent_to = None
             if lock.gone:
@@ -469,7 +482,7 @@ class OwnerSide:
             elif lock.cancelled:
                 self._finish(lock, Result.CANCELLED)
             else:
-                resource.waiting.insert(0, lock)
+                self._submit(lock)
         self._next_probe(resource)
 
     def pushes(self, view: tuple[int, int]) -> Iterator[tuple[Instance, PushedLock]]:

@@ -172,18 +172,25 @@ class Recovery:
         building, self._building = self._building, {}
         rebuilt = []
         for name, pushes in building.items():
-            space.directory.records.pop(name, None)
-            rebuilt.append((self._rebuild(name, pushes), pushes))
+            if not self._has_master(name):
+                space.directory.records.pop(name, None)
+                self._rebuild(name, pushes)
+            rebuilt.append((name, pushes))
         self.recovered(space.me, space.view)
         held, self._held = self._held, []
         if not space.frozen:
-            for resource, pushes in rebuilt:
-                self._ask_again(resource, pushes)
+            for name, pushes in rebuilt:
+                self._ask_again(name, pushes)
             for source, message in space.master.unpark(held):
                 space.master.request(source, message)
         self.leave_if_quiet()
 
-    def _rebuild(self, name: bytes, pushes: list[tuple[Instance, PushedLock]]) -> Resource:
+    def _has_master(self, name: bytes) -> bool:
+        """Whoever pushed this only waited, at a member that had given the name up."""
+        space = self._space
+        return name in space.master.resources or space.directory.records.get(name) in space.members
+
+    def _rebuild(self, name: bytes, pushes: list[tuple[Instance, PushedLock]]) -> None:
         space = self._space
         resource = space.master.create(name, space.directory.floor)
         for source, push in pushes:
@@ -199,7 +206,6 @@ class Recovery:
         for source, push in pushes:
             if push.had != push.granted:
                 resource.give_back(space.master.locks[source, push.lock], Mode(push.had))
-        return resource
 
     def _choose_lvb(self, resource: Resource, pushes: list[PushedLock]) -> None:
         """The newest value; valid only if it is known to be the last one written. (A phantom that
@@ -213,7 +219,7 @@ class Recovery:
         newest = best.lvb_seq == resource.lvb_seq
         resource.lvb_valid = newest and best.lvb_known == LVB_CURRENT and best.lvb is not None
 
-    def _ask_again(self, resource: Resource, pushes: list[tuple[Instance, PushedLock]]) -> None:
+    def _ask_again(self, name: bytes, pushes: list[tuple[Instance, PushedLock]]) -> None:
         """What the owners were waiting for, the oldest first, by the ordinary rules."""
         master = self._space.master
         wanting = [item for item in pushes if item[1].requested != NO_MODE]
@@ -227,7 +233,7 @@ class Recovery:
                 mode, age_ns = Mode(push.requested), push.age_ns
                 request = Request(push.lock, push.op, push.name, mode, push.flags, False, age_ns)
                 master.request(source, request)
-        master.settle_unused(resource.name)
+        master.settle_unused(name)
 
     def recovered(self, source: Instance, view: tuple[int, int]) -> None:
         """`source` has opened what it took over."""
