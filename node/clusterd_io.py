@@ -70,6 +70,7 @@ from node.guard_messages import (
 )
 from node.instances import LocalInstance, LocalInstances
 from node.reports import describe_report
+from node.screen import events_line
 from node.servers_io import ServerLinks
 
 CLUSTERD = InstanceNo(0)
@@ -187,6 +188,7 @@ class Clusterd:
         """Add to the event log and tell the followers."""
         clock = (boottime_ns(), time.time_ns() // 1_000_000)
         record = self.log.add(clock, name, text, self.state.epoch, fields)
+        print(events_line(msgspec.to_builtins(record)), file=sys.stderr, flush=True)
         for session in list(self.followers):
             if session.closed.is_set():
                 self.followers.discard(session)

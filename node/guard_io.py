@@ -57,6 +57,7 @@ from node.guard_messages import (
     FromGuard,
     LeaseChanged,
     MountAttached,
+    MountDetached,
     MountLost,
     Peers,
     PurgedLocal,
@@ -208,6 +209,7 @@ class Guard:
                 self._tell(LeaseChanged(number, isinstance(action, guard.Renewed)))
             case guard.Forget():
                 del self._mounts[number]
+                self._tell(MountDetached(number))
                 self._hang_up(mount)
                 mount.retire()
 

@@ -29,6 +29,7 @@ from node.guard_messages import (
     Alive,
     FromGuard,
     MountAttached,
+    MountDetached,
     Ready,
     Settings,
     ToGuard,
@@ -129,6 +130,8 @@ class GuardLink:
                 task_status.started()
             if isinstance(message, MountAttached):
                 self._hold(message, fds)
+            elif isinstance(message, MountDetached):
+                self.forget(message.number)
             self._on_message(message)
 
     def _hold(self, message: MountAttached, fds: list[int]) -> None:

@@ -82,7 +82,23 @@ class MountLost(msgspec.Struct, frozen=True, tag="lost"):
     reason: str
 
 
-FromGuard = Ready | MountAttached | PurgedLocal | LeaseChanged | MountLost | Sighting | Vouched
+class MountDetached(msgspec.Struct, frozen=True, tag="detached"):
+    """It unmounted, or it is over: its connection's number may belong to another mount soon, so
+    nobody aborts it any more."""
+
+    number: InstanceNo
+
+
+FromGuard = (
+    Ready
+    | MountAttached
+    | MountDetached
+    | PurgedLocal
+    | LeaseChanged
+    | MountLost
+    | Sighting
+    | Vouched
+)
 
 PACKET_BYTES_MAX = 1 << 18
 

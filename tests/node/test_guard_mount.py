@@ -14,9 +14,9 @@ READ = "import os,sys; print(len(os.pread(os.open(sys.argv[1], os.O_RDONLY), 409
 
 
 class Mounted:
-    def __init__(self, node):
+    def __init__(self, node, name="mnt"):
         self.node = node
-        self.point = node.base / "mnt"
+        self.point = node.base / name
         self.report = node.base / "reads"
         self.point.mkdir()
         self.process = subprocess.Popen(
@@ -69,8 +69,8 @@ class Mounted:
 def mounted(cluster, request):
     made = []
 
-    def make(node):
-        made.append(Mounted(node))
+    def make(node, name="mnt"):
+        made.append(Mounted(node, name))
         return made[-1]
 
     yield make
@@ -87,6 +87,20 @@ def test_death_of_the_mount_process(cluster, mounted):
     wait_until(lambda: node.events("instance.purged"), "purged")
     assert "not connected" in mount.read()
     wait_until(lambda: not node.status()["instances"], "the instance is gone")
+
+
+def test_clean_unmount(cluster, mounted):
+    node = cluster.found()
+    mount = mounted(node)
+    mount.warm()
+    subprocess.run(["fusermount3", "-u", str(mount.point)], check=True)
+    assert mount.process.wait(20) == 0
+    wait_until(lambda: node.events("instance.left"), "it left")
+    assert node.status()["instances"] == []
+    assert not node.events("instance.purged")
+    assert not node.events("instance.died")
+    again = mounted(node, "again")
+    again.warm()
 
 
 def test_stopped_mount_is_put_out_and_purged(cluster, mounted):

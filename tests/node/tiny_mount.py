@@ -83,6 +83,10 @@ async def main(mountpoint, report):
             nursery.start_soon(stamp)
             await pyfuse3.main()
             nursery.cancel_scope.cancel()
+        fuse.set_gate(None)
+        await guarded.detach()
+        await session.call("instance.leave")
+        pyfuse3.close(unmount=False)
 
 
 if __name__ == "__main__":
