@@ -162,8 +162,6 @@ class KernelInode:
     pages: Spans = field(default_factory=Spans)
     attributes_out: bool = False
     names_epoch: int = EPOCH_NEVER
-    contended: bool = False
-    """A directory whose names were once taken back: without INC_EPOCH none are given out again."""
     revoking: int = 0
     revision: int = 0
     serving: int = 0

@@ -42,7 +42,6 @@ from cfs.kernel_cache_notify_io import (
     Job,
     Notifier,
     encode_attributes,
-    encode_expire,
     encode_pages,
     encode_prune,
 )
@@ -51,9 +50,7 @@ from cluster.locks import CachedLock, Mode
 STALL_S = 0.002
 STUCK_AFTER_STALLS = 5
 TIMEOUT_LONG_S = 86400.0 * 365
-NAMES_KNOWN_MAX = 65536
 ROOT_NODE = 1
-CHANGED_MAX = 1024
 
 
 class InodeTable(Protocol):
@@ -83,7 +80,6 @@ class KernelCaches:
         self._notifier: Notifier
         self._table = table
         self._root = root
-        self._changed: dict[int, list[Span]] = {}
         self._epoch = 0
         self._ids = itertools.count(1)
         self._gates: dict[WaiterId, _Gate] = {}
@@ -121,7 +117,6 @@ class KernelCaches:
         if self.inodes.pop(inode.number, None) is not None:
             self._table.remove(inode.table_slot)
         self._dropping.pop(inode.number, None)
-        self._changed.pop(inode.number, None)
         return True
 
     def attribute_timeout(self, inode: KernelInode, lock: CachedLock, revision: int) -> float:
@@ -138,7 +133,9 @@ class KernelCaches:
         return TIMEOUT_LONG_S
 
     def name_timeout(self, parent: KernelInode, lock: CachedLock, revision: int) -> float:
-        """How long the kernel may believe a name (or its absence) that is answered now."""
+        """How long the kernel may believe a name (or its absence) that is answered now. Without
+        epochs (before Linux 6.16) not at all: a single name cannot be taken back without waiting
+        for the directory's requests, which may wait for the lock that has to go."""
         if (
             lock.demoting
             or parent.revoking
@@ -245,34 +242,23 @@ class KernelCaches:
         if inode is not None:
             inode.revision += 1
 
-    def changed(self, number: int, offset: int, length: int) -> None:
-        """Bytes changed elsewhere than the kernel believes; the request that did it waits in
-        `settle` before it is answered."""
-        end = EVERYTHING[1] if length < 0 else offset + length
-        spans = self._changed.setdefault(number, [])
-        spans.append(page_span(offset, end))
-        if len(spans) > CHANGED_MAX:
-            spans[:] = [EVERYTHING]
-
-    async def settle(self, inode: KernelInode, start: int, end: int) -> None:
-        """After a write past the page cache to [start, end), or to where `changed` said: drop what
-        the kernel holds of it. The caller keeps no page locked and holds no lock."""
-        spans = self._changed.pop(inode.number, None) or [page_span(start, end)]
+    async def settle(self, inode: KernelInode, spans: list[Span]) -> None:
+        """After a write past the page cache to `spans`: drop what the kernel holds of them. The
+        caller keeps no page locked and holds no lock."""
         for span in spans:
             inode.note_write(*span)
-        stale = [span for span in spans if inode.pages.overlaps(*span)]
+        stale = [page_span(*span) for span in spans if inode.pages.overlaps(*page_span(*span))]
         if stale:
             inode.invalidated_ns = time.monotonic_ns()
             await self._run([encode_pages(inode.node, span) for span in stale])
 
-    def start_settle(self, inode: KernelInode, start: int, end: int) -> None:
-        """`settle` for bytes that the kernel has also put into pages at [start, end), which may be
-        locked until the answer: it gets through right after the answer."""
-        spans = [*self._changed.pop(inode.number, ()), page_span(start, end)]
+    def start_settle(self, inode: KernelInode, spans: list[Span]) -> None:
+        """`settle` for bytes that the kernel has also put into pages, which may be locked until
+        the answer: the invalidation is only started, and gets through right after the answer."""
         for span in spans:
             inode.note_write(*span)
         inode.invalidated_ns = time.monotonic_ns()
-        self._notifier.submit([encode_pages(inode.node, span) for span in spans])
+        self._notifier.submit([encode_pages(inode.node, page_span(*span)) for span in spans])
 
     async def drop_filled(self, inode: KernelInode, start: int, end: int) -> None:
         """Before a WRITE through the page cache to [start, end) is answered: drop pages there that
@@ -368,7 +354,3 @@ class KernelCaches:
         done = trio.Event()
         self._notifier.submit(messages, done.set)
         await done.wait()
-
-    def expire(self, parent: int, names: list[bytes]) -> None:
-        """Expire names one by one where the kernel has no epochs; nobody waits for it."""
-        self._notifier.submit([encode_expire(parent, name) for name in names])

@@ -7,7 +7,6 @@ at least `THREADS_MIN` threads; one that is stuck is replaced, up to `THREADS_MA
 | code | notification | body after the 16-byte header {u32 length, i32 code, u64 0} |
 |---|---|---|
 | 2 | INVAL_INODE | u64 inode, i64 offset (-1: attributes only), i64 length (0: to the end) |
-| 3 | INVAL_ENTRY | u64 parent, u32 name length, u32 flags (1: EXPIRE_ONLY), name, NUL |
 | 8 | INC_EPOCH | nothing (Linux 6.16) |
 | 9 | PRUNE | u32 count, u32 0, u64 0, u64 inode... (Linux 6.18) |
 """
@@ -30,17 +29,13 @@ log = logging.getLogger(__name__)
 
 THREADS_MIN = 8
 THREADS_MAX = 1024
-NAMES_PER_JOB_MAX = 4096
 
 _HEADER = struct.Struct("<IiQ")
 _INVAL_INODE = struct.Struct("<IiQQqq")
-_INVAL_ENTRY = struct.Struct("<IiQQII")
 _PRUNE = struct.Struct("<IiQIIQ")
 CODE_INVAL_INODE = 2
-CODE_INVAL_ENTRY = 3
 CODE_INC_EPOCH = 8
 CODE_PRUNE = 9
-EXPIRE_ONLY = 1
 
 IGNORED = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ENOTEMPTY})
 """The kernel does not know the inode or name (any more): there is nothing to drop."""
@@ -58,13 +53,6 @@ def encode_pages(inode: int, span: Span) -> bytes:
 def encode_attributes(inode: int) -> bytes:
     """Drop the attributes; never blocks on a request."""
     return _INVAL_INODE.pack(_INVAL_INODE.size, CODE_INVAL_INODE, 0, inode, -1, 0)
-
-
-def encode_expire(parent: int, name: bytes) -> bytes:
-    """Let the kernel look `name` up again; blocks while a request holds the directory."""
-    size = _INVAL_ENTRY.size + len(name) + 1
-    header = _INVAL_ENTRY.pack(size, CODE_INVAL_ENTRY, 0, parent, len(name), EXPIRE_ONLY)
-    return header + name + b"\0"
 
 
 def encode_epoch() -> bytes:

@@ -99,8 +99,7 @@ class KernelBridge:
             self.caches.granted(ino, mode)
 
     def changed(self, ino: int, offset: int, length: int) -> None:
-        if self.caches is not None:
-            self.caches.changed(ino, offset, length)
+        """Appends are placed by the operations, which settle what the kernel believed."""
 
     def failed(self, error: BaseException) -> None:
         self._mount.fail(f"the file system cannot go on: {error}")

@@ -40,6 +40,8 @@ class Handle:
     flags: int = 0
     uncached: bool = False
     """Answered with direct_io: nothing of it goes through the page cache."""
+    appending: trio.CancelScope | None = None
+    """A hold of the lock is kept for the rest of a record that the kernel has split."""
     shared_writer: bool = False
     """Counted in `inode.writers`: a shared mapping of it can dirty pages without a request."""
 

@@ -17,7 +17,7 @@ import trio
 from cfs.attributes import SetAttributes
 from cfs.errors import FsError
 from cfs.filesystem import FileSystem
-from cfs.kernel_cache import KernelInode, Waiter
+from cfs.kernel_cache import PAGE_BYTES, KernelInode, Waiter
 from cfs.kernel_cache_io import KernelCaches
 from cfs.mount_fuse_io import pyfuse3
 from cfs.mount_interrupt_io import RequestWaits
@@ -27,6 +27,9 @@ from cluster.locks import CachedLock, Mode
 READ_BYTES_MAX = 512 << 20
 """Data of READs being answered; above it further ones wait (their lock held, their turn near)."""
 SYNC_BIT = os.O_SYNC & ~os.O_DSYNC
+WRITE_BYTES_MAX = 1 << 20
+SPLIT_BYTES_MIN = WRITE_BYTES_MAX - PAGE_BYTES
+SPLIT_WAIT_S = 0.05
 TRUNCATED = SetAttributes(size=0)
 
 
@@ -172,7 +175,9 @@ class DataOperations(OperationsBase):
         handle = self.handles[fh]
         inode = handle.inode
         flags = request.flags
-        if handle.uncached or flags & (os.O_DIRECT | os.O_APPEND):
+        if flags & os.O_APPEND:
+            return await self._append(handle, flags, off, buf)
+        if handle.uncached or flags & os.O_DIRECT:
             return await self._write_past_cache(handle, flags, off, buf)
         lock = handle.lock
         arrived_ns = time.monotonic_ns()
@@ -188,24 +193,55 @@ class DataOperations(OperationsBase):
 
     async def _write_past_cache(self, handle: Handle, flags: int, off: int, buf: bytes) -> int:
         inode = handle.inode
-        append = bool(flags & os.O_APPEND)
-        written = await self.fs.write(
-            inode.number,
-            off,
-            buf,
-            append=append,
-            sync=bool(flags & os.O_DSYNC),
-            direct=bool(flags & os.O_DIRECT),
-        )
+        direct, sync = bool(flags & os.O_DIRECT), bool(flags & os.O_DSYNC)
+        written = await self.fs.write(inode.number, off, buf, sync=sync, direct=direct)
         if handle.uncached:
-            await self.caches.settle(inode, off, off + len(buf))
-        elif append:
+            await self.caches.settle(inode, [(off, off + len(buf))])
+        else:
+            inode.note_write(off, off + len(buf))  # the kernel itself drops what it overlaps
+        return written
+
+    async def _append(self, handle: Handle, flags: int, off: int, buf: bytes) -> int:
+        """Write at the true end of file, whatever the kernel believes that to be."""
+        inode, lock = handle.inode, handle.lock
+        if handle.appending is not None:
+            handle.appending.cancel()  # it takes over the hold that was kept for it
+            handle.appending = None
+        elif not lock.try_hold(Mode.EX):
+            await lock.hold(Mode.EX)
+        kept = False
+        try:
+            end = (await self.fs.getattr_held(inode.number)).size
+            written = await self.fs.write_held(inode.number, end, buf)
+            kept = SPLIT_BYTES_MIN < len(buf) < WRITE_BYTES_MAX
+        finally:
+            if kept:
+                self._keep_for_the_rest(handle)
+            else:
+                lock.release(Mode.EX)
+        spans = [(end, end + len(buf))]
+        if handle.uncached:
+            await self.caches.settle(inode, spans)
+        else:
             # O_APPEND was set on an open handle (F_SETFL): the kernel has filled pages at its own
             # idea of the end.
-            self.caches.start_settle(inode, off, off + len(buf))
-        else:
-            inode.note_write(off, off + len(buf))
+            self.caches.start_settle(inode, [*spans, (off, off + len(buf))])
+        if flags & os.O_DSYNC:
+            await self.fs.fsync(inode.number, not flags & SYNC_BIT)
         return written
+
+    def _keep_for_the_rest(self, handle: Handle) -> None:
+        """The kernel splits a write of at most 1 MiB whose buffer is not page aligned; the lock
+        stays here until the rest has come, so that no other node's record comes in between."""
+        scope = handle.appending = trio.CancelScope()
+
+        async def give_back() -> None:
+            with scope:
+                await trio.sleep(SPLIT_WAIT_S)
+                handle.appending = None
+                handle.lock.release(Mode.EX)
+
+        trio.lowlevel.spawn_system_task(give_back)
 
     async def _write_under(
         self, inode: KernelInode, lock: CachedLock, off: int, buf: bytes, laundered: bool = False
