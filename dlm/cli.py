@@ -19,8 +19,12 @@ def ask(verb: str, everywhere: bool, **params: Any) -> list[Any]:
     """The rows of every lockspace member that answers, flattened."""
     found = call(f"dlm.{verb}", {**params, **({"all": True} if everywhere else {})})
     rows: list[Any] = []
-    for one in found if isinstance(found, list) else [found]:
-        rows += one if isinstance(one, list) else [one]
+    for member in found:
+        if "error" in member:
+            print(f"{member['node']}: {member['error']['message']}", file=sys.stderr)
+            continue
+        result = member["result"]
+        rows += result if isinstance(result, list) else [result]
     return rows
 
 
