@@ -506,6 +506,10 @@ class LockCache:
             lock.set_hooks(hooks)
         return lock
 
+    def find(self, name: bytes) -> Glock | None:
+        """The lock if it exists here; for reports."""
+        return self._all.get(name)
+
     async def try_lock(self, name: bytes, mode: Mode) -> Glock | None:
         lock = self.get(name)
         return lock if await lock.try_now(mode) else None

@@ -1,55 +1,62 @@
-"""A member of a lockspace on trio: the core, the mesh below it, the lock cache above it.
+"""A lockspace member as a part of a trio process: mesh below, lock cache above.
 
-The core runs inline wherever something comes in (a message, a group event, an operation); there is
-no task per message or lock. What it wants sent goes to the mesh, which sends all of one tick in one
-frame. Callbacks never recurse into the core: what they ask for is queued behind them.
+`join(mesh, group)` starts delivery from the mesh; group events are fed to the mesh by whoever has
+the session with clusterd, and come back in the stream at their place. The core runs inline in the
+mesh's receive callback; there is no task per message. Waiting for a lock is all that a freeze or
+a recovery costs; `BarredError` comes only when this instance is out for ever.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
-import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import msgspec
 import trio
 
 from cluster.control import GroupEvent
-from cluster.errors import BarredError, ProtocolError, UsageError
+from cluster.control_io import unwrap_group
+from cluster.errors import ProtocolError, UsageError
 from cluster.ids import Instance
 from cluster.locks import LockHooks, Mode
-from cluster.mesh import Mesh, MeshEvent, Message
-from dlm import dump
+from cluster.mesh import Mesh, MeshEvent, View
+from dlm import report
 from dlm.cache import LOCKS_MAX, Glock, LockCache
-from dlm.engine import Completion, LockClient
-from dlm.lockspace import Answered, Asked, Blocking, Left, Lockspace, Send
+from dlm.dispatcher import Dispatcher
+from dlm.engine import Completion
+from dlm.lockspace import Answered, Asked, Left, Lockspace
 from dlm.modes import Flags, Result
 from dlm.runtime_io import TrioRuntime
 
 log = logging.getLogger("dlm")
 
-QUERY_S = 2.0
-LEAVE_S = 30.0
+ANSWER_S = 2.0
+VERBS = ("spaces", "locks", "waiters", "why", "dump")
 
 
 class LockspaceMember:
-    """One member process. Implements `dlm.engine.Engine` and `cluster.locks.LockManager`."""
+    """This process in a lockspace. It is a `cluster.locks.LockManager`; `api` is the low-level
+    engine with synchronous callbacks, `lock` a thin asynchronous lock over it."""
 
-    def __init__(self, mesh: Mesh, title: str, nursery: trio.Nursery, locks_max: int) -> None:
+    def __init__(
+        self, mesh: Mesh, group: str, nursery: trio.Nursery, *, locks_max: int = LOCKS_MAX
+    ) -> None:
+        self.group = group
         self.space = Lockspace(mesh.me)
-        self.cache = LockCache(self, TrioRuntime(nursery), locks_max=locks_max)
-        self._mesh = mesh
-        self._title = title
-        self._clients: dict[int, LockClient] = {}
-        self._busy = False
+        runtime = TrioRuntime(nursery)
+        self.api = Dispatcher(self.space, mesh.send, runtime.now_ns, self._other)
+        self.cache = LockCache(self.api, runtime, locks_max=locks_max)
+        self.on_group_event: Callable[[GroupEvent], None] | None = None
         self._member = trio.Event()
         self._left = trio.Event()
-        self._last_query = 0
-        self._queries: dict[int, tuple[list[Any], trio.Event]] = {}
+        self._queries = 0
+        self._answers: dict[int, dict[str, report.Row]] = {}
+        self._answered = trio.Event()
+        mesh.start(self._deliver)
 
-    # -- cluster.locks.LockManager ---------------------------------------------------------------
+    # LockManager.
 
     def get(self, name: bytes, hooks: LockHooks | None = None) -> Glock:
         return self.cache.get(name, hooks)
@@ -60,171 +67,184 @@ class LockspaceMember:
     async def drop(self, name: bytes) -> None:
         await self.cache.drop(name)
 
-    # -- dlm.engine.Engine -----------------------------------------------------------------------
-
-    def lock(self, name: bytes, mode: Mode, flags: Flags, client: LockClient) -> int:
-        """Raises BarredError when this member is out or has left."""
-        self._clock()
-        number = self.space.lock(name, mode, flags)
-        if number is None:
-            raise BarredError("this process is not a member of the lockspace any more")
-        self._clients[number] = client
-        self._run()
-        return number
-
-    def convert(self, lock: int, mode: Mode, flags: Flags, lvb: bytes | None = None) -> Result:
-        self._clock()
-        result = self.space.convert(lock, mode, flags, lvb)
-        self._run()
-        return result
-
-    def unlock(self, lock: int, flags: Flags, lvb: bytes | None = None) -> Result:
-        # The client has let go of the number: nothing about it is told from here on.
-        self._clients.pop(lock, None)
-        self._clock()
-        result = self.space.unlock(lock, flags, lvb)
-        self._run()
-        return result
-
-    def cancel(self, lock: int) -> Result:
-        self._clock()
-        result = self.space.cancel(lock)
-        self._run()
-        return result
-
-    # -- the world -------------------------------------------------------------------------------
-
-    def deliver(self, event: MeshEvent) -> None:
-        """A message or a group event, at its place in the stream."""
-        self._clock()
-        if isinstance(event, Message):
-            try:
-                self.space.receive(event.source, event.payload)
-            except ProtocolError as error:
-                log.error("%s sent what is no message: %s", event.source, error)
-        else:
-            self._group_event(event.event)
-        self._run()
-
-    def _group_event(self, event: GroupEvent) -> None:
-        self.space.group_event(event)
-        if self.space.members:
-            self._member.set()
-
-    def _clock(self) -> None:
-        self.space.now_ns = time.clock_gettime_ns(time.CLOCK_BOOTTIME)
-
-    def _run(self) -> None:
-        """Perform what the core wants, until it wants nothing."""
-        if self._busy:
-            return
-        self._busy = True
-        try:
-            while actions := self.space.take():
-                for action in actions:
-                    self._perform(action)
-        finally:
-            self._busy = False
-
-    def _perform(self, action: Send | Completion | Blocking | Left | Asked | Answered) -> None:
-        match action:
-            case Send():
-                self._mesh.send(action.to, action.payload)
-            case Completion():
-                client = self._clients.get(action.lock)
-                if action.lock not in self.space.owner.locks:
-                    self._clients.pop(action.lock, None)
-                if client is not None:
-                    client.completed(action)
-            case Blocking():
-                client = self._clients.get(action.lock)
-                if client is not None:
-                    client.blocking(action.mode, action.waiting)
-            case Left():
-                self._left.set()
-            case Asked():
-                text = msgspec.json.encode(dump.about(self.space, action.name))
-                self.space.answer(action.source, action.id, text)
-            case Answered():
-                self._answered(action)
-
-    # -- life ------------------------------------------------------------------------------------
+    # Life.
 
     async def wait_member(self) -> None:
-        """Until the first view with this process in it has come."""
+        """Until the first view with this process in it has arrived."""
         await self._member.wait()
 
-    async def leave(self) -> None:
-        """Give all locks back and hand over what is mastered here; then the group may be left."""
-        with trio.move_on_after(LEAVE_S):
-            await self.cache.drop_all()
-            self._clock()
-            self.space.leave()
-            self._run()
-            await self._left.wait()
-            return
-        log.warning("left %s without handing over in time", self._title)
+    def dead_instances(self) -> list[Instance]:
+        """Failed members whose journals are not replayed yet."""
+        return sorted(self.space.dead)
 
     def bar(self, reason: str) -> None:
-        """This instance is out for ever: every waiter gets BarredError."""
+        """This instance was put out of the cluster."""
         self.space.bar()
         self.cache.bar(reason)
 
-    def dead_instances(self) -> list[Instance]:
-        """Failed members that are not released yet."""
-        return sorted(self.space.dead)
-
-    # -- dlmctl ----------------------------------------------------------------------------------
-
-    def _answered(self, action: Answered) -> None:
-        query = self._queries.get(action.id)
-        if query is None:
+    async def leave(self) -> None:
+        """Give all locks back and hand over what is decided here; then leave the group."""
+        await self.cache.drop_all()
+        if self.space.barred:
             return
-        rows, full = query
-        rows.append(msgspec.json.decode(action.text))
-        if len(rows) >= len(self.space.members):
-            full.set()
+        self.api.leave()
+        await self._left.wait()
+
+    async def lock(self, name: bytes, mode: Mode, flags: Flags = Flags.NONE) -> AsyncLock:
+        """A low-level lock, apart from the cache."""
+        lock = AsyncLock(self.api)
+        await lock.acquire(name, mode, flags)
+        return lock
+
+    def _deliver(self, event: MeshEvent) -> None:
+        if isinstance(event, View):
+            self.api.group_event(event.event)
+            if self.space.members:
+                self._member.set()
+            if self.on_group_event is not None:
+                self.on_group_event(event.event)
+            return
+        try:
+            self.api.receive(event.source, event.payload)
+        except ProtocolError as error:
+            log.error("a message of %s was dropped: %s", event.source, error)
+
+    def _other(self, action: Left | Asked | Answered) -> None:
+        if isinstance(action, Left):
+            self._left.set()
+        elif isinstance(action, Asked):
+            row = report.about(self.space, self.cache, action.name)
+            self.api.answer(action.source, action.id, msgspec.json.encode(row))
+        elif action.id in self._answers:
+            self._answers[action.id][str(action.source)] = msgspec.json.decode(action.text)
+            self._answered.set()
+            self._answered = trio.Event()
+
+    # Questions of dlmctl.
 
     async def query(self, verb: str, params: dict[str, Any]) -> Any:
-        """Answer `dlm.<verb>`: spaces, locks, waiters, dump, or `why` with a name."""
-        self._clock()
+        """Answer `dlm.<verb>`."""
         if verb == "spaces":
-            return dump.space_row(self.space, self._title)
-        if verb in ("locks", "waiters"):
-            return dump.own_locks(self.space, waiting=verb == "waiters")
+            return report.space(self.group, self.space, self.cache)
+        if verb == "locks":
+            return report.locks(self.space, self.cache)
+        if verb == "waiters":
+            return {
+                "mastered": report.waiters(self.space),
+                "waiting_for": report.waiting_for(self.space),
+            }
         if verb == "dump":
-            return dump.everything(self.space, self._title)
+            return report.dump(self.space, self.cache)
         if verb == "why":
-            return await self._why(str(params.get("name", "")))
-        raise UsageError(f"the lock manager knows no {verb!r}")
+            return await self._why(str(params["name"]))
+        raise UsageError(f"no such question: {verb}")
 
-    async def _why(self, text: str) -> list[Any]:
+    async def _why(self, name: str) -> list[report.Row]:
+        chain: list[report.Row] = []
+        todo, seen = [name], {name}
+        while todo and len(chain) < report.CHAIN_MAX:
+            current = todo.pop(0)
+            answers, silent = await self._ask(current.encode("latin-1"))
+            found = report.link(current, answers, silent)
+            chain.append(found)
+            for other in report.next_names(found, answers):
+                if other not in seen:
+                    seen.add(other)
+                    todo.append(other)
+        return chain
+
+    async def _ask(self, name: bytes) -> tuple[dict[str, report.Row], list[Instance]]:
+        self._queries += 1
+        query = self._queries
+        answers = self._answers[query] = {}
         try:
-            name = dump.parse_name(text)
-        except ValueError:
-            raise UsageError(f"{text!r} is no resource name") from None
-        self._last_query += 1
-        rows, full = self._queries[self._last_query] = ([], trio.Event())
-        try:
-            self.space.ask(self._last_query, name)
-            self._run()
-            with trio.move_on_after(QUERY_S):
-                await full.wait()
-            return rows
+            self.api.ask(query, name)
+            with trio.move_on_after(ANSWER_S):
+                while len(answers) < len(self.space.members):
+                    await self._answered.wait()
         finally:
-            self._queries.pop(self._last_query, None)
+            del self._answers[query]
+        return answers, [one for one in sorted(self.space.members) if str(one) not in answers]
+
+
+class AsyncLock:
+    """One low-level lock for a task: operations wait, errors are results."""
+
+    def __init__(self, api: Dispatcher) -> None:
+        self._api = api
+        self._number = 0
+        self._done: trio.Event | None = None
+        self._completion: Completion | None = None
+        self.blocked_by = 0
+
+    @property
+    def mode(self) -> Mode:
+        return self._completion.mode if self._completion is not None else Mode.NL
+
+    @property
+    def last(self) -> Completion:
+        """The last completion: result, value block, fencing token."""
+        assert self._completion is not None
+        return self._completion
+
+    async def acquire(self, name: bytes, mode: Mode, flags: Flags = Flags.NONE) -> Result:
+        self._done = trio.Event()
+        self._number = self._api.lock(name, mode, flags, self)
+        return await self._outcome(new=True)
+
+    async def convert(
+        self, mode: Mode, flags: Flags = Flags.NONE, lvb: bytes | None = None
+    ) -> Result:
+        self._done = trio.Event()
+        result = self._api.convert(self._number, mode, flags, lvb)
+        return await self._outcome(new=False) if result == Result.GRANTED else result
+
+    def unlock(self, flags: Flags = Flags.NONE, lvb: bytes | None = None) -> Result:
+        return self._api.unlock(self._number, flags, lvb)
+
+    async def _outcome(self, *, new: bool) -> Result:
+        """Wait; a cancelled task waits for the outcome of the cancellation, and never leaves a
+        granted lock behind."""
+        done = self._done
+        assert done is not None
+        try:
+            if not done.is_set():
+                await done.wait()
+        except trio.Cancelled:
+            self._api.cancel(self._number)
+            with trio.CancelScope(shield=True):
+                await done.wait()
+            if new and self.last.result == Result.GRANTED:
+                self.unlock()
+            raise
+        return self.last.result
+
+    def completed(self, completion: Completion) -> None:
+        self._completion = completion
+        if completion.result == Result.GRANTED:
+            self.blocked_by = 0
+        if self._done is not None:
+            self._done.set()
+
+    def blocking(self, mode: Mode, waiting: int) -> None:
+        self.blocked_by |= waiting
 
 
 @contextlib.asynccontextmanager
 async def join(
-    mesh: Mesh, title: str, *, locks_max: int = LOCKS_MAX
+    mesh: Mesh, group: str, *, locks_max: int = LOCKS_MAX
 ) -> AsyncIterator[LockspaceMember]:
-    """A member on the mesh, for the life of the block. The caller joins the process group, feeds
-    group events to the mesh, and says `leave` before it leaves the group."""
-    async with trio.open_nursery() as nursery:
-        member = LockspaceMember(mesh, title, nursery, locks_max)
-        mesh.start(member.deliver)
-        try:
-            yield member
-        finally:
-            nursery.cancel_scope.cancel()
+    """Be a member of a lockspace for the life of the block. Feed group events to the mesh; call
+    `leave` before the end unless the process is to be seen as failed."""
+    try:
+        async with trio.open_nursery() as nursery:
+            member = LockspaceMember(mesh, group, nursery, locks_max=locks_max)
+            try:
+                yield member
+            finally:
+                nursery.cancel_scope.cancel()
+    except BaseExceptionGroup as several:
+        inner = unwrap_group(several)
+        if inner is several:
+            raise
+        raise inner from None
