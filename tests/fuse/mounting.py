@@ -22,14 +22,18 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 class Mounted:
     """A mount at `path`, served by `process`, which logs to `log`."""
 
-    def __init__(self, command: list[str], path: Path, log: Path) -> None:
+    def __init__(
+        self, command: list[str], path: Path, log: Path, environment: dict[str, str] | None = None
+    ) -> None:
         self.path = path
         self.log = log
-        environment = {**os.environ, "CFS_RUN_DIR": str(log.parent / "run")}
+        if environment is None:
+            environment = {**os.environ, "CFS_RUN_DIR": str(log.parent / "run")}
+        before = log.read_text().count("is mounted at") if log.exists() else 0
         self.process = subprocess.Popen(
-            [sys.executable, *command], cwd=ROOT, env=environment, stderr=log.open("wb")
+            [sys.executable, *command], cwd=ROOT, env=environment, stderr=log.open("ab")
         )
-        self.wait_for("is mounted at")
+        self.wait_for("is mounted at", before + 1)
 
     def wait_for(self, text: str, count: int = 1) -> str:
         """Wait until the log holds `text` that often; returns the last such line."""

@@ -1,0 +1,143 @@
+"""Three mounts of one file system on three nodes: one view of it, whatever happens."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+
+from tests.fuse.cluster_mounts import cluster_mounts, harness, mount
+from tests.fuse.mounting import scratch
+
+
+@pytest.fixture(scope="module")
+def mounts():
+    """The mounts of a module, by node number, and their cluster."""
+    with scratch() as base, cluster_mounts(base) as (cluster, mounts):
+        yield cluster, mounts
+
+
+def judge(mounted, board, node, seed, *extra):
+    """A judge of coherence on a mount."""
+    words = [sys.executable, "-m", "lab.judge", mounted.path / "judge", "--board", board]
+    words += ["--node", str(node), "--seed", str(seed), *extra]
+    return subprocess.Popen(
+        [str(word) for word in words], cwd=harness.ROOT, stdout=subprocess.PIPE, text=True
+    )
+
+
+def test_each_sees_what_the_others_do(mounts):
+    """Data, size, names, links, modes: visible on every other node at once."""
+    _cluster, on = mounts
+    one, two, three = (on[n].path for n in (1, 2, 3))
+    (one / "f").write_bytes(b"first")
+    assert (two / "f").read_bytes() == b"first"
+    assert os.stat(three / "f").st_size == 5
+    with (two / "f").open("ab") as file:
+        file.write(b", second")
+    assert (one / "f").read_bytes() == b"first, second"
+    assert (three / "f").read_bytes() == b"first, second"
+    os.rename(three / "f", three / "g")
+    assert not (one / "f").exists()
+    assert (two / "g").exists()
+    os.truncate(one / "g", 3)
+    assert (three / "g").read_bytes() == b"fir"
+    os.chmod(two / "g", 0o640)
+    os.link(one / "g", one / "h")
+    found = os.stat(three / "h")
+    assert (found.st_mode & 0o777, found.st_nlink) == (0o640, 2)
+    for number, path in enumerate((one, two, three)):
+        (path / f"d{number}").mkdir()
+    names = {tuple(sorted(os.listdir(path))) for path in (one, two, three)}
+    assert names == {("d0", "d1", "d2", "g", "h")}
+    for number, path in enumerate((three, one, two)):
+        (path / f"d{number}").rmdir()
+    os.unlink(two / "h")
+    assert os.listdir(three) == ["g"]
+
+
+def test_an_open_file_outlives_its_name_on_another_node(mounts):
+    """Unlinked on n2, read and written on n1."""
+    _cluster, on = mounts
+    fd = os.open(on[1].path / "doomed", os.O_CREAT | os.O_RDWR)
+    os.write(fd, b"still here")
+    os.unlink(on[2].path / "doomed")
+    assert not (on[3].path / "doomed").exists()
+    assert os.pread(fd, 100, 0) == b"still here"
+    os.pwrite(fd, b"!", 10)
+    assert os.pread(fd, 100, 0) == b"still here!"
+    assert os.fstat(fd).st_nlink == 0
+    os.close(fd)
+
+
+def test_appends_of_all_nodes(mounts):
+    """Records up to 1 MiB, ragged buffers, from three nodes at once: every record whole."""
+    _cluster, on = mounts
+    (on[1].path / "log").touch()
+    program = (
+        "import os,sys\nfd=os.open(sys.argv[1],os.O_WRONLY|os.O_APPEND)\n"
+        "me=int(sys.argv[2])\n"
+        "for i in range(24):\n"
+        "    n=[20,5000,70000,1<<20,(1<<20)-1][i%5]\n"
+        "    record=b'%04d%04d%08d'%(me,i,n)+bytes([65+me])*(n-17)+b'\\n'\n"
+        "    assert os.write(fd,record)==len(record)\n"
+    )
+    running = [
+        subprocess.Popen([sys.executable, "-c", program, on[n].path / "log", str(n)]) for n in on
+    ]
+    assert [process.wait() for process in running] == [0] * 3
+    found, data, at = [], (on[2].path / "log").read_bytes(), 0
+    while at < len(data):
+        node, number, size = (int(data[at + a : at + b]) for a, b in ((0, 4), (4, 8), (8, 16)))
+        assert data[at + 16 : at + size] == bytes([65 + node]) * (size - 17) + b"\n"
+        found.append((node, number))
+        at += size
+    assert sorted(found) == [(node, number) for node in on for number in range(24)]
+
+
+def test_nothing_is_stale(mounts, chooser):
+    """The judge on all nodes at once."""
+    _cluster, on = mounts
+    seed = chooser.randrange(1 << 30)
+    board = on[1].log.parent.parent / "board"
+    (on[1].path / "judge").mkdir()
+    assert judge(on[1], board, 1, seed, "--prepare").wait() == 0
+    extra = ("--checks", "20000", "--seconds", "15")
+    running = [judge(on[n], board, n, seed + n, *extra) for n in on]
+    results = [json.loads(p.communicate(timeout=120)[0].splitlines()[-1]) for p in running]
+    print(results, {n: on[n].counters() for n in on})
+    assert [result["stale"] for result in results] == [0] * 3
+    assert sum(result["writes"] for result in results) > 20
+
+
+def test_a_mount_that_dies_costs_nothing_that_was_synced(mounts):
+    """SIGKILL of a mount: what it had fsynced is there, the others go on, it comes back."""
+    cluster, on = mounts
+    program = (
+        "import os,sys\nfd=os.open(sys.argv[1],os.O_CREAT|os.O_RDWR)\n"
+        "for i in range(100000):\n"
+        "    os.pwrite(fd,b'%08d'%i,0); os.fsync(fd)\n"
+        "    sys.stdout.write('%d\\n'%i); sys.stdout.flush()\n"
+    )
+    writer = subprocess.Popen(
+        [sys.executable, "-c", program, on[3].path / "synced"],
+        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+    )  # fmt: skip
+    seen = [int(writer.stdout.readline()) for _ in range(20)][-1]
+    on[3].process.kill()
+    seen = max([seen, *(int(line) for line in writer.stdout)])
+    writer.wait()
+    started = time.monotonic()
+    for number in (1, 2):
+        assert int((on[number].path / "synced").read_bytes()) >= seen
+        (on[number].path / f"after-{number}").write_bytes(b"x")
+    print(f"the survivors stalled for {time.monotonic() - started:.2f} s")
+    on[3].destroy()
+    on[3] = mount(cluster.node(3))
+    assert int((on[3].path / "synced").read_bytes()) >= seen
+    (on[3].path / "back").touch()
+    assert (on[1].path / "back").exists()
