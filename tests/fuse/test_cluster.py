@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -141,3 +142,94 @@ def test_a_mount_that_dies_costs_nothing_that_was_synced(mounts):
     assert int((on[3].path / "synced").read_bytes()) >= seen
     (on[3].path / "back").touch()
     assert (on[1].path / "back").exists()
+
+
+def test_shared_mappings_of_all_nodes(mounts):
+    """Stores through MAP_SHARED on every node into one page: none is lost, all are seen."""
+    _cluster, on = mounts
+    (on[1].path / "page").write_bytes(bytes(8192))
+    program = (
+        "import mmap,os,struct,sys,time\n"
+        "fd=os.open(sys.argv[1],os.O_RDWR); me=int(sys.argv[2])\n"
+        "view=mmap.mmap(fd,8192); seen=[0]*4; value=0; end=time.monotonic()+4\n"
+        "while time.monotonic()<end:\n"
+        "    value+=1\n"
+        "    old,=struct.unpack_from('<Q',view,me*64)\n"
+        "    assert old==value-1,(old,value)\n"
+        "    struct.pack_into('<Q',view,me*64,value)\n"
+        "    struct.pack_into('<Q',view,4096+me*8,value)\n"
+        "    for other in (1,2,3):\n"
+        "        now,=struct.unpack_from('<Q',view,other*64)\n"
+        "        assert now>=seen[other],(other,now,seen)\n"
+        "        seen[other]=now\n"
+        "print(value)\n"
+    )
+    running = [
+        subprocess.Popen(
+            [sys.executable, "-c", program, on[n].path / "page", str(n)],
+            stdout=subprocess.PIPE, text=True,
+        )
+        for n in on
+    ]  # fmt: skip
+    values = [int(process.communicate(timeout=60)[0]) for process in running]
+    print(values)
+    for mounted in on.values():
+        data = (mounted.path / "page").read_bytes()
+        assert values == [int.from_bytes(data[n * 64 : n * 64 + 8], "little") for n in on]
+        assert values == [int.from_bytes(data[4096 + n * 8 : 4104 + n * 8], "little") for n in on]
+
+
+def test_a_mount_without_clusterd_ends(mounts):
+    """SIGKILL of clusterd: its guard ends the mount, callers get errors, the others go on."""
+    cluster, on = mounts
+    node = cluster.node(3)
+    (on[3].path / "cached").write_bytes(b"old")
+    assert (on[3].path / "cached").read_bytes() == b"old"
+    fd = os.open(on[3].path / "cached", os.O_RDONLY)
+    node.process.kill()
+    node.process.wait()
+    assert on[3].process.wait(30) != 0
+    with pytest.raises(OSError):
+        os.pread(fd, 10, 0)
+    os.close(fd)
+    (on[1].path / "cached").write_bytes(b"newer")
+    assert (on[2].path / "cached").read_bytes() == b"newer"
+    on[3].destroy()
+    node.start()
+    cluster.wait_view([1, 2, 3])
+    on[3] = mount(node)
+    assert (on[3].path / "cached").read_bytes() == b"newer"
+
+
+def test_a_stopped_mount_is_put_out(mounts):
+    """SIGSTOP of a mount process: its locks go, its kernel serves nothing old, it is aborted."""
+    cluster, on = mounts
+    (on[3].path / "held").write_bytes(b"old")
+    fd = os.open(on[3].path / "held", os.O_RDONLY)
+    assert os.pread(fd, 10, 0) == b"old"
+    on[3].process.send_signal(signal.SIGSTOP)
+    started = time.monotonic()
+    (on[1].path / "held").write_bytes(b"newer")
+    print(f"the others waited {time.monotonic() - started:.2f} s")
+    with pytest.raises(OSError):
+        os.pread(fd, 10, 0)
+    os.close(fd)
+    on[3].process.send_signal(signal.SIGCONT)
+    assert on[3].process.wait(30) != 0
+    on[3].destroy()
+    on[3] = mount(cluster.node(3))
+    assert (on[3].path / "held").read_bytes() == b"newer"
+
+
+def test_tools_reach_the_mounts(mounts):
+    """df, journals and sync through clusterd; the lock manager's own tool."""
+    cluster, on = mounts
+    (on[2].path / "f").write_bytes(b"x")
+    node = cluster.node(2)
+    place = {"mountpoint": str(on[2].path)}
+    rows = node.call("cfs.journals", place)
+    assert rows, "at least one journal"
+    assert node.call("cfs.df", place)["blocks"] > 1000
+    assert node.call("cfs.sync", place) == {}
+    assert node.call("cfs.counters", place)["create"] >= 1
+    assert node.call("dlm.spaces", place)
