@@ -172,6 +172,14 @@ class InodeTable:
         """The state of an inode if there is one."""
         return self.states.get(ino) or self._referred.get(ino)
 
+    def granted(self, ino: int) -> InodeState | None:
+        """The lock came: what is cached under it must stay as long as the lock does, also when the
+        state was taken out of the table meanwhile and only a waiting task refers to it."""
+        state = self.find(ino)
+        if state is not None:
+            self.states[ino] = state
+        return state
+
     def forget(self, state: InodeState) -> None:
         """Take an idle state whose lock is gone out of the table."""
         if state.idle and state.lock.mode == Mode.NL and self.states.get(state.number) is state:

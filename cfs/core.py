@@ -20,7 +20,7 @@ from cfs.journal import FlushCounter, Journal
 from cfs.lock_names import CONTROL_LOCK, number_of
 from cfs.nodes import GroupNode, InodeNode, SlotsNode, decode_node_untrusted
 from cfs.pages import DirtyPages
-from cfs.seams import Environment
+from cfs.seams import Environment, Event
 from cfs.space import Space
 from cfs.transaction import Missing, NeedGroup, NeedSpace, NeedWait, Tx
 from cluster.device import BlockDevice
@@ -29,6 +29,7 @@ from cluster.locks import CachedLock, LockManager, Mode
 
 T = TypeVar("T")
 SPACE_ROUNDS_MAX = 16
+POOL_RETRY_S = 0.001
 """How often one operation looks for more space before it is told that there is none."""
 
 
@@ -60,6 +61,7 @@ class Core:
         self.error: BaseException | None = None
         self.cold: set[int] = set()
         self._refilling = False
+        self._filling: Event | None = None
 
     @property
     def journal(self) -> Journal:
@@ -307,7 +309,21 @@ class Core:
                     group.believed_free = node.free + node.freeing
 
     async def fill_pool(self, *, patient: bool) -> None:
-        """Lock free blocks as inodes to be. `patient`: wait for locks, so the caller holds none."""
+        """Lock free blocks as inodes to be. `patient`: wait for locks, so the caller holds none.
+        One at a time: two would only find each other's requests for the same locks in the way."""
+        running = self._filling
+        if running is not None:
+            if patient:
+                await running.wait()
+            return
+        self._filling = done = self.runtime.event()
+        try:
+            await self._fill_pool(patient=patient)
+        finally:
+            self._filling = None
+            done.set()
+
+    async def _fill_pool(self, *, patient: bool) -> None:
         space = self.space
         wanted = self.options.inode_pool
         rounds = 0
@@ -324,8 +340,10 @@ class Core:
             added = 0
             for ino in found[: wanted - len(space.pool)]:
                 added += await self._add_to_pool(ino, patient=patient and not added)
-            if not added and not patient:
-                return
+            if not added:
+                if not patient or space.pool:
+                    return
+                await self.runtime.sleep(POOL_RETRY_S)
 
     def _sweep_for_pool(self) -> bool:
         """Turn freed blocks that are usable again into free ones."""
@@ -388,7 +406,7 @@ class Core:
         kind = lock.name[:1]
         if kind == b"I":
             ino = number_of(lock.name)
-            state = self.table.find(ino)
+            state = self.table.granted(ino)
             if state is not None:
                 state.nodes.clear()
             self.kernel.granted(ino, mode)

@@ -145,6 +145,7 @@ class FileSystem:
             if core.error is None:
                 core.fail(error)
             return False
+        self.orphans.drop_freed()
         await self._shrink_cache()
         return checkpoint
 

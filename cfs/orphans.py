@@ -26,7 +26,7 @@ from cluster.errors import BarredError
 from cluster.locks import Mode
 
 REAPERS_MAX = 64
-DROPS_MAX = 1024
+DROPS_MAX = 16384
 
 
 class Orphans:
@@ -185,26 +185,30 @@ class Orphans:
     # -- locks of inodes that are gone -----------------------------------------------------------
 
     def drop_soon(self, ino: int) -> None:
-        """Give the locks of a freed inode back, so that another mount may use the block."""
-        if len(self._drops) >= DROPS_MAX:
-            return
-        self._drops.append(ino)
-        if not self._dropping:
+        """Give the locks of a freed inode back later, so that another mount may use the block."""
+        if len(self._drops) < DROPS_MAX:
+            self._drops.append(ino)
+
+    def drop_freed(self) -> None:
+        """Start giving locks back. Only of inodes whose last image is in its place: until then the
+        block is of no use to anyone, and giving the lock up would force a checkpoint."""
+        if self._drops and not self._dropping:
             self._dropping = True
             self.core.runtime.spawn(self._drop_task, "drop locks")
 
     async def _drop_task(self) -> None:
         core = self.core
         try:
-            while self._drops and not self.stopped:
+            for _ in range(len(self._drops)):
+                if self.stopped:
+                    return
                 ino = self._drops.popleft()
-                state = core.table.states.get(ino)
-                if state is not None and not state.idle:
-                    continue
-                await core.locks.drop(open_lock_name(ino))
-                await core.locks.drop(inode_lock_name(ino))
-                if state is not None:
-                    core.table.forget(state)
+                state = core.table.find(ino)
+                if core.journal.is_dirty(ino):
+                    self._drops.append(ino)
+                elif state is None or state.idle:
+                    await core.locks.drop(open_lock_name(ino))
+                    await core.locks.drop(inode_lock_name(ino))
         except BarredError:
             pass
         finally:

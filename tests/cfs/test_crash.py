@@ -120,8 +120,9 @@ async def test_crash_during_replay_is_replayed_again() -> None:
     assert log
     for count in range(len(log) + 1):
         again = crashed.snapshot()
-        for entry in log[:count]:
-            if not isinstance(entry, LoggedFlush) and rng.random() < 0.7:
+        covered = max((e.covered for e in log[:count] if isinstance(e, LoggedFlush)), default=0)
+        for position, entry in enumerate(log[:count]):
+            if not isinstance(entry, LoggedFlush) and (position < covered or rng.random() < 0.7):
                 again._current.write(entry.offset_bytes, entry.data)
         await fsck(again)
         async with mounted(again) as fs:
