@@ -185,7 +185,8 @@ def logs(node: str, lines: int, directory: Path, as_json: bool) -> None:
     """Show the end of a host's logs."""
     lab = Lab.load(directory)
     found = {}
-    for path in sorted((lab.host_directory(lab.host(node)) / "log").glob("*.log")):
+    top = lab.host_directory(lab.host(node))
+    for path in sorted([*(top / "log").glob("*.log"), *(top / "run" / "cfs").glob("*.log")]):
         found[path.name] = path.read_text(errors="replace").splitlines()[-lines:]
     if as_json:
         print(json.dumps(found))
