@@ -1,134 +1,181 @@
-"""`dlmctl`: who holds what, who waits for whom. A blocking client; imports no trio."""
+"""dlmctl: what the lock manager does at the moment, and why something waits.
+
+The local clusterd passes a question on to its instances (with `--all` to those of all nodes); each
+answers for itself. `why` needs only one: that one asks all members of its lockspace.
+Exit codes: 0 done, 1 failed, 2 usage, 6 clusterd is not reachable.
+"""
 
 from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import click
 
-from cluster.control_client_io import call
+from cluster import control_client_io
 from cluster.errors import StackError
 
-json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-all_option = click.option("--all", "everywhere", is_flag=True, help="On every node.")
+Row = dict[str, Any]
+
+EXIT_FAILED = 1
 
 
-def ask(verb: str, everywhere: bool, **params: Any) -> list[Any]:
-    """The rows of every lockspace member that answers, flattened."""
-    found = call(f"dlm.{verb}", {**params, **({"all": True} if everywhere else {})})
-    rows: list[Any] = []
-    for member in found:
-        if "error" in member:
-            print(f"{member['node']}: {member['error']['message']}", file=sys.stderr)
-            continue
-        result = member["result"]
-        rows += result if isinstance(result, list) else [result]
-    return rows
-
-
-def show(rows: list[Any], as_json: bool, columns: list[str]) -> None:
-    """A table whose columns fit, or JSON."""
-    if as_json:
-        print(json.dumps(rows, indent=2))
-        return
-    table = [[column.upper() for column in columns]]
-    for row in rows:
-        values = (row[column] for column in columns)
-        table.append([" ".join(map(str, v)) if isinstance(v, list) else str(v) for v in values])
-    widths = [max(len(line[i]) for line in table) for i in range(len(columns))]
-    for line in table:
-        print("  ".join(text.ljust(w) for text, w in zip(line, widths, strict=True)).rstrip())
-
-
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
-def app() -> None:
-    """Look into the distributed lock manager."""
-
-
-@app.command()
-@all_option
-@json_option
-def spaces(everywhere: bool, as_json: bool) -> None:
-    """The lockspaces of this node, their members and the state of recovery."""
-    columns = ["space", "member", "view", "recovery", "locks", "mastered", "members", "dead"]
-    show(ask("spaces", everywhere), as_json, columns)
-
-
-@app.command()
-@all_option
-@json_option
-def locks(everywhere: bool, as_json: bool) -> None:
-    """The locks that mounts of this node hold."""
-    columns = ["name", "granted", "wanted", "master", "waited_ms"]
-    show(ask("locks", everywhere), as_json, columns)
-
-
-@app.command()
-@all_option
-@json_option
-def waiters(everywhere: bool, as_json: bool) -> None:
-    """The locks that mounts of this node wait for, longest first."""
-    columns = ["name", "granted", "wanted", "master", "waited_ms"]
-    rows = sorted(ask("waiters", everywhere), key=lambda row: -int(row["waited_ms"]))
-    show(rows, as_json, columns)
-
-
-@app.command()
-@json_option
-def dump(as_json: bool) -> None:
-    """Everything that this node knows, always as JSON."""
-    print(json.dumps(ask("dump", False), indent=None if as_json else 2))
-
-
-@app.command()
-@click.argument("name")
-@json_option
-def why(name: str, as_json: bool) -> None:
-    """Who holds resource NAME, who waits for it, and what they wait for."""
-    rows = ask("why", False, name=name)
-    if as_json:
-        print(json.dumps(rows, indent=2))
-        return
-    mastered = [row for row in rows if row["resource"] is not None]
-    if not mastered:
-        print(f"no member masters {name}: nobody has used it, or recovery is under way")
-    for row in mastered:
-        print(f"{name}, mastered by {row['member']}")
-        for lock in row["resource"]["locks"]:
-            print("  " + explain(lock))
-    for row in rows:
-        if row["recovery"] != "idle":
-            print(f"{row['member']}: recovery, {row['recovery']}")
-
-
-def explain(lock: dict[str, Any]) -> str:
-    """One lock of a queue as a sentence."""
-    if lock["phantom"]:
-        return (
-            f"{lock['owner']} is dead and may have held {lock['granted']}: waits for its recovery"
-        )
-    if lock["queue"] == "granted":
-        dead = ", dead: waits for its recovery" if lock["dead"] else ""
-        asked = ", asked to give way" if lock["told"] else ""
-        return f"{lock['owner']} holds {lock['granted']}{dead}{asked}"
-    if lock["queue"] == "converting":
-        return f"{lock['owner']} holds {lock['granted']} and waits for {lock['requested']}"
-    return f"{lock['owner']} waits for {lock['requested']}"
-
-
-def main() -> None:
-    """Entry point of dlmctl."""
+def _ask(verb: str, params: Row) -> list[Row]:
+    """The answers of the instances: a row per instance with `result` or `error`."""
     try:
-        app(standalone_mode=False)
-    except click.exceptions.Abort:
-        sys.exit(130)
-    except click.ClickException as error:
-        error.show()
-        sys.exit(2)
+        answer = control_client_io.call(f"dlm.{verb}", params)
     except StackError as error:
-        print(f"dlmctl: {error.message}", file=sys.stderr)
-        if error.hint:
-            print(f"hint: {error.hint}", file=sys.stderr)
+        hint = f"\n  hint: {error.hint}" if error.hint else ""
+        click.echo(f"error: {error.message}{hint}", err=True)
         sys.exit(error.exit_code)
+    if isinstance(answer, list) and all(_is_row(row) for row in answer):
+        return answer
+    return [{"result": answer, "node": "", "title": ""}]
+
+
+def _is_row(row: Any) -> bool:
+    return isinstance(row, dict) and ("result" in row or "error" in row)
+
+
+def _columns(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    cells = [[str(cell) for cell in row] for row in (header, *rows)]
+    widths = [max(len(line[column]) for line in cells) for column in range(len(header))]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        for line in cells
+    )
+
+
+def _options(function: Callable[..., None]) -> Callable[..., None]:
+    function = click.option("--json", "as_json", is_flag=True, help="Print JSON.")(function)
+    return click.option("--all", "everywhere", is_flag=True, help="Ask the members on all nodes.")(
+        function
+    )
+
+
+def _show(verb: str, params: Row, as_json: bool, text: Callable[[Sequence[Row]], str]) -> None:
+    rows = _ask(verb, params)
+    if as_json:
+        click.echo(json.dumps(rows))
+    else:
+        good = [row for row in rows if "result" in row]
+        click.echo(text(good) if good else "no lockspace on this node")
+    failed = [row for row in rows if "error" in row]
+    for row in failed:
+        click.echo(f"error: {row.get('node', '')} {row['error']['message']}", err=True)
+    if failed:
+        sys.exit(EXIT_FAILED)
+
+
+@click.group()
+def main() -> None:
+    """The distributed lock manager."""
+
+
+@main.command()
+@_options
+def spaces(everywhere: bool, as_json: bool) -> None:
+    """Lockspaces and their members."""
+    _show("spaces", {"all": everywhere}, as_json, spaces_text)
+
+
+def spaces_text(rows: Sequence[Row]) -> str:
+    """A line per member."""
+    header = ("SPACE", "MEMBER", "NODE", "OF", "VIEW", "STATE", "CACHED", "MASTER OF", "DEAD")
+    lines = []
+    for row in rows:
+        one = row["result"]
+        state = "ok" if one["recovery"] == "idle" else f"recovering ({one['recovery']})"
+        lines.append(
+            (
+                one["space"], one["instance"], row["node"], len(one["members"]),
+                "/".join(str(part) for part in one["view"]),
+                "leaving" if one["leaving"] else state,
+                one["cached"], one["mastered"], " ".join(one["dead"]) or "-",
+            )
+        )  # fmt: skip
+    return _columns(header, lines)
+
+
+@main.command()
+@_options
+def locks(everywhere: bool, as_json: bool) -> None:
+    """The locks that are cached here."""
+    _show("locks", {"all": everywhere}, as_json, locks_text)
+
+
+def locks_text(rows: Sequence[Row]) -> str:
+    """A line per lock."""
+    header = ("NODE", "NAME", "MODE", "IN USE", "WAITING HERE", "WANTED BY", "MASTER")
+    lines = [
+        (
+            row["node"], one["name"], one["mode"], one["holders"], " ".join(one["waiters"]) or "-",
+            " ".join(one["wanted_by"]) or "-", one["master"] or "?",
+        )
+        for row in rows
+        for one in row["result"]
+    ]  # fmt: skip
+    return _columns(header, lines)
+
+
+@main.command()
+@_options
+def waiters(everywhere: bool, as_json: bool) -> None:
+    """Who waits: at the resources mastered here, and this node for others."""
+    _show("waiters", {"all": everywhere}, as_json, waiters_text)
+
+
+def waiters_text(rows: Sequence[Row]) -> str:
+    """A line per waiting lock."""
+    header = ("NODE", "NAME", "WHO", "WANTS", "HAS", "MS", "IN THE WAY")
+    lines = []
+    for row in rows:
+        for one in row["result"]["mastered"]:
+            holders = " ".join(f"{lock['owner']}:{lock['mode']}" for lock in one["granted"])
+            for lock in (*one["converting"], *one["waiting"]):
+                lines.append(
+                    (
+                        row["node"], one["name"], lock["owner"], lock["wants"],
+                        lock["mode"] or "-", lock["waited_ms"], holders or "-",
+                    )
+                )  # fmt: skip
+        for name in row["result"]["waiting_for"]:
+            lines.append((row["node"], name, "this member", "", "", "", "see: dlmctl why"))
+    return _columns(header, lines) if lines else "nobody waits"
+
+
+@main.command()
+@click.argument("name")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def why(name: str, as_json: bool) -> None:
+    """Who holds NAME, who waits for it, and what the holders wait for themselves."""
+    _show("why", {"name": name}, as_json, why_text)
+
+
+def why_text(rows: Sequence[Row]) -> str:
+    """The wait chain, indented one step per link. All members of a lockspace say the same, so the
+    first that knows the name is shown."""
+    best = max(rows, key=lambda row: sum(len(link["lines"]) for link in row["result"]))
+    lines = []
+    for depth, link in enumerate(best["result"]):
+        pad = "  " * depth
+        master = f"master {link['master']}" if link["master"] else "no master known"
+        lines.append(f"{pad}{link['name']}  ({master})")
+        lines += [f"{pad}  {line}" for line in link["lines"]]
+        if not link["lines"]:
+            lines.append(f"{pad}  nobody holds it or waits for it")
+    return "\n".join(lines)
+
+
+@main.command()
+@_options
+def dump(everywhere: bool, as_json: bool) -> None:
+    """Everything that the lock manager knows, as JSON."""
+    del as_json
+    _show("dump", {"all": everywhere}, True, locks_text)
+
+
+if __name__ == "__main__":
+    main()

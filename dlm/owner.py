@@ -313,9 +313,8 @@ class OwnerSide:
         lock = self.locks.get(message.lock)
         if lock is None or lock.sent_to != source or lock.resource.knowledge is Knowledge.LOST:
             return
-        resource = lock.resource
         lock.state = max(lock.state, message.state)
-        self._learn_from(resource, source, message.result)
+        self._learn_from(lock, source, message)
         if lock.unacked and message.op >= lock.unacked:
             lock.unacked = 0
             lock.write = False
@@ -333,15 +332,20 @@ class OwnerSide:
             lock.mode = message.mode
         self._finish(lock, message.result, message)
 
-    def _learn_from(self, resource: OwnerResource, source: Instance, result: Result) -> None:
-        """A member that decides is the master; one that only gives a request back may not be."""
-        if resource.knowledge not in (Knowledge.UNKNOWN, Knowledge.PROBING):
-            return
-        if result in _DECISIONS:
-            self._master_is(resource, source)
-        elif resource.asked == source:
-            resource.knowledge, resource.asked = Knowledge.UNKNOWN, None
-            self._next_probe(resource)
+    def _learn_from(self, lock: OwnerLock, source: Instance, message: Reply) -> None:
+        """A member that keeps a lock of ours is the master; one that refuses it was; one that only
+        gives a request back may never have been."""
+        resource = lock.resource
+        present = lock.pending and message.op == lock.op
+        if present and message.result in (Result.GRANTED, Result.QUEUED):
+            if resource.knowledge is not Knowledge.KNOWN or resource.master != source:
+                self._master_is(resource, source)
+        elif resource.knowledge in (Knowledge.UNKNOWN, Knowledge.PROBING):
+            if message.result in _DECISIONS:
+                self._master_is(resource, source)
+            elif resource.asked == source:
+                resource.knowledge, resource.asked = Knowledge.UNKNOWN, None
+                self._next_probe(resource)
 
     def _take_grant(self, lock: OwnerLock, message: Reply) -> None:
         lock.mode = message.mode
