@@ -85,7 +85,7 @@ class Core:
         return max(self.environment.wall_clock_ns(), previous_ns + 1)
 
     def state(self, ino: int) -> InodeState:
-        if not 0 < ino < self.superblock.total_blocks and not 0 < ino < 1 << 48:
+        if not 0 < ino < 1 << 48:
             raise FsError(errno.ESTALE)
         return self.table.get(ino)
 
@@ -436,7 +436,9 @@ class Core:
             return
         if lock.mode == Mode.EX:
             await self.clean(state)
-        if mode == Mode.NL:
+        # A late holder (`hold_demoting`) may have changed something meanwhile: the cache of locks
+        # then calls this hook once more.
+        if mode == Mode.NL and not state.pages and not self.is_dirty(state):
             state.nodes.clear()
             state.clean.clear()
             self.cold.add(ino)

@@ -170,17 +170,18 @@ class Files:
         if inode.root is None and max(end, len(inode.data)) <= CONTENT_BYTES_MAX:
             old = inode.data.ljust(offset, b"\0")
             inode.data = b"".join((old[:offset], view, old[end:]))
+            self.mark_changed(tx, state)
         else:
             self._write_blocks(tx, state, inode, offset, view)
         if end > inode.size:
             inode.size = end
-            self._changed(tx, state)
+            self.mark_changed(tx, state)
         clear_privileges(inode)
         self.touch(inode)
         return offset, len(view)
 
-    def _changed(self, tx: Tx, state: InodeState) -> None:
-        """fdatasync must commit: size or map changed."""
+    def mark_changed(self, tx: Tx, state: InodeState) -> None:
+        """fdatasync must commit: data in the inode, its size or its map changed."""
         journal = self.core.journal
 
         def mark() -> None:
@@ -226,7 +227,7 @@ class Files:
                     data = self._page(state, index, offset, view, base, block + step)
                     pages[index] = (data, block + step)
         if ordered:
-            self._changed(tx, state)
+            self.mark_changed(tx, state)
         tx.after(lambda: self.core.pages.put(state, pages, ordered=ordered))
 
     def _page(
@@ -319,7 +320,7 @@ class Files:
             for start, block, run in self._fill(tx, state, inode, logical, length):
                 for step in range(run):
                     pages[start + step] = (_ZERO_PAGE, block + step)
-        self._changed(tx, state)
+        self.mark_changed(tx, state)
         tx.after(lambda: self.core.pages.put(state, pages, ordered=True))
 
     async def write_direct(
@@ -390,7 +391,7 @@ class Files:
         elif size > inode.size and inode.root is not None:
             self._zero_tail(tx, state, inode, inode.size)
         if size != inode.size:
-            self._changed(tx, state)
+            self.mark_changed(tx, state)
         inode.size = size
         return done
 

@@ -181,11 +181,12 @@ class Journal:
                     await self._checkpoint()
                     self._checkpoint_done = checkpoint
                     self._wake()
-        except BaseException as error:
+        except Exception as error:
             self.error = error
             self.on_error(error)
-            if not isinstance(error, Exception):
-                raise
+        except BaseException as error:
+            self.error = error  # The mount is being ended; nobody may wait for more.
+            raise
         finally:
             self._working = False
             self._wake()

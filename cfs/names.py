@@ -188,7 +188,8 @@ class Names:
         self._need_alive(tx, pstate)
         if self._find(tx, pstate, name) is not None:
             raise FsError(errno.EEXIST)
-        _, inode = self.core.space.new_inode(tx)
+        state, inode = self.core.space.new_inode(tx)
+        self.files.mark_changed(tx, state)
         parent = tx.edit_inode(pstate)
         inode.mode = mode
         inode.uid, inode.gid = owner

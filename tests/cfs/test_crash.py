@@ -207,3 +207,24 @@ async def test_bytes_beyond_the_end_never_appear() -> None:
             assert await fs.read(made.ino, 0, 30_000) == expected
             await fs.fsync(made.ino)
             assert await fs.read(made.ino, 0, 30_000) == expected
+
+
+async def test_fdatasync_keeps_content_and_size() -> None:
+    """Of small files (in the inode), of grown ones, and of overwritten ones; times may be lost."""
+    device = await make_device(8, group_blocks=512, log_writes=True)
+    expected: dict[int, bytes] = {}
+    async with mounted(device, unmount=False) as fs:
+        for number, size in enumerate((10, 3000, 5000, 100_000)):
+            made = await fs.create(fs.root_ino, b"f%d" % number, 0o644, 0, 0)
+            for turn in (1, 2):
+                await fs.write(made.ino, 0, bytes([turn]) * size)
+                await fs.fsync(made.ino, datasync=True)
+            await fs.write(made.ino, 5, b"sync", sync=True)
+            if size >= 8192:
+                await fs.write(made.ino, 4096, b"d" * 4096, sync=True, direct=True)
+            expected[made.ino] = await fs.read(made.ino, 0, size)
+    crashed = image(device.size_bytes, list(device.log), len(device.log), random.Random(1))
+    await fsck(crashed)
+    async with mounted(crashed) as fs:
+        for ino, content in expected.items():
+            assert await fs.read(ino, 0, 1 << 20) == content

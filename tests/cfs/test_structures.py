@@ -1,0 +1,356 @@
+"""Structures on their own: blocks, maps, trees, extents, journal records; and what fsck finds."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cfs import directory, extents, tree
+from cfs.attributes import BLOCK_BYTES, SetAttributes
+from cfs.cache import Covered
+from cfs.errors import CorruptionError
+from cfs.format import Header, Kind, Superblock, open_block_untrusted, seal_block
+from cfs.fsck.checker import check
+from cfs.journal import joined
+from cfs.journal_format import (
+    ITEMS_PER_COMMIT,
+    Item,
+    JournalHeader,
+    commit_parts,
+    decode_commit_untrusted,
+    decode_header_untrusted,
+    encode_commit,
+    encode_header,
+)
+from cfs.nodes import InodeNode, Node, Tree, decode_node_untrusted, pack_map, unpack_map
+from cfs.space import find_run, usable_freeing
+from cfs.stage import NOBODY
+from cfs.transaction import READER, Tx
+from cluster.device_memory import MemoryDevice
+from tests.cfs.harness import make_device, mounted
+
+FS = 0x03020100
+
+
+@given(st.binary(max_size=4000), st.integers(0, BLOCK_BYTES - 1), st.integers(1, 255))
+def test_any_changed_byte_of_a_block_is_noticed(body: bytes, at: int, flip: int) -> None:
+    block = seal_block(FS, Header(Kind.INODE, 7, 7, 1, 2, 3), body)
+    assert open_block_untrusted(FS, 7, block) == Header(Kind.INODE, 7, 7, 1, 2, 3)
+    damaged = bytearray(block)
+    damaged[at] ^= flip
+    with pytest.raises(CorruptionError):
+        open_block_untrusted(FS, 7, bytes(damaged))
+    with pytest.raises(CorruptionError):
+        open_block_untrusted(FS, 8, block)
+
+
+@given(st.lists(st.integers(0, 3), max_size=600))
+def test_maps_are_packed_and_unpacked(states: list[int]) -> None:
+    assert unpack_map(pack_map(bytes(states)), len(states)) == bytearray(states)
+
+
+@given(
+    st.lists(st.integers(0, 3), min_size=1, max_size=100), st.integers(1, 20), st.integers(0, 99)
+)
+def test_runs_are_free(states: list[int], count: int, hint: int) -> None:
+    found = find_run(bytearray(states), count, hint % len(states))
+    if found is None:
+        assert 0 not in states
+    else:
+        at, size = found
+        assert 1 <= size <= count
+        assert states[at : at + size] == [0] * size
+
+
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), max_size=100))
+def test_only_blocks_that_are_freeing_in_both_maps_are_used_again(pairs: list[tuple[int, int]]):
+    current, durable = bytes(a for a, _ in pairs), bytes(b for _, b in pairs)
+    both = usable_freeing(current, durable)
+    assert both == sum((a == b == 2) << (8 * i) for i, (a, b) in enumerate(pairs))
+
+
+class TreeWorld:
+    """One inode with a tree, on an endless supply of blocks."""
+
+    def __init__(self, mode: int) -> None:
+        self.covered = Covered(5, None)
+        inode = InodeNode(5, 1)
+        inode.mode = mode
+        inode.root = Tree(0, [], [], 0)
+        self.covered.nodes[5] = inode
+        self.running: dict[int, Node] = {}
+        self.next = 100
+        self.used: set[int] = set()
+
+    def allocate(self) -> tuple[int, int]:
+        self.next += 1
+        self.used.add(self.next)
+        return self.next, self.next
+
+    def edit(self) -> tuple[Tx, tree.TreeEditor]:
+        tx = Tx(self.running, set())
+        inode = tx.edit_inode(self.covered)
+        space = tree.TreeSpace(self.allocate, self.used.remove)
+        return tx, tree.TreeEditor(tx, self.covered, inode, space)
+
+    def inode(self) -> InodeNode:
+        return READER.inode(self.covered)
+
+    def check(self) -> None:
+        """Every block encodes, decodes to the same, and is used once."""
+        assert set(self.covered.nodes) == self.used | {5}
+        for node in self.covered.nodes.values():
+            block = node.encode(FS, 1)
+            header = open_block_untrusted(FS, node.block, block)
+            assert decode_node_untrusted(header, block).body() == node.body()
+
+
+@given(st.lists(st.tuples(st.booleans(), st.integers(0, 400)), max_size=400), st.integers(1, 255))
+@settings(max_examples=30, deadline=None)
+def test_a_tree_is_a_sorted_dictionary(steps: list[tuple[bool, int]], length: int) -> None:
+    world = TreeWorld(0o040755)
+    model: dict[int, tree.Value] = {}
+    for adding, key in steps:
+        if adding == (key in model):
+            continue
+        tx, editor = world.edit()
+        if adding:
+            model[key] = (key, 8, bytes([key % 250 + 1]) * length)
+            editor.insert(key, model[key])
+        else:
+            del model[key]
+            editor.remove(key)
+        tx.apply()
+    inode = world.inode()
+    assert list(tree.items(READER, world.covered, inode)) == sorted(model.items())
+    for key in range(0, 401, 7):
+        assert tree.find(READER, world.covered, inode, key) == model.get(key)
+        below = max((k for k in model if k <= key), default=None)
+        found = tree.floor(READER, world.covered, inode, key)
+        assert (None if found is None else found[0]) == below
+        after = sorted(k for k in model if k >= key)
+        assert [k for k, _ in tree.items(READER, world.covered, inode, key)] == after
+    world.check()
+
+
+def test_a_large_tree_shrinks_to_nothing() -> None:
+    world = TreeWorld(0o040755)
+    keys = list(range(5000))
+    rng = random.Random(1)
+    rng.shuffle(keys)
+    for key in keys:
+        tx, editor = world.edit()
+        editor.insert(key, (key, 8, b"name-of-some-length-%06d" % key))
+        tx.apply()
+    root = world.inode().root
+    assert root is not None
+    assert root.level >= 1
+    world.check()
+    rng.shuffle(keys)
+    for key in keys:
+        tx, editor = world.edit()
+        editor.remove(key)
+        tx.apply()
+    assert world.inode().root is not None
+    assert not world.inode().root.keys
+    world.check()
+
+
+@given(st.lists(st.tuples(st.integers(0, 300), st.integers(1, 40), st.booleans()), max_size=60))
+@settings(max_examples=60, deadline=None)
+def test_extents_map_every_block(steps: list[tuple[int, int, bool]]) -> None:
+    world = TreeWorld(0o100644)
+    model: dict[int, int] = {}
+    physical = 1000
+    for first, count, cutting in steps:
+        tx, editor = world.edit()
+        if cutting:
+            freed: list[int] = []
+            done = False
+            while not done:
+                _, done = extents.cut(
+                    editor, first, 3, lambda at, size, f=freed: f.extend(range(at, at + size))
+                )
+            gone = [block for block in model if block >= first]
+            assert sorted(freed) == sorted(model.pop(block) for block in gone)
+        else:
+            for logical, place, size in extents.pieces(
+                tx, world.covered, editor.inode, first, count
+            ):
+                if not place:
+                    extents.insert(editor, logical, physical, size)
+                    for step in range(size):
+                        model[logical + step] = physical + step
+                    physical += size + (first % 2)
+        tx.apply()
+        found = {}
+        at = 0
+        for logical, place, size in extents.pieces(READER, world.covered, world.inode(), 0, 400):
+            assert logical == at
+            at += size
+            if place:
+                found.update({logical + step: place + step for step in range(size)})
+        assert at == 400
+        assert found == model
+    world.check()
+
+
+def test_names_with_one_hash_get_cookies_of_their_own() -> None:
+    world = TreeWorld(0o040755)
+    for number in range(300):
+        tx, editor = world.edit()
+        directory.insert(editor, 77, b"name%d" % number, number + 1, 8)
+        tx.apply()
+    inode = world.inode()
+    for number in range(300):
+        found = directory.find(READER, world.covered, inode, 77, b"name%d" % number)
+        assert found is not None
+        assert found[1] == number + 1
+    cookies = [e[0] for e in directory.entries(READER, world.covered, inode, 0, 1000)]
+    assert len(set(cookies)) == 300
+    assert directory.find(READER, world.covered, inode, 77, b"other") is None
+
+
+def test_journal_headers_alternate_and_the_newer_one_counts() -> None:
+    blocks = bytearray(2 * BLOCK_BYTES)
+    for change in (4, 5, 6):
+        header = JournalHeader(3, True, NOBODY, change * 10, change, change)
+        block, data = encode_header(FS, header, 50)
+        blocks[(block - 50) * BLOCK_BYTES : (block - 49) * BLOCK_BYTES] = data
+        assert decode_header_untrusted(FS, 50, bytes(blocks)) == header
+    blocks[10] ^= 1
+    assert decode_header_untrusted(FS, 50, bytes(blocks)).change == 5
+    with pytest.raises(CorruptionError):
+        decode_header_untrusted(FS, 50, bytes(2 * BLOCK_BYTES))
+
+
+@pytest.mark.parametrize("count", [1, ITEMS_PER_COMMIT, ITEMS_PER_COMMIT + 1, 400])
+def test_commit_blocks_list_all_items(count: int) -> None:
+    items = [Item(1000 + n, n, n + 1, n + 2) for n in range(count)]
+    places = list(range(60, 60 + commit_parts(count)))
+    found: list[Item] = []
+    for place, block in zip(places, encode_commit(FS, 2, 9, 33, items, places), strict=True):
+        part = decode_commit_untrusted(FS, place, block, 2, 9)
+        assert (part.parts, part.item_count, part.position) == (len(places), count, 33)
+        found += part.items
+        with pytest.raises(CorruptionError):
+            decode_commit_untrusted(FS, place, block, 2, 10)
+    assert found == items
+
+
+def test_neighbours_are_written_together() -> None:
+    page = bytes(BLOCK_BYTES)
+    writes = joined([(9, page), (3, page), (4, page), (5, page)])
+    assert [(offset, len(data)) for offset, data in writes] == [
+        (3 * 4096, 3 * 4096),
+        (9 * 4096, 4096),
+    ]
+
+
+def test_name_hashes_have_47_bits() -> None:
+    superblock = Superblock(bytes(16), "", bytes(16), 512, 4096, 19, 1, 0)
+    assert all(superblock.name_hash(b"%d" % n) < 1 << 47 for n in range(1000))
+
+
+# -- what fsck finds -------------------------------------------------------------------------------
+
+
+async def damaged(change: str) -> list[str]:
+    """A file system with one thing wrong, put there through the file system's own transactions."""
+    device = await make_device(8, group_blocks=512)
+    async with mounted(device) as fs:
+        root = fs.root_ino
+        made = await fs.mkdir(root, b"d", 0o755, 0, 0)
+        file = await fs.create(made.ino, b"f", 0o644, 0, 0)
+        await fs.write(file.ino, 0, b"x" * 20_000)
+        other = await fs.create(root, b"o", 0o644, 0, 0)
+        await fs.write(other.ino, 0, b"y" * 20_000)
+        core = fs.core
+        state, parent = core.state(file.ino), core.state(made.ino)
+
+        def spoil(tx: Tx) -> None:
+            inode, holder = tx.edit_inode(state), tx.edit_inode(parent)
+            assert inode.root is not None
+            assert holder.root is not None
+            if change == "links":
+                inode.nlink += 1
+            elif change == "directory links":
+                holder.nlink += 1
+            elif change == "parent":
+                holder.parent = file.ino
+            elif change == "blocks":
+                inode.blocks += 1
+            elif change == "beyond":
+                inode.size = 5
+            elif change == "shared":
+                inode.root.values[0] = core.state(other.ino).node.root.values[0]  # type: ignore[union-attr]
+            elif change == "dangling":
+                core.space.free(tx, file.ino, 1)
+                inode.mode = 0
+            elif change == "cookie":
+                holder.root.keys[0] += 1 << 20
+            elif change == "type":
+                value = holder.root.values[0]
+                assert isinstance(value, tuple)
+                holder.root.values[0] = (value[0], 4, value[2])  # type: ignore[misc]
+            elif change == "leak":
+                core.space.allocate(tx, 0, 1)
+            elif change == "freed":
+                (extent,) = inode.root.values
+                assert isinstance(extent, tuple)
+                core.space.free(tx, extent[0], 1)
+            elif change == "lost":
+                holder.root.keys.clear()
+                holder.root.values.clear()
+
+        await state.hold(5)  # type: ignore[arg-type]
+        await parent.hold(5)  # type: ignore[arg-type]
+        await core.run(spoil)
+        state.release(5)  # type: ignore[arg-type]
+        parent.release(5)  # type: ignore[arg-type]
+    return (await check(device)).errors
+
+
+@pytest.mark.trio
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ("links", "counts 2 names but has 1"),
+        ("directory links", "links but has"),
+        ("parent", "as its parent, wrongly"),
+        ("blocks", "blocks but has"),
+        ("beyond", "beyond its end"),
+        ("shared", "something else uses too"),
+        ("dangling", "dead but still referred to"),
+        ("cookie", "does not fit its hash"),
+        ("type", "of another type"),
+        ("leak", "FREE by use but DATA"),
+        ("freed", "DATA by use but FREEING"),
+        ("lost", "FREE by use but META"),
+    ],
+)
+async def test_fsck_finds(change: str, text: str) -> None:
+    errors = await damaged(change)
+    assert any(text in error for error in errors), errors
+
+
+@pytest.mark.trio
+async def test_fsck_finds_damaged_blocks() -> None:
+    """Any metadata block with a flipped bit is an error, and no damage makes the check fail."""
+    device = await make_device(8, group_blocks=512)
+    async with mounted(device) as fs:
+        for number in range(200):
+            made = await fs.create(fs.root_ino, b"f%d" % number, 0o644, 0, 0)
+        await fs.write(made.ino, 0, b"x" * 20_000)
+        await fs.setattr(made.ino, SetAttributes(size=5))
+    rng = random.Random(3)
+    for block in (16, 17, 18, 19, 20, 511, 512, made.ino):
+        copy: MemoryDevice = device.snapshot()
+        data = bytearray(await copy.read(block * BLOCK_BYTES, BLOCK_BYTES))
+        data[rng.randrange(BLOCK_BYTES)] ^= 4
+        await copy.write(block * BLOCK_BYTES, data)
+        report = await check(copy)
+        assert report.errors or block == 20, block
