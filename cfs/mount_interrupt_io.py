@@ -1,21 +1,41 @@
-"""Requests whose caller was killed stop waiting (rule G6).
+"""Requests whose caller was killed do not keep it (rule G6).
 
-Once the daemon has read a request, `kill -9` of the caller waits for its answer. So a request that
-waits for a cluster lock ends with EINTR when a fatal signal is pending for its caller. Only waits
-for locks end like this: nothing has been changed yet when they do. The lock cache waits through its
-runtime, so that is where it is put in.
+Once the daemon has read a request, `kill -9` of the caller waits for its answer. The kernel sends
+INTERRUPT once, at the first signal of any kind; so an interrupted request is looked at again and
+again until a fatal signal is pending for its caller or it is answered. Then:
+- a request that waits for a cluster lock ends with EINTR: nothing has been changed yet. The lock
+  cache waits through its runtime, so that is where this is put in;
+- a request that changes nothing and waits for something else (storage that is away) is *abandoned*:
+  the kernel gets EINTR at once, the handler goes on, and undoes what only its answer would have
+  made true (`is_abandoned`). The kernel refuses the late answer;
+- an answer that the closed gate keeps is replaced by EINTR.
 """
 
 from __future__ import annotations
 
 import errno
+import logging
+import os
+import struct
 
 import trio
 
 from cfs.errors import FsError
+from cfs.mount_fuse_io import fuse
 from dlm.engine import Runtime, Wakeup
-from native.fuse_io import Interrupts
-from native.requests import Request
+from native.process import fatal_signal_pending
+from native.requests import Opcode, Request
+
+log = logging.getLogger("cfs.mount")
+
+POLL_S = 0.1
+ABANDONABLE = frozenset(
+    {
+        Opcode.LOOKUP, Opcode.GETATTR, Opcode.READLINK, Opcode.READ, Opcode.READDIRPLUS,
+        Opcode.STATFS, Opcode.FSYNC, Opcode.FSYNCDIR,
+    }
+)  # fmt: skip
+_ERROR_ANSWER = struct.Struct("<IiQ")
 
 
 class RequestWaits:
@@ -23,7 +43,9 @@ class RequestWaits:
 
     def __init__(self) -> None:
         self.requests: dict[trio.lowlevel.Task, Request] = {}
-        self._interrupts = Interrupts()
+        self._scopes: dict[int, trio.CancelScope] = {}
+        self._signalled: set[int] = set()
+        self._abandoned: set[int] = set()
         self.ended = 0
 
     async def wait(self, event: trio.Event) -> None:
@@ -32,15 +54,72 @@ class RequestWaits:
         if request is None:
             await event.wait()
             return
-        with trio.CancelScope() as scope, self._interrupts.watch(request, scope.cancel):
-            await event.wait()
+        with trio.CancelScope() as scope:
+            outer = self._scopes.get(request.unique)
+            self._scopes[request.unique] = scope
+            try:
+                await event.wait()
+            finally:
+                if outer is None:
+                    del self._scopes[request.unique]
+                else:
+                    self._scopes[request.unique] = outer
         if scope.cancelled_caught:
             self.ended += 1
             raise FsError(errno.EINTR, "the caller was killed")
 
+    def is_abandoned(self, unique: int) -> bool:
+        """Whether the kernel has been told that this request ended."""
+        return unique in self._abandoned
+
+    def finished(self, unique: int) -> None:
+        """The handler has returned."""
+        self._signalled.discard(unique)
+        self._abandoned.discard(unique)
+
+    def has_signals(self) -> bool:
+        """Whether `finished` has anything to do."""
+        return bool(self._signalled or self._abandoned)
+
     async def run(self) -> None:
         """Watch for interrupts, for ever."""
-        await self._interrupts.run()
+        descriptor = fuse.interrupt_fd()
+        while True:
+            with trio.move_on_after(POLL_S if self._signalled else float("inf")):
+                await trio.lowlevel.wait_readable(descriptor)
+            self._signalled.update(fuse.take_interrupts())
+            if self._signalled:
+                running = {request.unique: request for request in self.requests.values()}
+                for unique in list(self._signalled):
+                    self._look_at(unique, running.get(unique))
+
+    def _look_at(self, unique: int, request: Request | None) -> None:
+        if request is None:
+            self._look_at_kept(unique)
+        elif fatal_signal_pending(request.pid):
+            scope = self._scopes.get(unique)
+            if scope is not None:
+                scope.cancel()
+            elif request.opcode in ABANDONABLE and unique not in self._abandoned:
+                self._abandon(unique)
+
+    def _abandon(self, unique: int) -> None:
+        self._abandoned.add(unique)
+        self.ended += 1
+        answer = _ERROR_ANSWER.pack(_ERROR_ANSWER.size, -errno.EINTR, unique)
+        try:
+            os.write(fuse.session_fd(), answer)
+        except OSError as error:
+            log.debug("request %d could not be abandoned: %s", unique, error)
+
+    def _look_at_kept(self, unique: int) -> None:
+        """Its handler has returned: either it is answered, or the gate keeps the answer."""
+        rows = [row for row in fuse.pending_requests() if row.unique == unique and row.answered]
+        if not rows:
+            self._signalled.discard(unique)
+        elif fatal_signal_pending(rows[0].pid):
+            fuse.gate_abandon(unique, errno.EINTR)
+            self._signalled.discard(unique)
 
 
 class _RequestEvent:

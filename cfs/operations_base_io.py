@@ -83,6 +83,11 @@ class OperationsBase(pyfuse3.Operations):  # type: ignore[misc]
             inode.lookups += node == ROOT_NODE
         return inode
 
+    def stop_if_abandoned(self, unique: int) -> None:
+        """Raise if nobody waits for this answer any more: it must not be counted."""
+        if self.waits.is_abandoned(unique):
+            raise FsError(errno.EINTR, "the caller was killed")
+
     def add_handle(self, inode: KernelInode, lock: CachedLock, flags: int) -> Handle:
         """Number a new handle."""
         if len(self.handles) >= HANDLES_MAX:
@@ -184,5 +189,7 @@ def handler(
             raise pyfuse3.FUSEError(errno.EIO) from None
         finally:
             del requests[task]
+            if self.waits.has_signals():
+                self.waits.finished(request.unique)
 
     return wrapped

@@ -37,10 +37,12 @@ class CfsOperations(DataOperations):
         parent = self.known(parent_inode)
         number = parent.number
         revision = parent.revision
+        unique = self.request.unique
         try:
             attributes = self.fs.try_lookup(number, name)
             if attributes is None:
                 attributes = await self.fs.lookup(number, name)
+                self.stop_if_abandoned(unique)
         except FsError as error:
             timeout = self._name_timeout(parent, revision)
             if error.errno != errno.ENOENT or not timeout:
@@ -284,28 +286,42 @@ class CfsOperations(DataOperations):
     ) -> None:
         parent = self.handles[fh].inode
         cookie = start_id
+        unique = self.request.unique
+        counted: list[int] = []
         while True:
             revision = parent.revision
             found = await self.fs.readdir(parent.number, cookie, READDIR_BATCH)
+            if self.waits.is_abandoned(unique):
+                self._uncount(counted)
+                raise FsError(errno.EINTR)
             timeout = self._name_timeout(parent, revision)
             for item in found:
-                if not self._reply_name(token, item, timeout):
+                if not self._reply_name(token, item, timeout, counted):
                     return
                 cookie = item.cookie
             if len(found) < READDIR_BATCH:
                 return
 
-    def _reply_name(self, token: pyfuse3.ReaddirToken, item: DirEntry, timeout_s: float) -> bool:
-        """Add a name to the answer, with attributes if they are here, as a LOOKUP would."""
+    def _uncount(self, numbers: list[int]) -> None:
+        """The kernel did not get an answer that named these inodes."""
+        for number in numbers:
+            inode = self.caches.inodes[number]
+            inode.lookups -= 1
+            self.caches.drop_if_unused(inode)
+
+    def _reply_name(
+        self, token: pyfuse3.ReaddirToken, item: DirEntry, timeout_s: float, counted: list[int]
+    ) -> bool:
+        """Add a name to the answer, with attributes if they are here, as a LOOKUP would; those
+        are added to `counted`."""
         name = pyfuse3.FileNameT(item.name)
         if timeout_s and item.name not in (b".", b".."):
             attributes = self.fs.try_getattr(item.ino)
             if attributes is not None and stat.S_IFMT(attributes.mode) == item.type:
                 answer = self.answer_entry(attributes, timeout_s)
                 if pyfuse3.readdir_reply(token, name, answer, item.cookie):
+                    counted.append(item.ino)
                     return True
-                inode = self.caches.inodes[item.ino]
-                inode.lookups -= 1
-                self.caches.drop_if_unused(inode)
+                self._uncount([item.ino])
                 return False
         return bool(pyfuse3.readdir_reply(token, name, self._plain.fill(item), item.cookie))

@@ -1,6 +1,7 @@
 """A mount whose file `f` is locked by another node until a file called `thaw` appears.
 
-Arguments: DIRECTORY CONTROL_DIRECTORY. `free` is a file that nobody else holds.
+Arguments: DIRECTORY CONTROL_DIRECTORY. `free` is held by nobody else; the storage of `slow` is away
+until the thaw.
 """
 
 import logging
@@ -20,7 +21,18 @@ from cfs.mount_system_io import StatusPipe, settle_process
 from dlm.modes import Result
 from tests.fuse.memory_fs import MemoryFileSystem, Node
 
-FROZEN, FREE = 50, 51
+FROZEN, FREE, SLOW = 50, 51, 52
+
+
+class AwayStorage(MemoryFileSystem):
+    """The blocks of one file come only after the thaw."""
+
+    back = None
+
+    async def read_held(self, ino, offset, size, *, direct=False):
+        if ino == SLOW:
+            await self.back.wait()
+        return await super().read_held(ino, offset, size)
 
 
 class Slow:
@@ -65,12 +77,14 @@ def main():
         locks.engine = Slow(locks.engine)
         root = Node(7, stat.S_IFDIR | 0o755)
         nodes = {7: root}
-        for name, ino in ((b"f", FROZEN), (b"free", FREE)):
+        for name, ino in ((b"f", FROZEN), (b"free", FREE), (b"slow", SLOW)):
             nodes[ino] = Node(ino, stat.S_IFREG | 0o666)
             nodes[ino].data[:] = b"data"
             root.names[name] = (ino, ino, stat.S_IFREG)
         make.locks = locks
-        return MemoryFileSystem(locks, environment, nodes)
+        make.fs = AwayStorage(locks, environment, nodes)
+        make.fs.back = trio.Event()
+        return make.fs
 
     async def obey():
         """Files are commands: a test has no other way to reach this process."""
@@ -78,6 +92,7 @@ def main():
             await trio.sleep(0.02)
             if await trio.Path(control, "thaw").exists():
                 make.locks.engine.thaw()
+                make.fs.back.set()
                 return
             if await trio.Path(control, "break").exists():
                 raise RuntimeError("broken on demand")
