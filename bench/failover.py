@@ -18,8 +18,10 @@ def _crash_mount(lab: Lab, number: int) -> float:
     try:
         moment = time.monotonic()
         cluster.crash(lab, victim, "mount")
+        demo_faults.wait_recovered(lab, lab.nodes[0], moment)
+        recovered = time.monotonic()
         for writer in survivors:
-            writer.wait_beyond(moment + 0.2, demo_faults.WARM_RECORDS)
+            writer.wait_beyond(recovered, demo_faults.WARM_RECORDS)
     finally:
         for writer in writers:
             writer.stop()
@@ -32,7 +34,7 @@ def run(lab: Lab) -> dict:
     hosts.run(lab, lab.nodes[0], "mkdir", "-p", demo_faults.WORK)
     stalls: dict[str, list[float]] = {"power cut of a node": [], "crash of a mount process": []}
     for number in range(CUTS):
-        cut, _ = demo_faults.cut_node(lab, lab.nodes[1], f"bench-cut-{number}")
+        cut = demo_faults.cut_node(lab, lab.nodes[1], f"bench-cut-{number}")
         stalls["power cut of a node"].append(cut.stall_s)
         cluster.start(lab, lab.nodes[1])
         stalls["crash of a mount process"].append(_crash_mount(lab, number))

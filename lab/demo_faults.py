@@ -7,7 +7,7 @@ import json
 import subprocess
 import threading
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -26,12 +26,12 @@ STALL_LIMIT_S = 60.0
 class Writer:
     """A sync-writer on a node; its reports are read here, so they outlive the node."""
 
-    def __init__(self, lab: Lab, node: Host, path: str) -> None:
+    def __init__(self, lab: Lab, node: Host, path: str, shared: str) -> None:
         self.node = node
         self.path = path
         self.times: list[float] = []
         self.errors: list[str] = []
-        argv = [*PROGRAM, "sync-writer", path, "--writer", str(node.index)]
+        argv = [*PROGRAM, "sync-writer", path, "--writer", str(node.index), "--shared", shared]
         self.process = hosts.popen(lab, node, *argv, stdout=subprocess.PIPE)
         self._thread = threading.Thread(target=self._read, daemon=True)
         self._thread.start()
@@ -59,11 +59,16 @@ class Writer:
 
         hosts.wait_for(enough, STALL_LIMIT_S, f"{self.node.name} writes on")
 
+    def gap_around(self, moment: float) -> tuple[float, float]:
+        """The two neighbouring acknowledgements farthest apart from the moment on."""
+        first = max((i for i, t in enumerate(self.times) if t <= moment), default=0)
+        pairs = itertools.pairwise(self.times[first:])
+        return max(pairs, key=lambda pair: pair[1] - pair[0], default=(moment, moment))
+
     def stall_around(self, moment: float) -> float:
         """The longest time between two acknowledged records from the moment on, seconds."""
-        first = max((i for i, t in enumerate(self.times) if t <= moment), default=0)
-        tail = self.times[first:]
-        return max((b - a for a, b in itertools.pairwise(tail)), default=0.0)
+        before, after = self.gap_around(moment)
+        return after - before
 
     def stop(self) -> None:
         self.process.kill()
@@ -77,11 +82,13 @@ class CutResult(msgspec.Struct):
     stall_s: float
     stalls: dict[str, float]
     acknowledged: int
+    timeline: list[list[str]]
 
 
 def start_writers(lab: Lab, name: str) -> list[Writer]:
-    """A writer on each node, all of them warm."""
-    writers = [Writer(lab, node, f"{WORK}/{name}-{node.name}") for node in lab.nodes]
+    """A writer on each node, all of them warm; they share one file besides their own."""
+    shared = f"{WORK}/{name}-shared"
+    writers = [Writer(lab, node, f"{WORK}/{name}-{node.name}", shared) for node in lab.nodes]
     for writer in writers:
         writer.wait_beyond(0.0, WARM_RECORDS)
     return writers
@@ -102,44 +109,60 @@ def check_writers(lab: Lab, reader: Host, writers: list[Writer]) -> None:
         )
 
 
-def cut_node(lab: Lab, victim: Host, name: str) -> tuple[CutResult, float]:
-    """Power cut of a node while all nodes write; returns what it cost and when it happened."""
+def cut_node(lab: Lab, victim: Host, name: str) -> CutResult:
+    """Power cut of a node while all nodes write; what it cost."""
     writers = start_writers(lab, name)
     try:
         moment = time.monotonic()
         cluster.power_cut(lab, victim)
         survivors = [w for w in writers if w.node != victim]
+        wait_recovered(lab, survivors[0].node, moment)
+        recovered = time.monotonic()
         for writer in survivors:
-            writer.wait_beyond(moment + 0.2, WARM_RECORDS)
+            writer.wait_beyond(recovered, WARM_RECORDS)
     finally:
         for writer in writers:
             writer.stop()
     stalls = {w.node.name: round(w.stall_around(moment), 3) for w in survivors}
     dead = next(w for w in writers if w.node == victim)
     check_writers(lab, survivors[0].node, writers)
-    return CutResult(max(stalls.values()), stalls, dead.last_index + 1), moment
+    rows = timeline(lab, survivors[0].node, survivors, moment)
+    return CutResult(max(stalls.values()), stalls, dead.last_index + 1, rows)
 
 
-def timeline(lab: Lab, node: Host, moment: float) -> list[list[str]]:
-    """The events of a survivor since the cut: [milliseconds after it, event, details]."""
+def events_since(lab: Lab, node: Host, moment: float) -> list[tuple[float, dict[str, Any]]]:
+    """The events of a node since a moment, each with the milliseconds after it."""
     output = hosts.run(lab, node, "clusterctl", "events", "--json", check=False).stdout
-    rows = []
-    for line in output.splitlines():
-        event = json.loads(line)
-        after_ms = event["at_ns"] / 1e6 - moment * 1e3
-        if after_ms < 0:
-            continue
-        details = ", ".join(f"{k}={v}" for k, v in event.get("fields", {}).items())
-        rows.append([f"{after_ms:.0f}", event["event"], details[:90]])
-    return rows
+    events = [json.loads(line) for line in output.splitlines() if line.startswith("{")]
+    after = [(event["at_ns"] / 1e6 - moment * 1e3, event) for event in events]
+    return [(ms, event) for ms, event in after if ms >= 0]
+
+
+def wait_recovered(lab: Lab, node: Host, moment: float) -> None:
+    """Wait until a survivor has seen the journal of a dead mount replayed."""
+    hosts.wait_for(
+        lambda: any(e["event"] == "group.released" for _, e in events_since(lab, node, moment)),
+        STALL_LIMIT_S,
+        "the journal of the dead node is replayed",
+    )
+
+
+def timeline(lab: Lab, node: Host, survivors: list[Writer], moment: float) -> list[list[str]]:
+    """What a survivor saw since the cut: [milliseconds after it, event, details]."""
+    rows = [(ms, e["event"], e.get("text", "")) for ms, e in events_since(lab, node, moment)]
+    for writer in survivors:
+        before, after = writer.gap_around(moment)
+        name = writer.node.name
+        rows.append(((before - moment) * 1e3, "last I/O", f"{name}: last fsync before its stall"))
+        rows.append(((after - moment) * 1e3, "first I/O", f"{name}: first fsync after its stall"))
+    return [[f"{ms:.0f}", name, text[:100]] for ms, name, text in sorted(rows)]
 
 
 def _node_cut(lab: Lab, report: Reporter) -> Results:
     victim = lab.nodes[1]
     report.say(f"all nodes write and fsync; power cut of {victim.name}")
-    result, moment = cut_node(lab, victim, "cut")
-    rows = timeline(lab, lab.nodes[0], moment)
-    report.table("n1 after the power cut of n2", ["ms", "event", "details"], rows)
+    result = cut_node(lab, victim, "cut")
+    report.table("n1 after the power cut of n2", ["ms", "event", "details"], result.timeline)
     report.say(f"{result.acknowledged} records that {victim.name} had fsynced: all read on n1")
     report.say(f"{victim.name} boots, rejoins, mounts")
     begin = time.monotonic()

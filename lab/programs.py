@@ -167,14 +167,20 @@ def big_read(path: Path, mib: int) -> None:
 @app.command("sync-writer")
 @click.argument("path", type=click.Path(path_type=Path))
 @click.option("--writer", type=int, required=True)
+@click.option("--shared", type=click.Path(path_type=Path), help="A file that all writers use.")
 @click.option("--seconds", default=3600.0)
 @click.option("--seed", default=1)
-def sync_writer(path: Path, writer: int, seconds: float, seed: int) -> None:
-    """Write records of 4 KiB, fsync each, report each with the time at which fsync returned."""
+def sync_writer(path: Path, writer: int, shared: Path | None, seconds: float, seed: int) -> None:
+    """Write records of 4 KiB, fsync each, report each with the time at which fsync returned. Every
+    eighth also goes to a block of the shared file, so its lock travels between the nodes."""
     end = time.monotonic() + seconds
     handle = os.open(path, os.O_WRONLY | os.O_CREAT, 0o644)
+    common = os.open(shared, os.O_WRONLY | os.O_CREAT, 0o644) if shared else None
     index = 0
     while time.monotonic() < end:
+        if common is not None and index % 8 == 0:
+            os.pwrite(common, make_record(writer, index, 4096, seed), writer * 4096)
+            os.fsync(common)
         os.pwrite(handle, make_record(writer, index, 4096, seed), index * 4096)
         os.fsync(handle)
         say(index=index, at=time.monotonic())

@@ -37,7 +37,7 @@ def test_power_cut_of_a_node_loses_nothing_that_was_fsynced(ready: Lab) -> None:
     """The survivors stall but see no error; every acknowledged record is there."""
     hosts.run(ready, ready.nodes[0], "mkdir", "-p", demo_faults.WORK)
     for victim in (ready.nodes[1], ready.nodes[0]):
-        result, _moment = demo_faults.cut_node(ready, victim, f"test-{victim.name}")
+        result = demo_faults.cut_node(ready, victim, f"test-{victim.name}")
         assert result.acknowledged > 0
         cluster.start(ready, victim)
         assert cluster.is_mounted(ready, victim)
