@@ -263,7 +263,7 @@ class Glock:
         if self._lock is None and not (self._queue or self._active or self._asking is not None):
             self._manager.forget(self)
 
-    def _ask(self, mode: Mode, flags: Flags) -> None:
+    def _ask(self, mode: Mode, flags: int) -> None:
         self._asking = mode
         self._open = 0
         flags |= Flags.VALBLK

@@ -14,7 +14,7 @@ from cluster.ids import Instance
 from cluster.locks import Mode
 from dlm.engine import Completion, LockClient
 from dlm.lockspace import Answered, Asked, Blocking, Left, Lockspace, Send
-from dlm.modes import Flags, Result
+from dlm.modes import Result
 
 _LEAVES_NOTHING = frozenset(
     {Result.AGAIN, Result.CANCELLED, Result.DEADLOCK, Result.INVALID, Result.NO_LOCK}
@@ -40,7 +40,7 @@ class Dispatcher:
 
     # Engine.
 
-    def lock(self, name: bytes, mode: Mode, flags: Flags, client: LockClient) -> int:
+    def lock(self, name: bytes, mode: Mode, flags: int, client: LockClient) -> int:
         self.space.now_ns = self._now_ns()
         number = self.space.lock(name, mode, flags)
         if number is None:
@@ -51,13 +51,13 @@ class Dispatcher:
         self._pump()
         return number
 
-    def convert(self, lock: int, mode: Mode, flags: Flags, lvb: bytes | None = None) -> Result:
+    def convert(self, lock: int, mode: Mode, flags: int, lvb: bytes | None = None) -> Result:
         self.space.now_ns = self._now_ns()
         result = self.space.convert(lock, mode, flags, lvb)
         self._pump()
         return result
 
-    def unlock(self, lock: int, flags: Flags, lvb: bytes | None = None) -> Result:
+    def unlock(self, lock: int, flags: int, lvb: bytes | None = None) -> Result:
         self.space.now_ns = self._now_ns()
         result = self.space.unlock(lock, flags, lvb)
         self._pump()

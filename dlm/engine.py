@@ -14,7 +14,7 @@ from typing import Protocol
 import msgspec
 
 from cluster.locks import Mode
-from dlm.modes import Flags, Result
+from dlm.modes import Result
 
 
 class Completion(msgspec.Struct, frozen=True, gc=False):
@@ -45,13 +45,13 @@ class LockClient(Protocol):
 class Engine(Protocol):
     """The low-level interface; semantics of libdlm."""
 
-    def lock(self, name: bytes, mode: Mode, flags: Flags, client: LockClient) -> int:
+    def lock(self, name: bytes, mode: Mode, flags: int, client: LockClient) -> int:
         """Ask for a new lock; returns its number."""
         ...
 
-    def convert(self, lock: int, mode: Mode, flags: Flags, lvb: bytes | None = None) -> Result: ...
+    def convert(self, lock: int, mode: Mode, flags: int, lvb: bytes | None = None) -> Result: ...
 
-    def unlock(self, lock: int, flags: Flags, lvb: bytes | None = None) -> Result: ...
+    def unlock(self, lock: int, flags: int, lvb: bytes | None = None) -> Result: ...
 
     def cancel(self, lock: int) -> Result: ...
 

@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable
 from cluster.locks import Mode
 from dlm.cache import LOCKS_MAX, LockCache
 from dlm.engine import Completion, LockClient, Runtime, Wakeup
-from dlm.modes import LVB_ZERO, Flags, Result
+from dlm.modes import LVB_ZERO, Result
 
 
 class _Nobody:
@@ -57,18 +57,18 @@ class GrantAll:
         )
         return Result.GRANTED
 
-    def lock(self, name: bytes, mode: Mode, flags: Flags, client: LockClient) -> int:
+    def lock(self, name: bytes, mode: Mode, flags: int, client: LockClient) -> int:
         self._last += 1
         self._clients[self._last] = client
         self._complete(self._last, mode, Result.GRANTED)
         return self._last
 
-    def convert(self, lock: int, mode: Mode, flags: Flags, lvb: bytes | None = None) -> Result:
+    def convert(self, lock: int, mode: Mode, flags: int, lvb: bytes | None = None) -> Result:
         if lvb is not None:
             self._lvbs[lock] = lvb
         return self._complete(lock, mode, Result.GRANTED)
 
-    def unlock(self, lock: int, flags: Flags, lvb: bytes | None = None) -> Result:
+    def unlock(self, lock: int, flags: int, lvb: bytes | None = None) -> Result:
         del self._clients[lock]
         self._lvbs.pop(lock, None)
         return Result.GRANTED

@@ -117,7 +117,7 @@ class Lockspace:
 
     # Operations of this process. Nothing but GRANTED means: no completion will come.
 
-    def lock(self, name: bytes, mode: Mode, flags: Flags = Flags.NONE) -> int | None:
+    def lock(self, name: bytes, mode: Mode, flags: int = Flags.NONE) -> int | None:
         """Ask for a new lock; its number, or None if the request makes no sense."""
         if not 0 < len(name) <= NAME_BYTES_MAX or not self._open():
             return None
@@ -126,7 +126,7 @@ class Lockspace:
         return number
 
     def convert(
-        self, lock: int, mode: Mode, flags: Flags = Flags.NONE, lvb: bytes | None = None
+        self, lock: int, mode: Mode, flags: int = Flags.NONE, lvb: bytes | None = None
     ) -> Result:
         if not self._open():
             return Result.NO_LOCK
@@ -134,7 +134,7 @@ class Lockspace:
         self._pump()
         return result
 
-    def unlock(self, lock: int, flags: Flags = Flags.NONE, lvb: bytes | None = None) -> Result:
+    def unlock(self, lock: int, flags: int = Flags.NONE, lvb: bytes | None = None) -> Result:
         if not self._open():
             return Result.NO_LOCK
         result = self.owner.unlock(lock, flags, lvb)

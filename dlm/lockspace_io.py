@@ -90,7 +90,7 @@ class LockspaceMember:
         self.api.leave()
         await self._left.wait()
 
-    async def lock(self, name: bytes, mode: Mode, flags: Flags = Flags.NONE) -> AsyncLock:
+    async def lock(self, name: bytes, mode: Mode, flags: int = Flags.NONE) -> AsyncLock:
         """A low-level lock, apart from the cache."""
         lock = AsyncLock(self.api)
         await lock.acquire(name, mode, flags)
@@ -187,19 +187,19 @@ class AsyncLock:
         assert self._completion is not None
         return self._completion
 
-    async def acquire(self, name: bytes, mode: Mode, flags: Flags = Flags.NONE) -> Result:
+    async def acquire(self, name: bytes, mode: Mode, flags: int = Flags.NONE) -> Result:
         self._done = trio.Event()
         self._number = self._api.lock(name, mode, flags, self)
         return await self._outcome(new=True)
 
     async def convert(
-        self, mode: Mode, flags: Flags = Flags.NONE, lvb: bytes | None = None
+        self, mode: Mode, flags: int = Flags.NONE, lvb: bytes | None = None
     ) -> Result:
         self._done = trio.Event()
         result = self._api.convert(self._number, mode, flags, lvb)
         return await self._outcome(new=False) if result == Result.GRANTED else result
 
-    def unlock(self, flags: Flags = Flags.NONE, lvb: bytes | None = None) -> Result:
+    def unlock(self, flags: int = Flags.NONE, lvb: bytes | None = None) -> Result:
         return self._api.unlock(self._number, flags, lvb)
 
     async def _outcome(self, *, new: bool) -> Result:

@@ -26,7 +26,7 @@ from dlm.messages import (
     Request,
     Unlock,
 )
-from dlm.modes import Flags, Result
+from dlm.modes import Result
 from dlm.owner import Knowledge
 from dlm.resource import Effect, MasterLock, Parked, Resource
 
@@ -82,7 +82,7 @@ class MasterSide:
         lock = MasterLock(resource, source, message.lock, self._space.now_ns - message.age_ns)
         lock.op = message.op
         self._grants_from(resource)
-        if resource.request(lock, message.mode, Flags(message.flags), probe=message.probe):
+        if resource.request(lock, message.mode, message.flags, probe=message.probe):
             self.locks[key] = lock
         self._send(resource)
 
@@ -94,7 +94,7 @@ class MasterSide:
         lock.op = message.op
         lock.since_ns = self._space.now_ns
         self._grants_from(lock.resource)
-        lock.resource.convert(lock, message.mode, Flags(message.flags), message.lvb)
+        lock.resource.convert(lock, message.mode, message.flags, message.lvb)
         self._send(lock.resource)
 
     def unlock(self, source: Instance, message: Unlock) -> None:
@@ -107,7 +107,7 @@ class MasterSide:
         lock.op = message.op
         resource = lock.resource
         self._grants_from(resource)
-        resource.unlock(lock, Flags(message.flags), message.lvb)
+        resource.unlock(lock, message.flags, message.lvb)
         self._send(resource)
 
     def cancel(self, source: Instance, message: Cancel) -> None:

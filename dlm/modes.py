@@ -8,6 +8,7 @@ the order of the numbers is not an order of strength.
 from __future__ import annotations
 
 import enum
+from typing import Final
 
 from cluster.locks import Mode
 
@@ -89,45 +90,46 @@ def strongest_beside(held: Mode, waiting: int) -> Mode:
     return NL
 
 
-def bits(mode: Mode) -> int:
-    return 1 << mode
+MODES: tuple[Mode, ...] = tuple(Mode)
+"""MODES[number] is much cheaper than Mode(number)."""
 
 
-class Flags(enum.IntFlag):
-    """Values as in libdlm."""
+class Flags:
+    """Values as in libdlm. Plain integers: they are tested several times per operation, and an
+    `enum.IntFlag` costs a microsecond each time."""
 
-    NONE = 0
-    NOQUEUE = 0x1
-    CANCEL = 0x2
-    CONVERT = 0x4
-    VALBLK = 0x8
-    QUECVT = 0x10
-    IVVALBLK = 0x20
-    CONVDEADLK = 0x40
-    PERSISTENT = 0x80
-    NODLCKWT = 0x100
-    NODLCKBLK = 0x200
-    EXPEDITE = 0x400
-    NOQUEUEBAST = 0x800
-    HEADQUE = 0x1000
-    NOORDER = 0x2000
-    ORPHAN = 0x4000
-    ALTPR = 0x8000
-    ALTCW = 0x10000
-    FORCEUNLOCK = 0x20000
-    TIMEOUT = 0x40000
+    NONE: Final = 0
+    NOQUEUE: Final = 0x1
+    CANCEL: Final = 0x2
+    CONVERT: Final = 0x4
+    VALBLK: Final = 0x8
+    QUECVT: Final = 0x10
+    IVVALBLK: Final = 0x20
+    CONVDEADLK: Final = 0x40
+    PERSISTENT: Final = 0x80
+    NODLCKWT: Final = 0x100
+    NODLCKBLK: Final = 0x200
+    EXPEDITE: Final = 0x400
+    NOQUEUEBAST: Final = 0x800
+    HEADQUE: Final = 0x1000
+    NOORDER: Final = 0x2000
+    ORPHAN: Final = 0x4000
+    ALTPR: Final = 0x8000
+    ALTCW: Final = 0x10000
+    FORCEUNLOCK: Final = 0x20000
+    TIMEOUT: Final = 0x40000
 
 
 UNSUPPORTED = Flags.PERSISTENT | Flags.ORPHAN | Flags.TIMEOUT | Flags.NODLCKBLK
 
 
-class Status(enum.IntFlag):
+class Status:
     """What the master says beside the result of a grant."""
 
-    NONE = 0
-    DEMOTED = 1
-    VALNOTVALID = 2
-    ALTMODE = 4
+    NONE: Final = 0
+    DEMOTED: Final = 1
+    VALNOTVALID: Final = 2
+    ALTMODE: Final = 4
 
 
 class Result(enum.IntEnum):
@@ -144,7 +146,7 @@ class Result(enum.IntEnum):
     QUEUED = -115
 
 
-def request_is_valid(mode: Mode, flags: Flags) -> bool:
+def request_is_valid(mode: Mode, flags: int) -> bool:
     """The rules for the flags of a new request."""
     if flags & (UNSUPPORTED | Flags.CANCEL | Flags.CONVERT | Flags.QUECVT | Flags.CONVDEADLK):
         return False
@@ -155,7 +157,7 @@ def request_is_valid(mode: Mode, flags: Flags) -> bool:
     return _alternatives_are_valid(flags)
 
 
-def convert_is_valid(granted: Mode, mode: Mode, flags: Flags) -> bool:
+def convert_is_valid(granted: Mode, mode: Mode, flags: int) -> bool:
     """The rules for the flags of a conversion."""
     if flags & (UNSUPPORTED | Flags.CANCEL | Flags.EXPEDITE | Flags.FORCEUNLOCK):
         return False
@@ -166,13 +168,13 @@ def convert_is_valid(granted: Mode, mode: Mode, flags: Flags) -> bool:
     return _alternatives_are_valid(flags)
 
 
-def _alternatives_are_valid(flags: Flags) -> bool:
+def _alternatives_are_valid(flags: int) -> bool:
     if flags & Flags.NOQUEUEBAST and not flags & Flags.NOQUEUE:
         return False
     return not (flags & Flags.ALTPR and flags & Flags.ALTCW)
 
 
-def unlock_is_valid(flags: Flags) -> bool:
+def unlock_is_valid(flags: int) -> bool:
     """The rules for the flags of an unlock."""
     allowed = Flags.VALBLK | Flags.IVVALBLK | Flags.FORCEUNLOCK
     return not flags & ~allowed

@@ -42,6 +42,7 @@ from dlm.modes import (
     LVB_DIRECTION,
     LVB_WRITERS,
     LVB_ZERO,
+    MODES,
     READ_LVB,
     WRITE_LVB,
     Flags,
@@ -110,7 +111,7 @@ class OwnerLock:
             return self.mode
         if self.flags & Flags.CONVDEADLK:
             return Mode.NL
-        mode = meet(Mode(self.mode), Mode(self.wanted))
+        mode = meet(MODES[self.mode], MODES[self.wanted])
         if self.flags & Flags.ALTPR:
             mode = meet(mode, Mode.PR)
         if self.flags & Flags.ALTCW:
@@ -151,7 +152,7 @@ class OwnerSide:
 
     # Operations.
 
-    def lock(self, name: bytes, mode: Mode, flags: Flags) -> int | None:
+    def lock(self, name: bytes, mode: Mode, flags: int) -> int | None:
         """A new lock; None if the flags make no sense."""
         if not request_is_valid(mode, flags):
             return None
@@ -166,13 +167,13 @@ class OwnerSide:
         self._submit(lock)
         return lock.number
 
-    def convert(self, number: int, mode: Mode, flags: Flags, lvb: bytes | None) -> Result:
+    def convert(self, number: int, mode: Mode, flags: int, lvb: bytes | None) -> Result:
         lock = self.locks.get(number)
         if lock is None or lock.gone:
             return Result.NO_LOCK
         if lock.pending:
             return Result.BUSY
-        granted = Mode(lock.mode)
+        granted = MODES[lock.mode]
         if not convert_is_valid(granted, mode, flags):
             return Result.INVALID
         reads = flags & Flags.VALBLK and LVB_DIRECTION[granted][mode] == READ_LVB
@@ -180,15 +181,15 @@ class OwnerSide:
         if goes_down(granted, mode) and not reads:
             lock.op += 1
             self._lower(lock, mode, writes)
-            message = Convert(lock.number, lock.op, mode, int(flags), lvb if writes else None)
+            message = Convert(lock.number, lock.op, mode, flags, lvb if writes else None)
             self._to_master(lock, message)
             self._complete(lock, lock.op, Result.GRANTED)
             return Result.GRANTED
         self._begin(lock, mode, flags)
-        self._to_master(lock, Convert(lock.number, lock.op, mode, int(flags)))
+        self._to_master(lock, Convert(lock.number, lock.op, mode, flags))
         return Result.GRANTED
 
-    def unlock(self, number: int, flags: Flags, lvb: bytes | None) -> Result:
+    def unlock(self, number: int, flags: int, lvb: bytes | None) -> Result:
         lock = self.locks.get(number)
         if lock is None or lock.gone:
             return Result.NO_LOCK
@@ -210,7 +211,7 @@ class OwnerSide:
         self._lower(lock, NO_MODE, writes)
         lock.gone = True
         self._complete(lock, lock.op, Result.UNLOCKED)
-        self._to_master(lock, Unlock(lock.number, lock.op, int(flags), lvb if writes else None))
+        self._to_master(lock, Unlock(lock.number, lock.op, flags, lvb if writes else None))
         return Result.GRANTED
 
     def cancel(self, number: int) -> Result:
@@ -230,7 +231,7 @@ class OwnerSide:
         self._to_master(lock, Cancel(lock.number, lock.op))
         return Result.GRANTED
 
-    def _begin(self, lock: OwnerLock, mode: Mode, flags: Flags) -> None:
+    def _begin(self, lock: OwnerLock, mode: Mode, flags: int) -> None:
         lock.op += 1
         lock.pending = True
         lock.cancelled = False
@@ -238,7 +239,7 @@ class OwnerSide:
         lock.flags = flags
         lock.since_ns = self._space.now_ns
 
-    def _note_write(self, lock: OwnerLock, mode: Mode, flags: Flags, lvb: bytes | None) -> bool:
+    def _note_write(self, lock: OwnerLock, mode: Mode, flags: int, lvb: bytes | None) -> bool:
         """Whether this operation writes the value block (table and flags)."""
         if lock.mode not in LVB_WRITERS or LVB_DIRECTION[lock.mode][mode] != WRITE_LVB:
             return False
@@ -300,7 +301,7 @@ class OwnerSide:
     def _request(self, lock: OwnerLock, *, probe: bool) -> Request:
         age = self._space.now_ns - lock.since_ns
         return Request(
-            lock.number, lock.op, lock.resource.name, Mode(lock.wanted), int(lock.flags), probe, age
+            lock.number, lock.op, lock.resource.name, MODES[lock.wanted], lock.flags, probe, age
         )
 
     def _send_request(self, lock: OwnerLock, to: Instance, *, probe: bool) -> None:
@@ -377,7 +378,7 @@ class OwnerSide:
         lvb, grant, status = None, (0, 0), 0
         if reply is not None:
             lvb, grant, status = reply.lvb, (reply.epoch, reply.grant), reply.status
-        mode = Mode(max(lock.mode, 0))
+        mode = MODES[max(lock.mode, 0)]
         self._space.events.append(
             Completion(lock.number, op, result, mode, lvb, lock.lvb_valid, grant, status)
         )
@@ -512,7 +513,7 @@ class OwnerSide:
             known = LVB_CURRENT if lock.lvb_valid else LVB_INVALID
         return PushedLock(
             lock.number, lock.op, lock.resource.name, lock.sure, lock.mode, lock.wanted,
-            int(lock.flags),
+            lock.flags,
             self._space.now_ns - lock.since_ns if lock.pending else 0,
             lock.lvb if known == LVB_CURRENT else None, lock.lvb_seq, known,
         )  # fmt: skip

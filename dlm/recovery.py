@@ -25,7 +25,6 @@ from typing import TYPE_CHECKING
 
 from cluster.control import GroupEvent
 from cluster.ids import Instance
-from cluster.locks import Mode
 from dlm.messages import (
     LVB_CURRENT,
     LVB_INVALID,
@@ -43,7 +42,7 @@ from dlm.messages import (
     Request,
     Sync,
 )
-from dlm.modes import LVB_ZERO
+from dlm.modes import LVB_ZERO, MODES
 from dlm.resource import MasterLock, Parked
 
 if TYPE_CHECKING:
@@ -177,6 +176,7 @@ class Recovery:
                 self._rebuild(name, pushes)
             rebuilt.append((name, pushes))
         self.recovered(space.me, space.view)
+        space.directory.released(space.dead, space.members)
         held, self._held = self._held, []
         if not space.frozen:
             for name, pushes in rebuilt:
@@ -205,7 +205,7 @@ class Recovery:
             resource.add_phantom(dead, silent=dead in space.silent)
         for source, push in pushes:
             if push.had != push.granted:
-                resource.give_back(space.master.locks[source, push.lock], Mode(push.had))
+                resource.give_back(space.master.locks[source, push.lock], MODES[push.had])
 
     def _choose_lvb(self, resource: Resource, pushes: list[PushedLock]) -> None:
         """The newest value; valid only if it is known to be the last one written. (A phantom that
@@ -226,11 +226,11 @@ class Recovery:
         wanting.sort(key=lambda item: (-item[1].age_ns, item[0], item[1].lock))
         for source, push in wanting:
             if push.granted != NO_MODE:
-                mode = Mode(push.requested)
+                mode = MODES[push.requested]
                 master.convert(source, Convert(push.lock, push.op, mode, push.flags))
         for source, push in wanting:
             if push.granted == NO_MODE:
-                mode, age_ns = Mode(push.requested), push.age_ns
+                mode, age_ns = MODES[push.requested], push.age_ns
                 request = Request(push.lock, push.op, push.name, mode, push.flags, False, age_ns)
                 master.request(source, request)
         master.settle_unused(name)

@@ -30,6 +30,7 @@ from dlm.modes import (
     LVB_DIRECTION,
     LVB_WRITERS,
     LVB_ZERO,
+    MODES,
     NL,
     READ_LVB,
     WRITE_MODES,
@@ -106,7 +107,7 @@ class Resource:
 
     # Operations of an owner.
 
-    def request(self, lock: MasterLock, mode: Mode, flags: Flags, *, probe: bool = False) -> bool:
+    def request(self, lock: MasterLock, mode: Mode, flags: int, *, probe: bool = False) -> bool:
         """A new lock. False if it was refused and is not part of this resource."""
         lock.requested, lock.flags = mode, flags
         if self._grant_or_alternative(lock):
@@ -123,7 +124,7 @@ class Resource:
         self._tell_blockers()
         return True
 
-    def convert(self, lock: MasterLock, mode: Mode, flags: Flags, lvb: bytes | None) -> None:
+    def convert(self, lock: MasterLock, mode: Mode, flags: int, lvb: bytes | None) -> None:
         """Change the mode of a granted lock."""
         assert lock.granted != NO_MODE
         lock.requested, lock.flags = mode, flags
@@ -146,7 +147,7 @@ class Resource:
         self._enqueue(self.converting, lock)
         self._after()
 
-    def unlock(self, lock: MasterLock, flags: Flags, lvb: bytes | None) -> None:
+    def unlock(self, lock: MasterLock, flags: int, lvb: bytes | None) -> None:
         """Take a lock out, whatever it waits for."""
         if lock.granted in LVB_WRITERS:
             if flags & Flags.IVVALBLK:
@@ -265,7 +266,7 @@ class Resource:
     def _may_overtake(self, lock: MasterLock) -> bool:
         if not self.converting:
             return True
-        if lock.flags & Flags.NOORDER or goes_down(Mode(lock.granted), Mode(lock.requested)):
+        if lock.flags & Flags.NOORDER or goes_down(MODES[lock.granted], MODES[lock.requested]):
             return True
         if lock.flags & Flags.QUECVT:
             return False
@@ -383,14 +384,14 @@ class Resource:
 
     def _bast(self, lock: MasterLock, waiting: int) -> None:
         lock.state += 1
-        mode = Mode(waiting.bit_length() - 1)
+        mode = MODES[waiting.bit_length() - 1]
         self.out.append((lock, Bast(lock.number, lock.op, lock.state, mode, waiting)))
 
     def _reply(self, lock: MasterLock, result: Result, lvb: bytes | None = None) -> None:
         lock.state += 1
         status = lock.status if self.lvb_valid else lock.status | Status.VALNOTVALID
         lock.last = Reply(
-            lock.number, lock.op, lock.state, result, lock.granted, int(status), lvb,
+            lock.number, lock.op, lock.state, result, lock.granted, status, lvb,
             self.lvb_seq, self.epoch, self.grants,
         )  # fmt: skip
         self.out.append((lock, lock.last))

@@ -268,7 +268,7 @@ class World:
             flags |= Flags.EXPEDITE
         number = member.space.lock(name, mode, flags)
         assert number is not None
-        self.note(f"{member.space.me} lock {number} {name!r} {mode.name} {flags!r}")
+        self.note(f"{member.space.me} lock {number} {name!r} {mode.name} {flags:#x}")
         member.clients[number] = Client(name, number, pending=1, ops=1, since=self.steps)
 
     def operate(self, member: Member, client: Client) -> None:
@@ -295,7 +295,7 @@ class World:
         member: Member,
         client: Client,
         number: int,
-        flags: Flags,
+        flags: int,
         mode: Mode | None,
         lvb: bytes | None,
     ) -> None:
@@ -307,7 +307,7 @@ class World:
             elif flags & Flags.VALBLK and lvb is not None:
                 self.write_lvb(client.name, lvb)
 
-    def unlock(self, member: Member, client: Client, flags: Flags) -> None:
+    def unlock(self, member: Member, client: Client, flags: int) -> None:
         if self.random.random() < 0.7:
             flags |= Flags.VALBLK
         lvb = self.value()
@@ -315,7 +315,7 @@ class World:
         client.unlocking = True
         client.ops += 1
         self.note(
-            f"{member.space.me} unlock {client.number} {client.name!r} {flags!r} {lvb[-4:]!r}"
+            f"{member.space.me} unlock {client.number} {client.name!r} {flags:#x} {lvb[-4:]!r}"
         )
         result = member.space.unlock(client.number, flags, lvb)
         assert result == Result.GRANTED, result
@@ -338,7 +338,7 @@ class World:
         client.since = self.steps
         client.ops += 1
         me = member.space.me
-        self.note(f"{me} convert {client.number} {client.name!r} {mode.name} {flags!r}")
+        self.note(f"{me} convert {client.number} {client.name!r} {mode.name} {flags:#x}")
         result = member.space.convert(client.number, mode, flags, lvb)
         assert result == Result.GRANTED, result
 
@@ -456,7 +456,7 @@ class World:
     def queues(self, name: bytes) -> list[str]:
         """How the masters of a name see it."""
         return [
-            f"{me} holds {lock.owner}/{lock.number} {lock.granted}->{lock.requested} told {lock.told:b}"
+            f"{me}: {lock.owner}/{lock.number} {lock.granted}->{lock.requested} told {lock.told:b}"
             for me, member in self.members.items()
             if name in member.space.master.resources
             for lock in member.space.master.resources[name].locks()
