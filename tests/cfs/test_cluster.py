@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import random
 
 import pytest
@@ -11,6 +12,7 @@ import trio
 from cfs.attributes import MountOptions, SetAttributes
 from cfs.errors import FsError
 from cfs.filesystem import FileSystem
+from cluster.locks import Mode
 from tests.cfs.harness import cluster, fsck, make_device, mounted, tree_of
 from tests.cfs.test_crash import image, random_step
 from tests.cfs.test_model import Model, both, resolve
@@ -195,6 +197,50 @@ async def test_growth_is_seen_by_all() -> None:
         for step in range(30):
             await two.write(made.ino, step << 20, bytes([step]) * (1 << 20))
         assert await one.read(made.ino, 29 << 20, 4) == bytes([29]) * 4
+    await fsck(device)
+
+
+async def test_orphans_of_the_dead_are_freed() -> None:
+    device = await make_device(32)
+    async with cluster(device) as group:
+        one, two = await group.mount(1), await group.mount(2)
+        free = (await one.statfs()).free_blocks
+        made = await two.create(two.root_ino, b"f", 0o644, 0, 0)
+        await two.write(made.ino, 0, b"x" * 1_000_000)
+        await two.open_ref(made.ino)
+        await two.unlink(two.root_ino, b"f")
+        await two.sync()
+        group.kill(2)
+        await group.recover(2)
+        with trio.fail_after(10):
+            while one.orphans.where:  # noqa: ASYNC110
+                await trio.sleep(0.001)
+        await one.sync()
+        await one.tick(checkpoint=True)
+        one._beliefs_at = -(1 << 62)
+        assert (await one.statfs()).free_blocks == free
+    await fsck(device)
+
+
+async def test_a_state_stays_as_long_as_its_lock() -> None:
+    """A task that refers to an inode while its lock comes and goes works on its only state."""
+    device = await make_device(32)
+    async with cluster(device) as group:
+        one, two = await group.mount(1), await group.mount(2)
+        made = await one.create(one.root_ino, b"f", 0o644, 0, 0)
+        state = one.core.state(made.ino)
+        await two.setattr(made.ino, SetAttributes(mode=0o600))
+        await one.tick()
+        assert made.ino not in one.core.table.states
+        await state.hold(Mode.EX)
+        changes = SetAttributes(mode=0o640)
+        _, changed = await one.core.run(lambda tx, s=state: one._setattr_body(tx, s, changes))
+        state.release(Mode.EX)
+        number = id(state)
+        del state
+        gc.collect()
+        assert await one.getattr(made.ino) == changed
+        assert id(one.core.state(made.ino)) == number
     await fsck(device)
 
 
