@@ -43,7 +43,6 @@ from cfs.kernel_cache_notify_io import (
     Notifier,
     encode_attributes,
     encode_pages,
-    encode_prune,
 )
 from cluster.locks import CachedLock, Mode
 
@@ -228,11 +227,6 @@ class KernelCaches:
             await self._drop_pages(inode)
         finally:
             inode.revoking -= 1
-
-    async def prune(self, numbers: list[int]) -> None:
-        """Ask the kernel to forget inodes that it does not use."""
-        if self._notifier.has_prune:
-            await self._run([encode_prune(numbers)])
 
     # -- what the file system says ---------------------------------------------------------------
 

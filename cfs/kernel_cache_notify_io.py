@@ -8,7 +8,6 @@ at least `THREADS_MIN` threads; one that is stuck is replaced, up to `THREADS_MA
 |---|---|---|
 | 2 | INVAL_INODE | u64 inode, i64 offset (-1: attributes only), i64 length (0: to the end) |
 | 8 | INC_EPOCH | nothing (Linux 6.16) |
-| 9 | PRUNE | u32 count, u32 0, u64 0, u64 inode... (Linux 6.18) |
 """
 
 from __future__ import annotations
@@ -32,10 +31,8 @@ THREADS_MAX = 1024
 
 _HEADER = struct.Struct("<IiQ")
 _INVAL_INODE = struct.Struct("<IiQQqq")
-_PRUNE = struct.Struct("<IiQIIQ")
 CODE_INVAL_INODE = 2
 CODE_INC_EPOCH = 8
-CODE_PRUNE = 9
 
 IGNORED = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ENOTEMPTY})
 """The kernel does not know the inode or name (any more): there is nothing to drop."""
@@ -58,13 +55,6 @@ def encode_attributes(inode: int) -> bytes:
 def encode_epoch() -> bytes:
     """Let the kernel look every name of the mount up again; never blocks."""
     return _HEADER.pack(_HEADER.size, CODE_INC_EPOCH, 0)
-
-
-def encode_prune(inodes: list[int]) -> bytes:
-    """Let the kernel forget these inodes if nobody uses them."""
-    size = _PRUNE.size + 8 * len(inodes)
-    head = _PRUNE.pack(size, CODE_PRUNE, 0, len(inodes), 0, 0)
-    return head + struct.pack(f"<{len(inodes)}Q", *inodes)
 
 
 class Job:
@@ -98,17 +88,16 @@ class Job:
 class Notifier:
     """The threads, and what this kernel can do."""
 
-    def __init__(self, descriptor: int, *, epoch: bool | None = None, prune: bool = True) -> None:
-        """`descriptor` is the mounted /dev/fuse. `epoch` False and `prune` False switch off what
-        newer kernels offer, so that the fallbacks run."""
+    def __init__(self, descriptor: int, *, epoch: bool = True) -> None:
+        """`descriptor` is the mounted /dev/fuse. `epoch` False does without what Linux 6.16 offers,
+        so that the fallback runs."""
         self._descriptor = descriptor
         self._queue: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._token: trio.lowlevel.TrioToken | None = None
         self._threads = 0
         self._busy = 0
         self._lock = threading.Lock()
-        self.has_epoch = epoch is not False
-        self.has_prune = prune
+        self.has_epoch = epoch
         self._stopped = False
         self.sent = 0
         self.epochs = 0
@@ -123,7 +112,6 @@ class Notifier:
     def probe(self) -> None:
         """Find out what the kernel understands; it answers EINVAL to what it does not know."""
         self.has_epoch = self.has_epoch and self._try(encode_epoch())
-        self.has_prune = self.has_prune and self._try(encode_prune([]))
 
     def stop(self) -> None:
         """The mount is gone, and what the kernel held of it: nothing more is to be dropped."""

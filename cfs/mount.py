@@ -92,7 +92,7 @@ def _after_start(code: int, message: str) -> int:
     return code
 
 
-def run(arguments: MountArguments, status: StatusPipe) -> int:
+def run(arguments: MountArguments, status: Status) -> int:
     """Be the mount process until the mount ends."""
     # Heavy imports only now: in the process that stays, with the session extension first.
     import trio
@@ -113,7 +113,10 @@ def run(arguments: MountArguments, status: StatusPipe) -> int:
 
     async def live() -> int:
         mount = Mount(arguments)
-        return await mount.run(open_backend, FileSystem.mount, TrioRuntime, status)
+        code = await mount.run(open_backend, FileSystem.mount, TrioRuntime, status)
+        if mount.failure and not status.done:
+            raise StackError(mount.failure)
+        return code
 
     return trio.run(live)
 
@@ -159,8 +162,6 @@ def _main(arguments: MountArguments) -> int:
     try:
         settle_process()
         code = run(arguments, status)
-        if code:
-            status.report(EXIT_FAILED, f"mounting {arguments.volume} failed")
     except BaseException as error:
         code = _failed(error, status)
     finally:
@@ -169,13 +170,14 @@ def _main(arguments: MountArguments) -> int:
         os._exit(code)
 
 
-def _failed(error: BaseException, status: StatusPipe) -> int:
+def _failed(error: BaseException, status: Status) -> int:
     """Say why the mount process ends."""
     while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
         error = error.exceptions[0]
     if isinstance(error, StackError):
         text = f"{error.message} ({error.hint})" if error.hint else error.message
-        log.error("%s", text)
+        if status.done:
+            log.error("%s", text)
         status.report(EXIT_FAILED, text)
         return EXIT_FAILED
     log.exception("the mount process failed", exc_info=error)

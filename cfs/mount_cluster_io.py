@@ -19,7 +19,6 @@ from typing import Any
 
 import msgspec
 import trio
-from dlm.lockspace_io import LockspaceMember, join
 
 from cfs import stage
 from cfs.errors import FsError
@@ -43,12 +42,13 @@ from cluster.errors import StackError
 from cluster.ids import Instance
 from cluster.mesh_io import TrioMesh, open_mesh
 from cvm.target_io import VolumeClient, open_volume
+from dlm.lockspace_io import LockspaceMember, join
 
 log = logging.getLogger("cfs.mount")
 
 GATE_POLL_S = 0.005
 STAMPS_PER_STALL = 8
-REPLAY_RETRY_S = 0.2
+LEAVE_S = 5.0
 CFS_VERBS = ("df", "journals", "grow", "sync", "counters")
 
 
@@ -123,6 +123,12 @@ class ClusterBackend:
         )
         superblock = await stage.read_superblock(self.device)
         self._group = f"cfs:{superblock.uuid.hex()}"
+
+    async def leave_unused(self) -> None:
+        """Nothing was written: this is no death that the cluster has to deal with."""
+        self._leaving = True
+        with trio.move_on_after(LEAVE_S, shield=True), contextlib.suppress(StackError):
+            await self.session.call("instance.leave", {})
 
     async def addresses(self) -> list[str]:
         """Where this node's member processes listen: one address per network."""
@@ -258,7 +264,11 @@ async def open_cluster(arguments: MountArguments, mount: Mount) -> AsyncIterator
     backend = ClusterBackend(arguments, mount)
     async with open_session(None, backend.handlers(), backend.on_event) as session:
         async with trio.open_nursery() as nursery:
-            await backend.open(session, nursery)
+            try:
+                await backend.open(session, nursery)
+            except StackError:
+                await backend.leave_unused()
+                raise
             async with backend.join():
                 yield backend
             nursery.cancel_scope.cancel()

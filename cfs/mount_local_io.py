@@ -18,6 +18,9 @@ from cluster.ids import Incarnation, Instance, InstanceNo, NodeId
 from dlm.local import LocalLocks
 from dlm.runtime_io import TrioRuntime
 
+BUSY_WAIT_S = 10.0
+BUSY_RETRY_S = 0.05
+
 
 class NoTable:
     """No guard reads the inode table."""
@@ -54,6 +57,18 @@ class LocalBackend:
         await self.device.flush()
 
 
+async def _lock(holder: int, path: str) -> None:
+    """Lock the image. umount(8) returns before its mount process has written the last bytes, so
+    one that is still ending is waited for."""
+    for _ in range(round(BUSY_WAIT_S / BUSY_RETRY_S)):
+        try:
+            fcntl.flock(holder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            await trio.sleep(BUSY_RETRY_S)
+    raise BusyError(f"{path} is in use")
+
+
 @contextlib.asynccontextmanager
 async def open_local(arguments: MountArguments, mount: object) -> AsyncIterator[LocalBackend]:
     """Lock the image and mount from it."""
@@ -63,10 +78,7 @@ async def open_local(arguments: MountArguments, mount: object) -> AsyncIterator[
     except OSError as error:
         raise DeviceError(f"cannot open {path}: {error.strerror}") from error
     try:
-        try:
-            fcntl.flock(holder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise BusyError(f"{path} is in use") from None
+        await _lock(holder, path)
         with FileDevice(path, read_only=arguments.read_only) as device:
             async with trio.open_nursery() as nursery:
                 yield LocalBackend(device, nursery)

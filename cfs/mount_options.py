@@ -33,7 +33,7 @@ VOLUME is VG/LV. Options besides those of mount(8):
   read_ahead_kb=N     how far the kernel reads ahead (default 1024)
   log=FILE            where messages go once the file system is mounted
   commit_ms=N         longest time an unsynced change stays in memory (at most 1000)
-  no_epoch, no_prune  do without what newer kernels offer (for tests)
+  no_epoch            do without what Linux 6.16 offers (for tests)
   test_demote_ms=N    give random locks up every N ms (for tests)
 """
 
@@ -51,7 +51,6 @@ class MountArguments(msgspec.Struct, frozen=True):
     log_path: str = ""
     commit_ms: int = 1000
     use_epoch: bool = True
-    use_prune: bool = True
     test_demote_ms: float = 0.0
     kernel_options: tuple[str, ...] = ()
 
@@ -106,8 +105,6 @@ def _take_option(option: str, fields: dict[str, object]) -> None:
         fields["local"] = True
     elif option == "no_epoch":
         fields["use_epoch"] = False
-    elif option == "no_prune":
-        fields["use_prune"] = False
     elif name == "mmap" and value in ("coherent", "off"):
         fields["mmap_coherent"] = value == "coherent"
     elif name == "read_ahead_kb":

@@ -64,10 +64,7 @@ class FuseSession:
 
     def make_notifier(self) -> Notifier:
         """The notifier of this connection; start it inside trio."""
-        arguments = self._arguments
-        return Notifier(
-            self.descriptor, epoch=None if arguments.use_epoch else False, prune=arguments.use_prune
-        )
+        return Notifier(self.descriptor, epoch=self._arguments.use_epoch)
 
     async def serve(self) -> None:
         """Answer requests until the mount is gone or `terminate`."""

@@ -110,6 +110,9 @@ class DataOperations(OperationsBase):
     @handler
     async def release(self, fh: pyfuse3.FileHandleT) -> None:
         handle = self.drop_handle(fh)
+        if handle.appending is not None:
+            handle.appending.cancel()
+            handle.lock.release(Mode.EX)
         self.fs.close_ref(handle.inode.number)
 
     @handler
@@ -205,11 +208,13 @@ class DataOperations(OperationsBase):
         """Write at the true end of file, whatever the kernel believes that to be."""
         inode, lock = handle.inode, handle.lock
         if handle.appending is not None:
-            handle.appending.cancel()  # it takes over the hold that was kept for it
+            handle.appending.cancel()  # this takes over the hold that was kept for it
             handle.appending = None
-        elif not lock.try_hold(Mode.EX):
-            await lock.hold(Mode.EX)
+        elif inode.revoking or not lock.try_hold(Mode.EX):
+            waiter = Waiter(off, off + len(buf), Mode.EX, writes=True, cached=not handle.uncached)
+            await self.caches.hold(inode, lock, waiter)
         kept = False
+        inode.serving += 1
         try:
             end = (await self.fs.getattr_held(inode.number)).size
             written = await self.fs.write_held(inode.number, end, buf)
@@ -219,6 +224,7 @@ class DataOperations(OperationsBase):
                 self._keep_for_the_rest(handle)
             else:
                 lock.release(Mode.EX)
+            self.caches.served_one(inode)
         spans = [(end, end + len(buf))]
         if handle.uncached:
             await self.caches.settle(inode, spans)

@@ -148,18 +148,21 @@ def test_shared_mappings_of_all_nodes(mounts):
     """Stores through MAP_SHARED on every node into one page: none is lost, all are seen."""
     _cluster, on = mounts
     (on[1].path / "page").write_bytes(bytes(8192))
+    # struct.pack_into is no single store: it zeroes the place first.
     program = (
-        "import mmap,os,struct,sys,time\n"
+        "import ctypes,mmap,os,sys,time\n"
         "fd=os.open(sys.argv[1],os.O_RDWR); me=int(sys.argv[2])\n"
         "view=mmap.mmap(fd,8192); seen=[0]*4; value=0; end=time.monotonic()+4\n"
+        "slots=[ctypes.c_uint64.from_buffer(view,n*64) for n in range(4)]\n"
+        "second=ctypes.c_uint64.from_buffer(view,4096+me*8)\n"
         "while time.monotonic()<end:\n"
         "    value+=1\n"
-        "    old,=struct.unpack_from('<Q',view,me*64)\n"
+        "    old=slots[me].value\n"
         "    assert old==value-1,(old,value)\n"
-        "    struct.pack_into('<Q',view,me*64,value)\n"
-        "    struct.pack_into('<Q',view,4096+me*8,value)\n"
+        "    slots[me].value=value\n"
+        "    second.value=value\n"
         "    for other in (1,2,3):\n"
-        "        now,=struct.unpack_from('<Q',view,other*64)\n"
+        "        now=slots[other].value\n"
         "        assert now>=seen[other],(other,now,seen)\n"
         "        seen[other]=now\n"
         "print(value)\n"

@@ -21,7 +21,7 @@ CLIENT = ROOT / "tests" / "fuse" / "stale_reader.py"
         (5, {"pread": 2, "mmap": 2, "direct": 1}, ""),
         (5, {"write": 3, "pread": 1, "mmap": 1}, ""),
         (5, {"write": 2, "store": 2, "pread": 1}, ""),
-        (5, {"pread": 2, "mmap": 1, "write": 1}, "no_epoch,no_prune"),
+        (5, {"pread": 2, "mmap": 1, "write": 1}, "no_epoch"),
     ],
 )
 def test_no_stale_data(chooser, pause_ms, kinds, options):
