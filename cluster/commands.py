@@ -1,7 +1,8 @@
 """Changes of the register that somebody asked for: tried on the newest value until decided.
 
-A refusal is final only if it was judged on a value that was read after the command came. A change
-of voters is done when its second step is decided.
+An answer (done, or refused) is judged only on a value that was read or decided after the command
+came: what this node knew before may be old. A change of voters is done when its second step is
+decided.
 """
 
 from __future__ import annotations
@@ -30,7 +31,6 @@ class PendingCommand:
         self.since_ns = now_ns
         self.until_ns = until_ns
         self.judged_fresh = False
-        self.started = False
 
 
 class Commands:
@@ -65,13 +65,13 @@ class Commands:
 
     @property
     def wants_read(self) -> bool:
-        """The head was refused, but by a value that may be old."""
+        """The head could be answered, but by a value that may be old."""
         return bool(self._queue) and self._queue[0].judged_fresh is False and self._refused
 
     _refused = False
 
     def was_read(self, since_ns: int) -> None:
-        """A linearizable read that began at `since_ns` has ended."""
+        """An operation of the register that began at `since_ns` has given a value."""
         for pending in self._queue:
             if pending.since_ns <= since_ns:
                 pending.judged_fresh = True
@@ -95,6 +95,9 @@ class Commands:
                 continue
             if value is not state:
                 return value, actions
+            if not pending.judged_fresh:
+                self._refused = True
+                break
             actions.append(Reply(pending.command.request, result=state))
             self._queue.popleft()
         return None, actions
@@ -102,8 +105,6 @@ class Commands:
     @staticmethod
     def _value(pending: PendingCommand, state: ClusterState, writer: str) -> ClusterState:
         change = pending.command.change
-        if isinstance(change, StartVoterChange):
-            if state.old_voters:
-                return apply_change(state, FinishVoterChange(), writer)
-            pending.started = True
+        if isinstance(change, StartVoterChange) and state.old_voters:
+            return apply_change(state, FinishVoterChange(), writer)
         return apply_change(state, change, writer)

@@ -320,9 +320,9 @@ class ClusterCore:
                 return actions
         actions.extend(self._adopt(now_ns, outcome.value, bar))
         self._fresh = True
-        if operation.kind in ("read", "refresh"):
-            self.commands.was_read(operation.since_ns)
-        elif newer and isinstance(outcome, Decided):
+        self.commands.was_read(operation.since_ns)
+        proposed = operation.kind not in ("read", "refresh")
+        if proposed and newer and isinstance(outcome, Decided):
             spread = bar or Bar(outcome.value, {}, now_ns)
             actions.extend(self._to_nodes(notice_of_bar(now_ns, spread)))
         if operation.reply is not None:

@@ -8,6 +8,7 @@ acceptor's record takes time; a crash in between loses it, or not. What runs abo
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from functools import partial
 from typing import Any, Protocol
 
@@ -148,6 +149,8 @@ class NodeHost(Host):
         self.barred_life = False
         self._core_ns: int | None = None
         self._guard_ns: int | None = None
+        self._stuck: list[Callable[[], None]] | None = None
+        self._stamp = 0
         self.restart_delay = 300 * MS
 
     # --- life
@@ -160,6 +163,8 @@ class NodeHost(Host):
         me, life = NodeId(self.id), Incarnation(self.incarnation)
         now = self.clock
         self.view = None
+        self._stuck = None
+        self._stamp = now
         self.barred_life = False
         self._core_ns = self._guard_ns = None
         self.guard = GuardCore(me, life, self.timing, now)
@@ -195,6 +200,21 @@ class NodeHost(Host):
             self.application.barred(numbers)
         self.at(400 * MS, self.reboot)
 
+    def stick(self) -> None:
+        """clusterd hangs; the guard goes on (rule R9)."""
+        if self.up and not self.paused and self._stuck is None and self.core is not None:
+            self.world.log(f"n{self.id}", "clusterd hangs")
+            self._stuck = []
+
+    def unstick(self) -> None:
+        """clusterd goes on with what has waited."""
+        if self._stuck is None or not self.up:
+            return
+        self.world.log(f"n{self.id}", "clusterd goes on")
+        held, self._stuck = self._stuck, None
+        for action in held:
+            action()
+
     def boot_if_down(self) -> None:
         """Boot, unless somebody else already did."""
         if not self.up:
@@ -206,7 +226,11 @@ class NodeHost(Host):
         """One event of the cluster core."""
         if self.core is None:
             return
+        if self._stuck is not None:
+            self._stuck.append(lambda: self.core_step(event))
+            return
         core = self.core
+        self._stamp = self.clock
         actions = core.step(self.clock, event)
         core.check()
         for action in actions:
@@ -245,7 +269,9 @@ class NodeHost(Host):
             self._guard_ns = None
             if self.guard is not None:
                 numbers = self.core.membership.local if self.core is not None else []
-                self.guard.step(self.clock, Progress([(number, 0) for number in numbers]))
+                stamp_ms = (self.clock - self._stamp) // MS
+                ages = [(number, stamp_ms if number == 0 else 0) for number in numbers]
+                self.guard.step(self.clock, Progress(ages))
             self.guard_step(Tick())
 
     def receive(self, source: int, channel: str, data: bytes) -> None:
@@ -258,7 +284,10 @@ class NodeHost(Host):
         if kind == "udp":
             self.guard_step(Heard(int(network), source, Incarnation(int(life)), message))
         elif isinstance(message, ACCEPTOR_MESSAGES):
-            self.voter.step(Received(source, message))
+            if self._stuck is not None:
+                self._stuck.append(lambda: self.voter.step(Received(source, message)))
+            else:
+                self.voter.step(Received(source, message))
         else:
             self.core_step(Received(source, message, int(life)))
 

@@ -11,6 +11,7 @@ are for (rules R4, R8, G1).
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -78,6 +79,7 @@ class Mount:
         self.round = 0
         self.revoked: set[Instance] = set()
         self.write_id = 0
+        self.writing = False
         self.write_server = 0
         self.busy = False
         self.newest_revoke = (0, 0)
@@ -88,6 +90,7 @@ class Mount:
         self.replays: dict[Instance, dict[int, int]] = {}
         self.releasing: dict[Instance, int] = {}
         self.leaving = False
+        self.stuck = False
 
     # --- group
 
@@ -216,6 +219,7 @@ class Mount:
                 self.round += 1
                 self.revoked = set()
                 self.cache.clear()
+                self.reading.clear()
                 self.write_server = self.mounts.choose_server()
             if self.busy:
                 self._push()
@@ -234,12 +238,13 @@ class Mount:
         if self.host.clock < self.lease_end:
             sent = self.mounts.data(self, self.write_server, True, value, self.token, self._written)
             self.write_id = sent or self.write_id
+            self.writing = True
 
     def _written(self, reply: DataReply) -> None:
         # An earlier copy is refused once a later one was executed: only the last answer counts.
         if reply.status != "ok" or reply.id != self.write_id or not self.busy or not self.alive:
             return
-        self.busy = False
+        self.busy = self.writing = False
         self.checker.commits += 1
         self.work()
 
@@ -380,6 +385,7 @@ class Mounts:
         """A mount process dies; the guard purges after a while (or only the lease ends it)."""
         mount = self.mounts[number]
         mount.die()
+        mount.stuck = purge_after is None
         self.host.core_step(InstanceEnded(InstanceNo(number), clean=False, reason="killed"))
         if purge_after is not None:
             self.host.at(purge_after, lambda: self._purge(number))
@@ -424,7 +430,9 @@ class Mounts:
             mount = self.mounts.get(number)
             if mount is not None:
                 mount.die()
-                self._purge(number)
+                if not mount.stuck:
+                    delay = self.host.world.rng.randrange(200 * MS)
+                    self.host.at(delay, partial(self._purge, number))
 
     def lease(self, number: InstanceNo, end_ns: int) -> None:
         mount = self.mounts.get(number)

@@ -207,6 +207,30 @@ MUTANTS: dict[str, list[Patch]] = {
 }
 
 
+_LEASE = ("_isolate_reader", "_kill_reader", "_kill_reader", "_kill_mount")
+_ORDER = ("_lossy", "_crash_sequencer", "_crash_sequencer")
+_VOTE = ("_all_off", "_lossy", "_quick_restart", "_split", "_pause_node")
+
+FOCUS: dict[str, tuple[str, ...]] = {
+    "acceptor-accept-not-durable": ("_all_off",),
+    "acceptor-keeps-no-promise": _VOTE,
+    "register-one-vote": _VOTE,
+    "proposer-ignores-accepted": _VOTE,
+    "read-believes-first": _VOTE,
+    "echo-goes-on-after-accept": ("_stick_clusterd",),
+    "silent-at-once": _LEASE,
+    "silent-after-oldest-echo": ("_isolate_reader", "_kill_reader"),
+    "unseen-life-counts-as-barred": ("_isolate_reader",),
+    "lease-from-one-echo": ("_isolate_reader",),
+    "lease-too-long": _LEASE,
+    "server-bars-nobody": ("_kill_holder",),
+    "groups-deliver-at-once": _ORDER,
+    "groups-flush-forgets": _ORDER,
+    "groups-flush-of-one": ("_lossy", "_quick_restart", "_crash_sequencer", "_kill_mount"),
+}
+"""The faults that concern a mutant, so that it is found fast; all faults for the others."""
+
+
 @contextlib.contextmanager
 def mutation(name: str) -> Iterator[None]:
     """The named bug is in the cores while the context lasts."""

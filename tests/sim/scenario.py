@@ -30,9 +30,13 @@ SETTLE_MAX = 40 * SECOND
 
 
 class Scenario:
-    """`nodes` nodes and `servers` servers; voters: all nodes, or two nodes and the first server."""
+    """`nodes` nodes and `servers` servers; voters: all nodes, or two nodes and the first server.
+    `focus` names the faults of the nemesis; without it all of them."""
 
-    def __init__(self, seed: int, nodes: int = 3, servers: int = 2, trace: bool = False) -> None:
+    def __init__(
+        self, seed: int, nodes: int = 3, servers: int = 2, trace: bool = False,
+        focus: tuple[str, ...] = (),
+    ) -> None:  # fmt: skip
         self.world = World(seed, trace)
         self.rng = self.world.rng
         self.checker = Checker(self.world)
@@ -50,6 +54,7 @@ class Scenario:
                 host.voter.store = birth_record(state)
         self.faults = True
         self.faults_seen = 0
+        self._focus = focus
         self._sequence: dict[str, int] = {}
         self._request = 0
 
@@ -92,6 +97,8 @@ class Scenario:
         for host in [*self.servers, *self.nodes]:
             if host.paused:
                 host.resume()
+            if isinstance(host, NodeHost):
+                host.unstick()
             if not host.up:
                 host.boot()
         commits = self.checker.commits
@@ -198,13 +205,24 @@ class Scenario:
             self._cut_link, self._split, self._one_way, self._pause_node, self._crash_node,
             self._kill_mount, self._kill_mount, self._leave_mount, self._crash_server,
             self._pause_server, self._away_server, self._clusterd_dies, self._quick_restart,
-            self._kill_holder, self._kill_holder, self._crash_sequencer, self._all_off,
-            self._isolate_reader,
+            *[self._kill_holder] * 4, self._crash_sequencer, self._all_off,
+            self._lossy, self._stick_clusterd, *[self._isolate_reader] * 3,
+            *[self._kill_reader] * 3,
         ]  # fmt: skip
+        if self._focus:
+            kinds = [getattr(self, name) for name in self._focus]
         kinds[rng.randrange(len(kinds))]()
         if rng.random() < 0.6:
             self.world.at(rng.randrange(200 * MS, 4000 * MS), self._heal_cuts)
-        self.world.at(rng.randrange(100 * MS, 3500 * MS), self._nemesis)
+        self.world.at(rng.randrange(100 * MS, 2500 * MS), self._nemesis)
+
+    def _lossy(self) -> None:
+        """Bad cables for a while."""
+        self.world.network.loss = 0.15
+        self.world.at(2 * SECOND, self._less_lossy)
+
+    def _less_lossy(self) -> None:
+        self.world.network.loss = 0.01 if self.faults else 0.0
 
     def _heal_cuts(self) -> None:
         self.world.network.cuts.clear()
@@ -273,13 +291,27 @@ class Scenario:
             self.world.log("nemesis", f"kill mount {number} of n{mounts.host.id}, purge {after}")
             mounts.kill(number, after)
 
-    def _kill_holder(self) -> None:
-        """The writer dies in the middle of its work."""
+    def _kill_holder(self, tries: int = 200) -> None:
+        """The writer dies in the middle of a write."""
         for mounts in self.mounts:
             for number, mount in sorted(mounts.mounts.items()):
-                if mount.alive and mount.token and mounts.host.up and not mounts.host.paused:
-                    after = self.rng.choice([1 * MS, 20 * MS, 300 * MS, None])
+                host = mounts.host
+                if mount.alive and mount.token and mount.writing and host.up and not host.paused:
+                    after = self.rng.choice([1 * MS, 1 * MS, 20 * MS, None])
                     self.world.log("nemesis", f"kill holder {mount.me}, purge {after}")
+                    mounts.kill(number, after)
+                    return
+        if tries and self.faults:
+            self.world.at(2 * MS, lambda: self._kill_holder(tries - 1))
+
+    def _kill_reader(self) -> None:
+        """A mount dies whose pages the kernel still serves."""
+        for mounts in self.mounts:
+            for number, mount in sorted(mounts.mounts.items()):
+                host = mounts.host
+                if mount.alive and mount.cache and host.up and not host.paused:
+                    after = self.rng.choice([100 * MS, None, None])
+                    self.world.log("nemesis", f"kill reader {mount.me}, purge {after}")
                     mounts.kill(number, after)
                     return
 
@@ -305,12 +337,19 @@ class Scenario:
             if any(mount.cache and not mount.token for mount in mounts.mounts.values()):
                 node = mounts.host.id
                 others = [host for host in self._ids() if host != node]
-                if self.rng.random() < 0.5:
-                    others.remove(self.rng.choice(others))
+                if self.rng.random() < 0.7:
+                    others.remove(self.rng.choice([n for n in others if n < 129]))
                 self.world.network.cut([node], others, [0, 1])
                 self.world.network.cut(others, [node], [0, 1])
                 self.world.log("nemesis", f"isolate {node} from {others}")
                 return
+
+    def _stick_clusterd(self) -> None:
+        node = self._some_node()
+        node.stick()
+        life = node.life
+        delay = self.rng.randrange(200 * MS, 6000 * MS)
+        self.world.at(delay, lambda: node.unstick() if node.life == life else None)
 
     def _leave_mount(self) -> None:
         mounts = self.mounts[self.rng.randrange(len(self.mounts))]

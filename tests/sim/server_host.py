@@ -31,7 +31,7 @@ from tests.sim.world import MS, Host, World
 
 INSTALL_MEAN = 2 * MS
 QUEUE_MEAN = 3 * MS
-QUEUE_LATE = 0.05
+QUEUE_LATE = 0.12
 QUEUE_LATE_MAX = 1500 * MS
 
 
