@@ -85,7 +85,7 @@ def test_power_cut_of_a_storage_host_is_a_freeze(ready: Lab) -> None:
 def test_one_network_of_a_node_and_of_a_server_may_fail(ready: Lab) -> None:
     """With one of two cables pulled everything goes on and nobody is put out."""
     node, server = ready.nodes[1], ready.servers[0]
-    epoch = status(ready, ready.nodes[0])["epoch"]
+    lives = [(m["name"], m["incarnation"]) for m in status(ready, ready.nodes[0])["members"]]
     hosts.run(ready, ready.nodes[0], "mkdir", "-p", demo_faults.WORK)
     writers = demo_faults.start_writers(ready, "cable")
     try:
@@ -99,7 +99,9 @@ def test_one_network_of_a_node_and_of_a_server_may_fail(ready: Lab) -> None:
         for writer in writers:
             writer.stop()
     demo_faults.check_writers(ready, ready.nodes[2], writers)
-    assert status(ready, ready.nodes[0])["epoch"] == epoch
+    members = status(ready, ready.nodes[0])["members"]
+    assert [(m["name"], m["incarnation"]) for m in members] == lives
+    assert not [error for writer in writers for error in writer.errors]
 
 
 def test_a_node_cut_off_freezes_and_the_majority_goes_on(ready: Lab) -> None:
