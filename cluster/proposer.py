@@ -12,6 +12,7 @@ follows `expected`) or a read. Outcomes:
 Rules: a round first gets promises from majorities of every electorate concerned (of the value that
 it builds on, of the newest configuration known, of the value that it proposes), then has the same
 majorities accept. What it finds accepted under the highest ballot it finishes before anything else.
+A value that adds a voter is proposed only when that voter has made its store.
 A read first asks without a ballot: if a majority has accepted the same ballot and nobody a higher
 one, that is decided. Refused: again with a higher ballot after a pause that grows with the attempt
 and with the rank of this node, so two proposers do not chase each other.
@@ -326,10 +327,19 @@ class Proposer:
             return self._broadcast(now_ns) if more else []
         if self._base is None:
             return []
-        self._value = self._choose(self._base)
+        value = self._choose(self._base)
+        if any(voter not in self._answered for voter in self._new_voters(self._base, value)):
+            return []
+        self._value = value
         self._phase = "accept"
         self._answered = {}
         return self._broadcast(now_ns)
+
+    def _new_voters(self, base: ClusterState, value: ClusterState) -> list[VoterId]:
+        """Voters whom this very value adds: each must have its store before it is proposed."""
+        if value.config_epoch == base.config_epoch:
+            return []
+        return [voter for voter in value.voters if voter not in base.voters]
 
     def _choose(self, base: ClusterState) -> ClusterState:
         """The value of this round: ours if it follows what is there, else what is there."""
