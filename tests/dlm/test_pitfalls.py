@@ -96,7 +96,8 @@ def test_03_a_grant_is_used_once_before_it_is_given_up():
     sent = []
     dispatcher = Dispatcher(net.at(2), lambda to, p: sent.append(p), lambda: 0, lambda e: None)
     lock = LockCache(dispatcher, FrozenRuntime()).get(name)
-    lock.hold(EX).send(None)
+    waiting = lock.hold(EX)
+    waiting.send(None)
     for payload in sent:
         net.at(1).receive(instance(2), payload)
     net.unlock(1, mine, settle=False)
@@ -107,6 +108,8 @@ def test_03_a_grant_is_used_once_before_it_is_given_up():
     assert lock.mode == EX
     assert lock._holds[EX] == 1
     assert lock._demand
+    with pytest.raises(StopIteration):
+        waiting.send(None)
 
 
 def test_04_cancel_and_grant_cross_and_cancel_before_the_request_arrived():
