@@ -192,10 +192,10 @@ def test_a_mount_without_clusterd_ends(mounts):
     node.process.kill()
     node.process.wait()
     assert on[3].process.wait(30) != 0
+    (on[1].path / "cached").write_bytes(b"newer")  # needs the dead node's caches to be empty
     with pytest.raises(OSError):
         os.pread(fd, 10, 0)
     os.close(fd)
-    (on[1].path / "cached").write_bytes(b"newer")
     assert (on[2].path / "cached").read_bytes() == b"newer"
     on[3].destroy()
     node.start()
