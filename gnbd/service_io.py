@@ -242,10 +242,11 @@ class Service:
     def _result(
         self, status: str, message: str, export: ExportRuntime | None = None, generation: int = 0
     ) -> m.LoginResult:
+        # Not `admission.epoch`: while an install drains, what it barred may still execute (R3).
         return m.LoginResult(
             status,
             message,
-            self.admission.epoch,
+            self.admission.drained_epoch,
             generation,
             export.cache_generation if export else 0,
         )
@@ -338,9 +339,21 @@ class Service:
         with self._lock:
             export.cache_generation += 1
             connections = [c for c in export.connections if c.session is not None]
+            # Also those that were told the old generation and are not in transmission yet.
+            for (_, name, _), path in self._paths.items():
+                connections += path.connections if name == export.name else ()
         log.error("flush failed", export=export.name)
         for connection in connections:
             connection.shut()
+
+    def _flush(self, export: ExportRuntime) -> None:
+        """A flush of our own. Its failure is as bad as one that a client asked for, and is told
+        only once: the next flush succeeds without what was lost. Raises OSError."""
+        try:
+            export.backend.flush()
+        except OSError:
+            self.flush_failed(export)
+            raise
 
     # -- CONTROL ---------------------------------------------------------------------------
 
@@ -365,7 +378,7 @@ class Service:
         self._wait_drained()
         for export in list(self.exports.values()):
             if export.access == "cluster" and not export.backend.read_only:
-                export.backend.flush()
+                self._flush(export)
         with self._lock:
             self.admission.step(boottime_ns(), a.Drained(request.epoch))
             self._refresh(self.exports.values())

@@ -43,6 +43,7 @@ class Voter:
         self._start_ns = boottime_ns()
         self._echo: VoterEcho | None = None
         self._sequence = 0
+        self._unsaved: bytes | None = None
         with self._lock:
             self._perform(self._acceptor.start())
 
@@ -63,8 +64,11 @@ class Voter:
         return self._acceptor.record is not None
 
     def call(self, source: int, message: Message) -> list[Message]:
-        """One message for the acceptor; what it wants to send back."""
+        """One message for the acceptor; what it wants to send back. Raises OSError: the store
+        cannot be written, and nothing is answered before it can."""
         with self._lock:
+            if self._unsaved is not None:
+                self._save(self._unsaved)
             return self._perform(self._acceptor.step(boottime_ns(), Received(source, message)))
 
     def _perform(self, actions: Sequence[object]) -> list[Message]:
@@ -73,7 +77,7 @@ class Voter:
         while queue:
             action = queue.pop(0)
             if isinstance(action, Persist):
-                write_store(self._path, action.record)
+                self._save(action.record)
             elif isinstance(action, Send):
                 answers.append(action.message)
             elif isinstance(action, Notify) and isinstance(action.event, Vouch):
@@ -81,6 +85,13 @@ class Voter:
                 vouched = self._echoes().vouch(now_ns, action.event)
                 queue += self._acceptor.step(now_ns, vouched)
         return answers
+
+    def _save(self, record: bytes) -> None:
+        """Make a record durable. The acceptor has it in memory already: until it is on disk too,
+        whatever the acceptor says next could be forgotten."""
+        self._unsaved = record
+        write_store(self._path, record)
+        self._unsaved = None
 
     # -- echoes ----------------------------------------------------------------------------
 

@@ -370,3 +370,71 @@ def test_preempt_and_abort_blocks_writes(server):
         assert first.request(p.CMD_WRITE, 0, b"x" * 512) == 0
         status = control.ask(m.StatusRequest(), m.StatusReport)
         assert (ME, "disk0", 0x2A05) in status.attentions
+
+
+def test_login_does_not_claim_an_install_that_is_not_drained(server):
+    """R3: a LOGIN that is answered while an install drains must not tell the new epoch: what the
+    victim has in flight may still land, so a survivor must not use the data yet."""
+    server.install(1, member(live=(1, 2), next_=3))
+    victim = logged_in(server, ME, "slow")
+    with server.control() as control:
+        control.ask(m.FilterCommand("slow", "set", "delay", {"write_ms": 1500}), m.Done)
+    victim.send(p.CMD_WRITE, 0, b"v" * 4096)
+    image = server.directory / "slow.img"
+    done: list[bool] = []
+
+    def coordinator() -> None:
+        server.install(2, member(live=(2,), next_=3))
+        done.append(True)
+
+    thread = threading.Thread(target=coordinator)
+    thread.start()
+    generation = 1
+
+    def barred() -> bool:
+        return login_status(server).status == m.LOGIN_BARRED
+
+    wait_for(barred, "the new keep-list")
+    while not done:
+        generation += 1
+        with RawClient(server) as client:
+            result = client.login(OTHER, "slow", generation=generation)
+        assert result.status == m.LOGIN_OK
+        if result.epoch >= 2:
+            frozen = image.read_bytes()
+            thread.join()
+            assert image.read_bytes() == frozen, "the victim wrote in the installed epoch"
+    thread.join()
+    assert login_status(server, OTHER, generation=generation + 1).epoch == 2
+
+
+def test_failed_flush_reaches_who_has_only_logged_in(tmp_path):
+    """R7: a connection between LOGIN and GO was told the old cache generation: it is cut too."""
+    exports = export_toml("disk0", tmp_path / "d.img", "cluster",
+                          filters='"error:operation=flush,count=0"')  # fmt: skip
+    with running(tmp_path, exports) as server:
+        server.install(1, member(live=(1, 2), next_=3))
+        with RawClient(server) as early, logged_in(server, OTHER) as client:
+            assert early.login(ME, "disk0").status == m.LOGIN_OK
+            with server.control() as control:
+                command = {"operation": "flush", "count": 1}
+                control.ask(m.FilterCommand("disk0", "set", "error", command), m.Done)
+            assert client.request(p.CMD_FLUSH) == p.EIO
+            with pytest.raises((EOFError, ConnectionError)):
+                early.go("disk0")
+
+
+def test_failed_flush_of_an_install_changes_the_cache_generation(tmp_path):
+    """R7: the error of a flush comes once; when an install gets it, clients must hear of it."""
+    exports = export_toml("disk0", tmp_path / "d.img", "cluster",
+                          filters='"error:operation=flush,count=0"')  # fmt: skip
+    with running(tmp_path, exports) as server:
+        server.install(1, member(live=(1, 2), next_=3))
+        before = login_status(server, generation=1).cache_generation
+        with server.control() as control:
+            command = {"operation": "flush", "count": 1}
+            control.ask(m.FilterCommand("disk0", "set", "error", command), m.Done)
+        with pytest.raises(StackError):
+            server.install(2, member(live=(1,), next_=3))
+        server.install(2, member(live=(1,), next_=3))
+        assert login_status(server, generation=2).cache_generation == before + 1

@@ -8,6 +8,7 @@ import msgspec
 import pytest
 import trio
 
+from cluster.errors import StackError
 from cluster.ids import Epoch, Incarnation, NodeId
 from cluster.messages import (
     Accept,
@@ -23,6 +24,7 @@ from cluster.messages import (
     Prepare,
     Promised,
     Query,
+    Refused,
     Uninitialised,
     decode_message_untrusted,
     encode_message,
@@ -157,3 +159,23 @@ def test_echoes(tmp_path):
             barred = beat(INCARNATION - 1)
             assert barred is not None
             assert barred.vouched == []
+
+
+def test_what_could_not_be_stored_is_not_answered_later(server):
+    """A promise whose store failed is in memory only: the repeated request must not be answered
+    before it is on disk, or a restart forgets a promise that counted."""
+    ballot, _ = make_voter(server)
+    blocker = server.state_dir / "acceptor.new"
+    blocker.mkdir()
+    higher = Ballot(9, 1, INCARNATION)
+    for number in (10, 11):
+        with pytest.raises(StackError):
+            ask(server, Prepare(number, higher, 1))
+    blocker.rmdir()
+    (promised,) = ask(server, Prepare(12, higher, 1))
+    assert isinstance(promised, Promised)
+    server.kill()
+    server.start()
+    (refused,) = ask(server, Prepare(13, ballot, 1))
+    assert isinstance(refused, Refused)
+    assert refused.promised == higher
