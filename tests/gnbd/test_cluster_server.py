@@ -421,6 +421,8 @@ def test_failed_flush_reaches_who_has_only_logged_in(tmp_path):
                 control.ask(m.FilterCommand("disk0", "set", "error", command), m.Done)
             assert client.request(p.CMD_FLUSH) == p.EIO
             with pytest.raises((EOFError, ConnectionError)):
+                client.request(p.CMD_FLUSH)
+            with pytest.raises((EOFError, ConnectionError)):
                 early.go("disk0")
 
 
