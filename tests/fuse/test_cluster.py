@@ -182,6 +182,41 @@ def test_shared_mappings_of_all_nodes(mounts):
         assert values == [int.from_bytes(data[4096 + n * 8 : 4104 + n * 8], "little") for n in on]
 
 
+def test_writes_to_pages_that_were_evicted(mounts):
+    """Small writes of all nodes to pages that are recorded as cached and are not: each keeps its
+    page locked while it waits for EX under PR, in the way of the revocation that it needs."""
+    _cluster, on = mounts
+    (on[1].path / "evicted").write_bytes(bytes(64 * 4096))
+    program = (
+        "import os,random,sys,time\n"
+        "fd=os.open(sys.argv[1],os.O_RDONLY); out=os.open(sys.argv[1],os.O_WRONLY)\n"
+        "me=int(sys.argv[2]); choose=random.Random(int(sys.argv[3])); end=time.monotonic()+6\n"
+        "mine={}; count=0\n"
+        "while time.monotonic()<end:\n"
+        "    os.pread(fd,64*4096,0)\n"
+        "    page=choose.randrange(64)\n"
+        "    os.posix_fadvise(fd,page*4096,4096,os.POSIX_FADV_DONTNEED)\n"
+        "    count+=1; mine[page]=count\n"
+        "    os.pwrite(out,count.to_bytes(8,'little'),page*4096+me*100)\n"
+        "    assert os.pread(fd,8,page*4096+me*100)==count.to_bytes(8,'little')\n"
+        "print(count,[(p*4096+me*100,v) for p,v in mine.items()],sep='|')\n"
+    )
+    words = [sys.executable, "-c", program]
+    running = [
+        subprocess.Popen(
+            [*words, on[n].path / "evicted", str(n), str(n)], stdout=subprocess.PIPE, text=True
+        )
+        for n in on
+    ]
+    answers = [process.communicate(timeout=60)[0].split("|") for process in running]
+    print([count for count, _ in answers], {n: on[n].counters()["revoke_detours"] for n in on})
+    for mounted in on.values():
+        data = (mounted.path / "evicted").read_bytes()
+        for _, written in answers:
+            for at, value in json.loads(written.replace("(", "[").replace(")", "]")):
+                assert int.from_bytes(data[at : at + 8], "little") == value
+
+
 def test_a_mount_without_clusterd_ends(mounts):
     """SIGKILL of clusterd: its guard ends the mount, callers get errors, the others go on."""
     cluster, on = mounts
