@@ -461,7 +461,6 @@ class Glock:
     def describe(self) -> dict[str, object]:
         """For `dlmctl`."""
         return {
-            "name": self.name.decode("latin-1"),
             "mode": self.mode.name,
             "holders": self._active,
             "waiters": [waiter.mode.name for waiter in self._queue],
@@ -575,8 +574,8 @@ class LockCache:
     def __len__(self) -> int:
         return len(self._kept)
 
-    def describe(self) -> list[dict[str, object]]:
-        return [lock.describe() for lock in self._kept.values()]
+    def describe(self) -> list[tuple[bytes, dict[str, object]]]:
+        return [(name, lock.describe()) for name, lock in self._kept.items()]
 
     def check(self) -> None:
         for name, lock in self._kept.items():

@@ -33,12 +33,15 @@ from dlm.runtime_io import TrioRuntime
 log = logging.getLogger("dlm")
 
 ANSWER_S = 2.0
+LEAVE_S = 30.0
+"""All that is lost without a hand-over is value blocks; a peer that hangs must not hang us."""
 VERBS = ("spaces", "locks", "waiters", "why", "dump")
 
 
 class LockspaceMember:
-    """This process in a lockspace. It is a `cluster.locks.LockManager`; `api` is the low-level
-    engine with synchronous callbacks, `lock` a thin asynchronous lock over it."""
+    """This process in a lockspace. It is a `cluster.locks.LockManager`, and a `dlm.engine.Engine`:
+    the low-level interface with synchronous callbacks. `acquire` gives a thin asynchronous lock
+    over the latter."""
 
     def __init__(
         self, mesh: Mesh, group: str, nursery: trio.Nursery, *, locks_max: int = LOCKS_MAX
@@ -47,6 +50,8 @@ class LockspaceMember:
         self.space = Lockspace(mesh.me)
         runtime = TrioRuntime(nursery)
         self.api = Dispatcher(self.space, mesh.send, runtime.now_ns, self._other)
+        self.lock, self.convert = self.api.lock, self.api.convert
+        self.unlock, self.cancel = self.api.unlock, self.api.cancel
         self.cache = LockCache(self.api, runtime, locks_max=locks_max)
         self.on_group_event: Callable[[GroupEvent], None] | None = None
         self._member = trio.Event()
@@ -88,9 +93,12 @@ class LockspaceMember:
         if self.space.barred:
             return
         self.api.leave()
-        await self._left.wait()
+        with trio.move_on_after(LEAVE_S):
+            await self._left.wait()
+            return
+        log.warning("%s: nobody took over in time; the value blocks mastered here end", self.group)
 
-    async def lock(self, name: bytes, mode: Mode, flags: int = Flags.NONE) -> AsyncLock:
+    async def acquire(self, name: bytes, mode: Mode, flags: int = Flags.NONE) -> AsyncLock:
         """A low-level lock, apart from the cache."""
         lock = AsyncLock(self.api)
         await lock.acquire(name, mode, flags)
@@ -144,7 +152,7 @@ class LockspaceMember:
         todo, seen = [name], {name}
         while todo and len(chain) < report.CHAIN_MAX:
             current = todo.pop(0)
-            answers, silent = await self._ask(current.encode("latin-1"))
+            answers, silent = await self._ask(report.parse(current))
             found = report.link(current, answers, silent)
             chain.append(found)
             for other in report.next_names(found, answers):

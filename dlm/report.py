@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from cluster.errors import UsageError
 from cluster.ids import Instance
 from cluster.locks import Mode
 from dlm.cache import LockCache
@@ -23,7 +24,17 @@ Row = dict[str, Any]
 
 
 def text(name: bytes) -> str:
-    return name.decode("latin-1")
+    """A resource name for people: as it is if printable, else in hex."""
+    plain = name.isascii() and name.decode("ascii").isprintable() and not name.startswith(b"0x")
+    return name.decode("ascii") if plain else "0x" + name.hex()
+
+
+def parse(name: str) -> bytes:
+    """The inverse of `text`. Raises UsageError."""
+    try:
+        return bytes.fromhex(name[2:]) if name.startswith("0x") else name.encode("ascii")
+    except ValueError as error:
+        raise UsageError(f"{name!r} is no resource name") from error
 
 
 def mode_name(mode: int) -> str | None:
@@ -74,11 +85,11 @@ def resource(core: Lockspace, what: Resource) -> Row:
 
 def locks(core: Lockspace, cache: LockCache) -> list[Row]:
     """What this process holds or wants."""
-    rows = []
-    for row in cache.describe():
-        master = core.owner.resources.get(str(row["name"]).encode("latin-1"))
-        known = master.master if master is not None else None
-        rows.append({**row, "master": str(known) if known is not None else None})
+    rows: list[Row] = []
+    for name, row in cache.describe():
+        mine = core.owner.resources.get(name)
+        known = mine.master if mine is not None else None
+        rows.append({"name": text(name), **row, "master": str(known) if known else None})
         if len(rows) >= ROWS_MAX:
             break
     return rows

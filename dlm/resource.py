@@ -202,6 +202,9 @@ class Resource:
         ]
         for lock in gone:
             self._take_out(lock)
+            if lock.granted in LVB_WRITERS:
+                # It left without having written the value that its unlock would have brought.
+                self.lvb_valid = False
         if gone:
             self._after()
         return gone

@@ -29,12 +29,15 @@ class Judge:
         self.fenced = set()
 
     def enter(self, me, name, mode):
+        if me in self.fenced:
+            return
         for other, held in self.active.get(name, []):
             assert other == me or COMPATIBLE[held][mode], (name, me, mode, other, held)
         self.active.setdefault(name, []).append((me, mode))
 
     def leave(self, me, name, mode):
-        self.active[name].remove((me, mode))
+        if me not in self.fenced:
+            self.active[name].remove((me, mode))
 
 
 class Hooks:

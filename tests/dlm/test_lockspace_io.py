@@ -283,14 +283,14 @@ def await_nothing(member):
 
 async def test_low_level_lock():
     async with cluster(2) as (_hub, (one, two)):
-        a = await one.lock(NAME, Mode.EX, Flags.VALBLK)
-        b = await two.lock(NAME, Mode.PR, Flags.NOQUEUE)
+        a = await one.acquire(NAME, Mode.EX, Flags.VALBLK)
+        b = await two.acquire(NAME, Mode.PR, Flags.NOQUEUE)
         assert b.last.result == Result.AGAIN
         with trio.move_on_after(0.05):
-            await two.lock(NAME, Mode.PR)
+            await two.acquire(NAME, Mode.PR)
         await until(lambda: a.blocked_by)
         assert await a.convert(Mode.PR, Flags.VALBLK, b"v" * 64) == Result.GRANTED
-        c = await two.lock(NAME, Mode.PR, Flags.VALBLK)
+        c = await two.acquire(NAME, Mode.PR, Flags.VALBLK)
         assert c.last.lvb == b"v" * 64
         assert c.last.grant > a.last.grant
         assert a.unlock() == Result.GRANTED
