@@ -33,31 +33,13 @@ def percentiles(samples_ns: list[int]) -> dict[str, float]:
     }
 
 
-class Waiter:
-    """A client of the low-level interface that waits for one completion."""
-
-    def __init__(self) -> None:
-        self.done = trio.Event()
-        self.lock = 0
-
-    def completed(self, completion) -> None:
-        self.lock = completion.lock
-        self.done.set()
-
-    def blocking(self, mode, waiting) -> None:
-        """Nobody competes for these names."""
-
-
 async def new_and_unlock(member: LockspaceMember, prefix: str) -> list[int]:
     """New lock and unlock of names with a prefix, one after another; nanoseconds each."""
     samples = []
     for number in range(ROUNDS):
-        waiter = Waiter()
         begin = time.perf_counter_ns()
-        lock = member.lock(f"{prefix}{number}".encode(), Mode.EX, 0, waiter)
-        if not waiter.done.is_set():
-            await waiter.done.wait()
-        member.unlock(lock, 0)
+        lock = await member.acquire(f"{prefix}{number}".encode(), Mode.CR)
+        lock.unlock()
         samples.append(time.perf_counter_ns() - begin)
     return samples
 
