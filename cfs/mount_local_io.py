@@ -79,7 +79,8 @@ async def open_local(arguments: MountArguments, mount: object) -> AsyncIterator[
         raise DeviceError(f"cannot open {path}: {error.strerror}") from error
     try:
         await _lock(holder, path)
-        with FileDevice(path, read_only=arguments.read_only) as device:
+        # Also with `ro`, which is the kernel's promise to its callers: a journal may need a replay.
+        with FileDevice(path) as device:
             async with trio.open_nursery() as nursery:
                 yield LocalBackend(device, nursery)
                 nursery.cancel_scope.cancel()
