@@ -351,7 +351,8 @@ class ClusterCore:
             self._joint_ns = None
         elif self._joint_ns is None:
             self._joint_ns = now_ns
-        actions = self.groups.adopt(now_ns, state)
+        # The view first: who hears of a death must already use data by the new view alone (R3).
+        actions = [*self._show(now_ns), *self.groups.adopt(now_ns, state)]
         if news:
             lives = {str(m.node): int(m.incarnation) for m in state.members}
             report = Report("view", {"epoch": int(state.epoch), "members": lives})
@@ -378,8 +379,8 @@ class ClusterCore:
             actions.extend(self.servers.due(now_ns, self.state))
             actions.extend(self._silent(now_ns))
         self.membership.refresh(now_ns)
-        actions.extend(self._reads(now_ns))
         actions.extend(self._proposals(now_ns))
+        actions.extend(self._reads(now_ns))
         actions.extend(self._show(now_ns))
         return actions
 
