@@ -1,5 +1,5 @@
 # Two commands for a fresh machine: `make demo` and `make test`.
-.PHONY: demo test setup lint bench unit
+.PHONY: demo test setup lint bench
 
 demo: setup
 	.venv/bin/cfs-lab demo
