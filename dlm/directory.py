@@ -101,14 +101,18 @@ class Directory:
         ]:
             del self.unsettled[slot]
 
-    def released(self, dead: Iterable[Instance], members: Iterable[Instance]) -> None:
+    def released(self, dead: Iterable[Instance]) -> None:
         """Only `dead` are still unreleased."""
         left = set(dead)
         for slot in list(self.blockers):
             self.blockers[slot] &= left
             if not self.blockers[slot]:
                 del self.blockers[slot]
-        if not left and self.records:
+
+    def forget_lost(self, members: Iterable[Instance]) -> None:
+        """Nobody dead is kept any more, and all survivors have told what they hold: a name whose
+        master is gone is free. Not before: a survivor may still bring it back."""
+        if self.records:
             alive = set(members)
             self.records = {n: m for n, m in self.records.items() if m in alive}
 

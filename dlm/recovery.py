@@ -60,6 +60,8 @@ class Recovery:
         self._pushed: set[Instance] = set()
         self._building: dict[bytes, list[tuple[Instance, PushedLock]]] = {}
         self._held: list[Parked] = []
+        # Who was dead when this recovery, with all its restarts, began; some may be released now.
+        self._doubts: set[Instance] = set()
         self.leaving = False
         self._round = 0
         self._acks: set[Instance] | None = None
@@ -79,6 +81,7 @@ class Recovery:
         gone = space.members - members
         space.members = members
         space.directory.install(sorted(members), space.view, space.dead)
+        self._doubts = (self._doubts if self.busy else set()) | space.dead
         self.phase = "sync"
         self._synced, self._pushed = {space.me}, {space.me}
         self._building.clear()
@@ -176,7 +179,7 @@ class Recovery:
                 self._rebuild(name, pushes)
             rebuilt.append((name, pushes))
         self.recovered(space.me, space.view)
-        space.directory.released(space.dead, space.members)
+        self._forget_lost()
         held, self._held = self._held, []
         if not space.frozen:
             for name, pushes in rebuilt:
@@ -201,8 +204,9 @@ class Recovery:
                 resource.adopt(lock, push.granted)
                 space.master.locks[source, push.lock] = lock
         self._choose_lvb(resource, [push for _source, push in pushes])
-        for dead in sorted(space.dead):
-            resource.add_phantom(dead, silent=dead in space.silent)
+        for dead in sorted(self._doubts | space.dead):
+            kept = dead in space.dead
+            resource.add_phantom(dead, silent=dead in space.silent or not kept, released=not kept)
         for source, push in pushes:
             if push.had != push.granted:
                 resource.give_back(space.master.locks[source, push.lock], MODES[push.had])
@@ -247,8 +251,14 @@ class Recovery:
 
     def released(self, subject: Instance) -> None:
         space = self._space
-        space.directory.released(space.dead, space.members)
+        space.directory.released(space.dead)
         space.master.owner_silent(subject, write_modes=True)
+        self._forget_lost()
+
+    def _forget_lost(self) -> None:
+        space = self._space
+        if not self.busy and not space.dead:
+            space.directory.forget_lost(space.members)
 
     # A clean leave.
 

@@ -209,21 +209,22 @@ class Resource:
             self._after()
         return gone
 
-    def add_phantom(self, dead: Instance, *, silent: bool) -> None:
-        """`dead` may have held the strongest mode that the live holders leave room for."""
+    def add_phantom(self, dead: Instance, *, silent: bool, released: bool = False) -> None:
+        """`dead` may have held the strongest mode that the live holders leave room for. If it is
+        released by now, it blocks nothing; but it may have written what the value block tells."""
         held = 0
         for other in (*self.granted, *self.converting):
             if not other.dead:
                 held |= 1 << other.granted
         mode = next(mode for mode in _STRENGTH if not EXCLUDES[mode] & held)
-        if mode == NL or (silent and mode not in WRITE_MODES):
+        if mode in LVB_WRITERS:
+            self.lvb_valid = False
+        if mode == NL or released or (silent and mode not in WRITE_MODES):
             return
         lock = MasterLock(self, dead, 0, 0)
         lock.granted = mode
         lock.dead = lock.phantom = True
         self.granted.append(lock)
-        if mode in LVB_WRITERS:
-            self.lvb_valid = False
 
     def adopt(self, lock: MasterLock, granted: int) -> None:
         """Recovery: the owner of a lock says what it holds."""

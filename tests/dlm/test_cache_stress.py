@@ -77,6 +77,8 @@ async def user(judge, member, chooser, rounds):
             hook.copy = judge.value[name]
         for _ in range(chooser.randrange(3)):
             await trio.lowlevel.checkpoint()
+        if me in judge.fenced:
+            return
         if mode == Mode.EX:
             hook.copy += 1
             hook.dirty = True

@@ -63,7 +63,7 @@ def silence_frees_write_modes(patch: Patch) -> None:
 
 def no_phantoms(patch: Patch) -> None:
     """A new master believes that it knows everything."""
-    patch(Resource, "add_phantom", lambda self, dead, *, silent: None)
+    patch(Resource, "add_phantom", lambda self, dead, **how: None)
 
 
 def slots_of_the_dead_are_open(patch: Patch) -> None:
@@ -78,15 +78,30 @@ def slots_of_the_dead_are_open(patch: Patch) -> None:
 
 def value_of_a_dead_writer_stays_valid(patch: Patch) -> None:
     """The value block survives the death of a holder in EX."""
-    died = Resource.owner_died
 
-    def mutant(self, owner):
-        valid = self.lvb_valid
-        gone = died(self, owner)
-        self.lvb_valid = valid
-        return gone
+    def spare(real):
+        def mutant(self, owner, **options):
+            valid = self.lvb_valid
+            result = real(self, owner, **options)
+            self.lvb_valid = valid
+            return result
 
-    patch(Resource, "owner_died", mutant)
+        return mutant
+
+    for name in ("owner_died", "owner_gone", "add_phantom"):
+        patch(Resource, name, spare(getattr(Resource, name)))
+
+
+def released_before_the_survivors_spoke(patch: Patch) -> None:
+    """A released member's names are free at once, also those that a survivor is about to claim."""
+    released = Recovery.released
+
+    def mutant(self, subject):
+        released(self, subject)
+        if not self._space.dead:
+            self._space.directory.forget_lost(self._space.members)
+
+    patch(Recovery, "released", mutant)
 
 
 def oldest_value_wins(patch: Patch) -> None:
@@ -226,6 +241,7 @@ MUTANTS: tuple[Callable[[Patch], None], ...] = (
     no_phantoms,
     slots_of_the_dead_are_open,
     value_of_a_dead_writer_stays_valid,
+    released_before_the_survivors_spoke,
     oldest_value_wins,
     old_views_are_taken_for_new,
     messages_of_the_dead_are_heard,

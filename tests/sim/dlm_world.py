@@ -126,6 +126,10 @@ class World:
         self.view = [one for one in self.view if one != victim]
         self.event("view", failed=[victim])
         self.note(f"crash {victim}")
+        if self.random.random() < 0.2:
+            # The recovery of the locks has nothing to do with that of the journal.
+            self.group_silent(victim)
+            self.group_released(victim)
 
     def group_silent(self, subject: Instance) -> None:
         self.silent.append(subject)
