@@ -33,7 +33,7 @@ class BlockDevice(Protocol):
     async def write(self, offset_bytes: int, data: Buffer, *, fua: bool = False) -> None: ...
 
     async def write_many(self, parts: Sequence[tuple[int, Buffer]], *, fua: bool = False) -> None:
-        """Write (offset, data) parts, all in flight at once, in no order; return when all are done."""
+        """Write (offset, data) parts, all in flight at once, in any order; wait for all."""
         ...
 
     async def flush(self) -> None:

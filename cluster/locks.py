@@ -68,7 +68,7 @@ class CachedLock(Protocol):
         ...
 
     def try_hold(self, mode: Mode) -> bool:
-        """Take a hold synchronously if the cached mode covers `mode` and no demotion is under way."""
+        """Take a hold synchronously if the cached mode covers `mode` and no demotion goes on."""
         ...
 
     async def hold(self, mode: Mode) -> None:

@@ -70,7 +70,7 @@ def _farewell(lab: Lab, report: Reporter) -> None:
     option = "" if str(lab.directory) == "/var/tmp/cfs-lab" else f" --dir {lab.directory}"
     report.console.print(
         f"The cluster is still running. Look around:\n"
-        f"  .venv/bin/cfs-lab{option} ... or, for example:\n"
+        f"  .venv/bin/cfs-lab status{option}\n"
         f"  .venv/bin/cfs-lab exec{option} n1 -- ls -l /mnt/cfs\n"
         f"  .venv/bin/cfs-lab exec{option} n3 -- clusterctl status\n"
         f"  .venv/bin/cfs-lab shell{option} n2\n"

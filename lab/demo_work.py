@@ -178,6 +178,7 @@ FIO_COMMON = [
     "--verify=crc32c",
     "--verify_fatal=1",
     "--randrepeat=1",
+    "--verify_state_save=0",
     "--allrandrepeat=1",
 ]
 FIO_JOBS = {

@@ -14,6 +14,7 @@ does not.
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import subprocess
@@ -243,10 +244,21 @@ def remove_group(tag: str) -> None:
     if not top.exists():
         return
     kill_all(top)
-    for child in sorted(top.iterdir()):
-        if child.is_dir():
-            child.rmdir()
-    top.rmdir()
+    for group in [*(child for child in sorted(top.iterdir()) if child.is_dir()), top]:
+        wait_for(lambda group=group: _removed(group), 10.0, f"{group} removed")  # type: ignore[misc]
+
+
+def _removed(group: Path) -> bool:
+    """Try to remove an empty control group; its last process may still be on its way out."""
+    try:
+        group.rmdir()
+    except FileNotFoundError:
+        return True
+    except OSError as error:
+        if error.errno != errno.EBUSY:
+            raise
+        return False
+    return True
 
 
 def wait_for(condition: Callable[[], bool], timeout_s: float, what: str) -> float:

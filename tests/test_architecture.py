@@ -9,7 +9,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ["native", "cluster", "fencing", "gnbd", "dlm", "cvm", "cfs", "node", "lab"]
-LAYERS = [["native"], ["cluster"], ["fencing"], ["gnbd", "dlm"], ["cvm"], ["cfs"], ["node"], ["lab"]]
+LAYERS = [["native"], ["cluster"], ["fencing"], ["gnbd", "dlm"]] + [
+    [name] for name in ("cvm", "cfs", "node", "lab")
+]
 WORLDLY_IMPORTS = {
     "trio", "socket", "os", "time", "random", "threading", "subprocess", "select", "signal",
     "pyfuse3", "pyroute2", "asyncio",
