@@ -27,7 +27,6 @@ class ServerRecord:
         self.answered_ns: int | None = None
         self.installed = Epoch(-1)
         self.next_ns = now_ns
-        self.request = 0
 
 
 class Servers:
@@ -74,9 +73,11 @@ class Servers:
         record.answered_ns = now_ns
         if message.epoch > epoch:
             return True
-        if message.request == record.request and not message.reason:
+        if not message.reason:
+            # Also if it was asked again meanwhile: a slow server must be believed some time.
             record.installed = max(record.installed, message.epoch)
-            record.next_ns = now_ns + self._alive_ns
+            if message.epoch == epoch:
+                record.next_ns = now_ns + self._alive_ns
         return False
 
     def due(self, now_ns: int, state: ClusterState) -> list[Action]:
@@ -86,7 +87,6 @@ class Servers:
             if now_ns < record.next_ns:
                 continue
             self._serial += 1
-            record.request = self._serial
             record.next_ns = now_ns + self._retry_ns
             install = Install(
                 request=self._serial, sender=self._me, incarnation=self._incarnation,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import select
 
 from cluster.errors import StackError
 
@@ -45,8 +46,18 @@ def open_connections() -> int:
         ) from error
 
 
-def abort(connections: int, minor: int) -> bool:
-    """Abort one connection. False if it does not exist any more."""
+def is_connected(fuse_fd: int) -> bool:
+    """Whether the connection behind a /dev/fuse descriptor is alive."""
+    poll = select.poll()
+    poll.register(fuse_fd, 0)
+    return not any(event & select.POLLERR for _, event in poll.poll(0))
+
+
+def abort(connections: int, minor: int, fuse_fd: int) -> bool:
+    """Abort one connection. False if it does not exist any more; then its number may already
+    be that of a mount of somebody else."""
+    if not is_connected(fuse_fd):
+        return False
     try:
         fd = os.open(f"{minor}/abort", os.O_WRONLY | os.O_CLOEXEC, dir_fd=connections)
     except FileNotFoundError:

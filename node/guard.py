@@ -8,8 +8,11 @@ A mount is in one of these states:
 | DRAINING | word LAPSED, replies in flight are counted out | zero in flight -> SWEEPING |
 | SWEEPING | the kernel drops all pages and attributes | done -> CLEAN |
 | CLEAN | lapsed, the kernel caches nothing | lease renewed -> OPEN |
-| ABORTING | word BARRED, connection aborted, last sweep runs | done -> PURGED |
+| ABORTING | word BARRED, connection aborted, last sweep runs | done -> PURGED, or forgotten |
 | PURGED | dead, reported | detached |
+
+A mount that says good-bye is aborted and swept as well: after a lazy unmount, or an abort from
+outside, processes that still have files open could read its pages for ever.
 
 A lapsed mount that is not CLEAN within its budget is aborted. A lease that is renewed before the
 lapse was even noticed needs no purge: voters vouch only for who was never barred, so no lock was
@@ -77,8 +80,14 @@ class Bar(msgspec.Struct, frozen=True):
     reason: str
 
 
+class Left(msgspec.Struct, frozen=True):
+    """The mount says that it has unmounted: abort, sweep, forget."""
+
+    number: InstanceNo
+
+
 class Detached(msgspec.Struct, frozen=True):
-    """It unmounted cleanly: forget it."""
+    """clusterd knows it no more: forget it."""
 
     number: InstanceNo
 
@@ -89,7 +98,7 @@ class Tick(msgspec.Struct, frozen=True):
     in_flight: Mapping[InstanceNo, int]
 
 
-GuardEvent = Attached | LeaseMoved | Swept | Bar | Detached | Tick
+GuardEvent = Attached | LeaseMoved | Swept | Bar | Left | Detached | Tick
 
 
 # --- out
@@ -116,7 +125,7 @@ class Sweep(msgspec.Struct, frozen=True):
 
 
 class Abort(msgspec.Struct, frozen=True):
-    """Abort the FUSE connection, now."""
+    """Abort the FUSE connection, now. Without a reason nobody needs to hear of it."""
 
     number: InstanceNo
     reason: str
@@ -157,6 +166,7 @@ class _Mount:
     lapsed_at_ns: int = 0
     sweeping: bool = False
     sweep_after_abort: bool = False
+    leaving: bool = False
     reason: str = ""
 
 
@@ -166,6 +176,7 @@ class MountGuard:
     def __init__(self, timing: Timing) -> None:
         self._abort_ns = timing.purge_ms * MS * ABORT_PERCENT // 100
         self._leases: dict[InstanceNo, int] = {}
+        self._barred: set[InstanceNo] = set()
         self.mounts: dict[InstanceNo, _Mount] = {}
 
     def step(self, now_ns: int, event: GuardEvent) -> list[GuardAction]:
@@ -173,6 +184,7 @@ class MountGuard:
         match event:
             case Attached(number):
                 assert len(self.mounts) < MOUNTS_MAX
+                assert number not in self._barred
                 self.mounts[number] = _Mount()
                 return self._lease(now_ns, number, self._leases.get(number, 0))
             case LeaseMoved(number, end_ns):
@@ -181,11 +193,16 @@ class MountGuard:
             case Swept(number, gone):
                 return self._swept(now_ns, number, gone)
             case Bar(number, reason):
+                self._barred.add(number)
                 return self._bar(number, reason)
+            case Left(number):
+                return self._left(number)
             case Detached(number):
                 self._leases.pop(number, None)
-                if self.mounts.pop(number, None) is None:
+                found = self.mounts.get(number)
+                if found is None or found.leaving:
                     return []
+                del self.mounts[number]
                 return [Forget(number)]
             case Tick(in_flight):
                 actions: list[GuardAction] = []
@@ -230,14 +247,15 @@ class MountGuard:
             return []
         mount.sweeping = False
         if mount.state is State.ABORTING:
-            if gone or mount.sweep_after_abort:
-                mount.state = State.PURGED
-                return [Purged(number, mount.reason)]
+            if mount.sweep_after_abort:
+                return self._purged(number, mount)
             # This sweep began before the abort; what it passed may have come back: once more.
             mount.sweep_after_abort = True
             mount.sweeping = True
             return [Sweep(number)]
         assert mount.state is State.SWEEPING
+        if gone:
+            return self._bar(number, "the kernel refuses to drop its caches")
         mount.state = State.CLEAN
         return self._open(now_ns, number, mount)
 
@@ -245,16 +263,39 @@ class MountGuard:
         mount = self.mounts.get(number)
         if mount is None:
             return [Purged(number, reason)]
+        mount.leaving = False
+        mount.reason = mount.reason or reason
+        return self._abort(number, mount)
+
+    def _left(self, number: InstanceNo) -> list[GuardAction]:
+        mount = self.mounts.get(number)
+        if mount is None or mount.state in (State.ABORTING, State.PURGED):
+            return []
+        mount.leaving = True
+        return self._abort(number, mount)
+
+    def _purged(self, number: InstanceNo, mount: _Mount) -> list[GuardAction]:
+        """The sweep after the abort has ended."""
+        if mount.leaving:
+            del self.mounts[number]
+            return [Forget(number)]
+        mount.state = State.PURGED
+        return [Purged(number, mount.reason)]
+
+    def _abort(self, number: InstanceNo, mount: _Mount) -> list[GuardAction]:
         if mount.state in (State.ABORTING, State.PURGED):
             return []
         mount.state = State.ABORTING
-        mount.reason = reason
-        actions: list[GuardAction] = [StoreWord(number, WORD_BARRED), Abort(number, reason)]
+        actions: list[GuardAction] = [StoreWord(number, WORD_BARRED), Abort(number, mount.reason)]
         if not mount.sweeping:
             mount.sweep_after_abort = True
             mount.sweeping = True
             actions.append(Sweep(number))
         return actions
+
+    def is_barred(self, number: InstanceNo) -> bool:
+        """Whether this instance is over: it was or will be reported as purged."""
+        return number in self._barred
 
     def deadline(self) -> int | None:
         """When a `Tick` is wanted."""

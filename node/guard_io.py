@@ -203,7 +203,8 @@ class Guard:
             case guard.Sweep():
                 self._start_sweep(number, mount)
             case guard.Abort(_, reason):
-                self._tell(MountLost(number, reason))
+                if reason:
+                    self._tell(MountLost(number, reason))
                 self._door.abort(mount)
             case guard.Lapsed() | guard.Renewed():
                 self._tell(LeaseChanged(number, isinstance(action, guard.Renewed)))
@@ -220,7 +221,7 @@ class Guard:
 
     def _start_sweep(self, number: InstanceNo, mount: Mount) -> None:
         def work() -> None:
-            gone = sweep(mount)
+            gone = sweep(mount.fuse_fd, mount.table_fd)
             self._results.append((number, mount, gone))
             os.eventfd_write(self._wake, 1)
 
@@ -310,6 +311,8 @@ class Guard:
                 self._door.refuse(mount, "this instance is not of this life of this node")
             elif number in self._mounts:
                 self._door.refuse(mount, "this instance is attached already")
+            elif self._guard.is_barred(number):
+                self._door.refuse(mount, "this instance was put out of the cluster")
             elif known:
                 self._door.waiting.remove(mount)
                 self._attach(mount)
@@ -322,7 +325,7 @@ class Guard:
         )
         self._guard_step(guard.Attached(number))
         told = MountAttached(mount.instance, mount.connection, mount.mountpoint)
-        self._tell(told, (os.dup(mount.fuse_fd), os.dup(mount.lease_fd)))
+        self._tell(told, tuple(map(os.dup, (mount.fuse_fd, mount.lease_fd, mount.table_fd))))
         self._door.welcome(mount)
 
     def _mount_spoke(self, number: InstanceNo, mount: Mount) -> None:
@@ -331,7 +334,8 @@ class Guard:
         if self._mounts.get(number) is not mount:
             return
         if message is not None and message.get("detach"):
-            self._guard_step(guard.Detached(number))
+            self._hang_up(mount)
+            self._guard_step(guard.Left(number))
         elif message is None:
             self._hang_up(mount)
             self._guard_step(guard.Bar(number, "the mount process died"))

@@ -1,8 +1,8 @@
 """clusterd's end of the socket pair to clusterguard, and the watch over a stuck guard (R9).
 
 clusterd holds a duplicate of every FUSE descriptor and of every lease page too. A mount whose
-lease lapsed and which the guard has not even stopped within half the purge budget is aborted from
-here. When the guard dies, clusterd aborts all mounts and ends.
+lease lapsed and which the guard has not even stopped within half the purge budget is aborted and
+purged from here. When the guard dies, clusterd aborts and purges all mounts and ends.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ import os
 import socket
 import subprocess
 import sys
+import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -35,6 +37,7 @@ from node.guard_messages import (
     ToGuard,
     decode_from_guard,
 )
+from node.guard_mounts_io import sweep
 
 QUEUE_MAX = 4096
 READY_S = 20.0
@@ -49,8 +52,16 @@ class _Held:
     connection: int
     mountpoint: str
     fuse_fd: int
+    table_fd: int
     gate: Gate
     aborted: bool = False
+    sweeper: threading.Thread | None = None
+
+    def close(self) -> None:
+        """Give the descriptors back, unless a sweep still uses them: then they stay."""
+        if self.sweeper is None or not self.sweeper.is_alive():
+            os.close(self.fuse_fd)
+            os.close(self.table_fd)
 
 
 class GuardLink:
@@ -135,12 +146,13 @@ class GuardLink:
             self._on_message(message)
 
     def _hold(self, message: MountAttached, fds: list[int]) -> None:
-        fuse_fd, lease_fd = fds
+        fuse_fd, lease_fd, table_fd = fds
         os.set_inheritable(fuse_fd, False)
+        os.set_inheritable(table_fd, False)
         gate = Gate.map(lease_fd)
         os.close(lease_fd)
         self._held[message.instance.number] = _Held(
-            message.connection, message.mountpoint, fuse_fd, gate
+            message.connection, message.mountpoint, fuse_fd, table_fd, gate
         )
 
     def mountpoint(self, number: InstanceNo) -> str:
@@ -152,18 +164,27 @@ class GuardLink:
         """The instance is over: give back what we hold of it."""
         held = self._held.pop(number, None)
         if held is not None:
-            os.close(held.fuse_fd)
+            held.close()
 
     def abort_all(self) -> None:
-        """Abort every mount of this node."""
+        """Abort and purge every mount of this node. Blocks, bounded: the guard is dead, and after
+        us nobody is left to take back what the kernel caches."""
         for held in self._held.values():
             self._abort(held)
+        end_s = time.monotonic() + READY_S
+        for held in self._held.values():
+            if held.sweeper is not None:
+                held.sweeper.join(max(0.0, end_s - time.monotonic()))
 
     def _abort(self, held: _Held) -> None:
         held.aborted = True
         held.gate.set_word(Word.BARRED)
         with contextlib.suppress(OSError):
-            abort(self._connections, held.connection)
+            abort(self._connections, held.connection, held.fuse_fd)
+        held.sweeper = threading.Thread(
+            target=sweep, args=(held.fuse_fd, held.table_fd), daemon=True, name="sweep"
+        )
+        held.sweeper.start()
 
     async def _alive_loop(self) -> None:
         while True:

@@ -54,7 +54,8 @@ class Ready(msgspec.Struct, frozen=True, tag="ready"):
 
 
 class MountAttached(msgspec.Struct, frozen=True, tag="attached"):
-    """A mount has attached. With it: a duplicate of the FUSE descriptor, and the lease page."""
+    """A mount has attached. With it duplicates of three descriptors: FUSE, the lease page, the
+    inode table."""
 
     instance: Instance
     connection: int

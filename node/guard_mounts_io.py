@@ -151,20 +151,20 @@ class MountSocket:
     def abort(self, mount: Mount) -> None:
         """Abort the FUSE connection of a mount."""
         with contextlib.suppress(OSError):
-            abort(self._connections, mount.connection)
+            abort(self._connections, mount.connection, mount.fuse_fd)
 
 
-def sweep(mount: Mount) -> bool:
+def sweep(fuse_fd: int, table_fd: int) -> bool:
     """Invalidate every inode of the table, in several threads. True if the connection is gone."""
-    size = os.fstat(mount.table_fd).st_size // 8 * 8
-    increment_epoch(mount.fuse_fd)
+    size = os.fstat(table_fd).st_size // 8 * 8
+    increment_epoch(fuse_fd)
     if size <= 8:
         return False
-    table = mmap.mmap(mount.table_fd, size, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+    table = mmap.mmap(table_fd, size, prot=mmap.PROT_READ | mmap.PROT_WRITE)
     used = min(int.from_bytes(table[:8], "little"), size // 8 - 1)
     if used == 0:
         return False
-    job = InodeSweep(mount.fuse_fd, memoryview(table)[8 : 8 + 8 * used])
+    job = InodeSweep(fuse_fd, memoryview(table)[8 : 8 + 8 * used])
     failed: list[int] = []
 
     def work() -> None:

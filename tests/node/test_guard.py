@@ -68,14 +68,46 @@ def test_barred_is_final():
     assert [type(a) for a in actions] == [g.StoreWord, g.Abort, g.Sweep]
     assert core.step(0, g.LeaseMoved(7, 5000 * MS)) == []
     assert core.step(0, g.Swept(7, gone=True)) == [g.Purged(7, "dead")]
+    assert core.is_barred(7)
     assert core.step(0, g.Bar(7, "again")) == []
     assert core.settled()
     assert core.step(0, g.Detached(7)) == [g.Forget(7)]
 
 
 def test_instance_without_a_mount_is_purged_at_once():
+    """And it never attaches afterwards: PURGED was said."""
     core = g.MountGuard(TIMING)
+    assert not core.is_barred(9)
     assert core.step(0, g.Bar(9, "mkfs died")) == [g.Purged(9, "mkfs died")]
+    assert core.is_barred(9)
+
+
+def test_a_sweep_that_fails_leaves_nothing_clean():
+    core = g.MountGuard(TIMING)
+    opened(core)
+    end = 1000 * MS
+    core.step(end, g.Tick({}))
+    core.step(end, g.Tick({7: 0}))
+    actions = core.step(end, g.Swept(7, gone=True))
+    assert [type(a) for a in actions] == [g.StoreWord, g.Abort, g.Sweep]
+
+
+def test_a_mount_that_leaves_is_swept_before_it_is_forgotten():
+    core = g.MountGuard(TIMING)
+    opened(core)
+    actions = core.step(0, g.Left(7))
+    assert actions == [g.StoreWord(7, g.WORD_BARRED), g.Abort(7, ""), g.Sweep(7)]
+    assert core.step(0, g.Detached(7)) == []
+    assert core.step(0, g.Swept(7, gone=False)) == [g.Forget(7)]
+    assert core.settled()
+
+
+def test_a_mount_that_dies_while_it_leaves_is_reported():
+    core = g.MountGuard(TIMING)
+    opened(core)
+    core.step(0, g.Left(7))
+    assert core.step(0, g.Bar(7, "died")) == []
+    assert core.step(0, g.Swept(7, gone=False)) == [g.Purged(7, "died")]
 
 
 def test_random_histories_never_open_without_a_lease():

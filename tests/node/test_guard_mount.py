@@ -9,8 +9,39 @@ from pathlib import Path
 import pytest
 from node_harness import ROOT, wait_until
 
+from node.fuse_connection_io import open_connections
+
 HERE = Path(__file__).parent
 READ = "import os,sys; print(len(os.pread(os.open(sys.argv[1], os.O_RDONLY), 4096, 0)))"
+
+
+HOLD = """
+import mmap, os, sys
+fd = os.open(sys.argv[1], os.O_RDONLY)
+print(len(os.pread(fd, 4096, 0)), flush=True)
+for _ in sys.stdin:
+    try:
+        print(len(os.pread(fd, 4096, 0)), flush=True)
+    except OSError as error:
+        print(error.strerror, flush=True)
+"""
+
+
+class Holder:
+    """A process that keeps the file open: lookups and opens do not protect it."""
+
+    def __init__(self, mount):
+        self.process = subprocess.Popen(
+            [sys.executable, "-S", "-c", HOLD, str(mount.point / "data")],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        mount.node.cluster.started.append(self.process)
+        assert self.process.stdout.readline().strip() == "4096"
+
+    def read(self):
+        self.process.stdin.write("\n")
+        self.process.stdin.flush()
+        return self.process.stdout.readline().strip()
 
 
 class Mounted:
@@ -135,3 +166,31 @@ def test_lapsed_lease_empties_the_caches_and_comes_back(cluster, mounted):
     assert reader.communicate(timeout=30)[0].strip() == "4096"
     assert first.events("lease.renewed")
     assert not first.events("instance.purged")
+
+
+def test_death_of_the_guard_purges_all_mounts(cluster, mounted):
+    """Nobody is left to take pages back when clusterd has gone too: it does so itself."""
+    node = cluster.found()
+    mount = mounted(node)
+    mount.warm()
+    holder = Holder(mount)
+    assert holder.read() == "4096"
+    os.kill(node.guard, signal.SIGKILL)
+    node.process.wait(30)
+    assert "not connected" in holder.read()
+
+
+def test_abort_from_outside_leaves_no_pages_behind(cluster, mounted):
+    """As `umount -f`: the mount process says good-bye, but files are still open."""
+    node = cluster.found()
+    mount = mounted(node)
+    mount.warm()
+    holder = Holder(mount)
+    connections = open_connections()
+    minor = os.minor(os.stat(mount.point).st_dev)
+    descriptor = os.open(f"{minor}/abort", os.O_WRONLY, dir_fd=connections)
+    os.write(descriptor, b"1")
+    for one in (descriptor, connections):
+        os.close(one)
+    wait_until(lambda: "not connected" in holder.read(), "the pages of the open file are gone")
+    assert not node.events("instance.died")

@@ -6,6 +6,7 @@
 - No write executes under a lock grant that is older than a grant that a later holder got.
 - No data is used on a server that has not installed the epoch of the user.
 - No cached read shows anything but the newest value.
+- An instance hears of a view before it hears a group event of that view's epoch.
 - Group events are the same everywhere, and no receiver misses one between its first and last.
 """
 
@@ -46,6 +47,7 @@ class Checker:
         self.commits = 0
         self.reads = 0
         self.outcomes: dict[tuple[int, int, int], Reply] = {}
+        self.shown: dict[tuple[int, int], int] = {}
 
     # --- register
 
@@ -68,6 +70,7 @@ class Checker:
 
     def state_changed(self, node: int, life: int, change: StateChanged) -> None:
         self.decided(change.state, f"n{node}.{life}")
+        self.shown[node, life] = int(change.view.epoch)
 
     def began(self, node: int, life: int, request: int) -> None:
         """A register operation starts now."""
@@ -134,6 +137,8 @@ class Checker:
 
     def delivered(self, node: int, life: int, number: int, event: GroupEvent) -> None:
         group, position = event.group, (int(event.epoch), event.seq)
+        if self.shown.get((node, life), 0) < event.epoch:
+            raise Violation(f"n{node}.{life}.{number}: {group} {position} before its view")
         data = msgspec.msgpack.encode(event)
         if self.events.setdefault(group, {}).setdefault(position, data) != data:
             raise Violation(f"n{node}.{life}.{number}: another event {position} of {group}")

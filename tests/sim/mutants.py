@@ -147,9 +147,8 @@ _servers_due = Servers.due
 
 def _install_once(self: Servers, now_ns: int, state: Any) -> Any:
     actions = _servers_due(self, now_ns, state)
-    for record in self._records.values():
-        if record.request:
-            record.next_ns = now_ns + 10**15
+    for action in actions:
+        self._records[action.to].next_ns = now_ns + 10**15
     return actions
 
 
