@@ -201,16 +201,17 @@ class Lockspace:
         if (event.epoch, event.seq) <= self.view or self.barred:
             return
         self._seal()
-        self.dead = {*event.dead, *event.failed}
-        self.silent = set(event.silent)
+        dead, silent = self.dead, self.silent
+        self.dead, self.silent = {*event.dead, *event.failed}, set(event.silent)
         if event.kind == "view":
             self.view = (event.epoch, event.seq)
             if any(member.instance == self.me for member in event.members):
                 self.recovery.install(event)
-        elif event.kind == "silent" and event.subject is not None:
-            self.recovery.silent(event.subject)
-        elif event.kind == "released" and event.subject is not None:
-            self.recovery.released(event.subject)
+        # By comparison, not by the subject: a member may be told of several changes at once.
+        for one in sorted(self.silent - silent):
+            self.recovery.silent(one)
+        for one in sorted(dead - self.dead):
+            self.recovery.released(one)
         self._pump()
         self._take_held()
 

@@ -240,11 +240,12 @@ class OwnerSide:
         lock.since_ns = self._space.now_ns
 
     def _note_write(self, lock: OwnerLock, mode: Mode, flags: int, lvb: bytes | None) -> bool:
-        """Whether this operation writes the value block (table and flags)."""
+        """Whether this operation carries a value (table and flags). That, or the invalidation of
+        the value, is remembered until the master has it."""
         if lock.mode not in LVB_WRITERS or LVB_DIRECTION[lock.mode][mode] != WRITE_LVB:
             return False
         if flags & Flags.IVVALBLK:
-            lock.lvb_valid, lock.lvb_read = False, True
+            lock.lvb_valid, lock.write = False, True
             return False
         if not flags & Flags.VALBLK or lvb is None:
             return False

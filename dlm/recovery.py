@@ -81,13 +81,14 @@ class Recovery:
         gone = space.members - members
         space.members = members
         space.directory.install(sorted(members), space.view, space.dead)
-        self._doubts = (self._doubts if self.busy else set()) | space.dead
+        doubts = space.dead | {one for one in gone if one not in event.left}
+        self._doubts = doubts | self._doubts if self.busy else doubts
         self.phase = "sync"
         self._synced, self._pushed = {space.me}, {space.me}
         self._building.clear()
         self._acks = None
-        failed = [one for one in gone if one not in event.left]
-        space.master.members_gone(failed, [one for one in gone if one in event.left])
+        failed = [one for one in gone if one in space.dead]
+        space.master.members_gone(failed, [one for one in gone if one not in space.dead])
         space.owner.view_changed(members)
         space.master.answer_early()
         self._to_others(Sync())
