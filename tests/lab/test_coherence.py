@@ -12,7 +12,7 @@ from lab.judge import Board
 from lab.topology import MOUNT_POINT, Lab
 
 CELLS = 48
-CHECKS = 45_000
+CHECKS = 52_000
 JUDGE = [sys.executable, "-m", "lab.judge"]
 
 
