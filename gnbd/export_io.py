@@ -15,6 +15,7 @@ from gnbd import protocol as p
 from gnbd.backends_io import Backend, FileBackend
 from gnbd.exports import Export, parse_filter, parse_size
 from gnbd.filters_io import filters_of, stack_filter
+from gnbd.flushes_io import Flushes
 
 CACHE_GENERATION_ERRORS = 1 << 16
 CLUSTERD = 0
@@ -51,7 +52,7 @@ class Connection:
 
 
 class ExportRuntime:
-    """State of one export. Everything but `backend` and `counters` is guarded by the service."""
+    """State of one export. The service guards all but `backend`, `flushes` and `counters`."""
 
     def __init__(self, config: Export, reservations: Reservations, sequence_min: int) -> None:
         self.name = config.name
@@ -69,6 +70,7 @@ class ExportRuntime:
         self.gates: dict[Instance | None, g.Gate] = {}
         self.connections: set[Connection] = set()
         self.cache_generation = 0
+        self.flushes = Flushes()
         self.counters = {"reads": 0, "writes": 0, "flushes": 0, "read_bytes": 0, "written_bytes": 0}
 
     @property

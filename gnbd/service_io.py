@@ -78,7 +78,9 @@ class Service:
         stored = self._exports_stored.get(config.name, ExportState())
         table = Reservations(stored.reservations)
         export = ExportRuntime(config, table, stored.sequence_min)
-        export.cache_generation = self.start_count * CACHE_GENERATION_ERRORS
+        # Random as well: a lost state directory begins to count anew.
+        life = secrets.randbits(30) << 16 | self.start_count & 0xFFFF
+        export.cache_generation = life * CACHE_GENERATION_ERRORS
         self.exports[config.name] = export
         return export
 
@@ -334,8 +336,18 @@ class Service:
             export.sequences.pop(session.instance, None)
             self._refresh([export])
 
-    def flush_failed(self, export: ExportRuntime) -> None:
-        """The store may have dropped acknowledged writes: all clients log in anew and see it."""
+    def flush(self, export: ExportRuntime, own: Connection | None = None) -> None:
+        """Make durable what was written before. After a failure everybody but `own` is cut off.
+        Raises OSError."""
+        export.flushes.run(
+            lambda: export.backend.flush(),
+            lambda: self.flush_failed(export, own),
+            lambda: own is not None and own.closing,
+        )
+
+    def flush_failed(self, export: ExportRuntime, own: Connection | None = None) -> None:
+        """The store may have dropped acknowledged writes: all clients log in anew and see it.
+        `own` is cut by the caller, after its answer."""
         with self._lock:
             export.cache_generation += 1
             connections = [c for c in export.connections if c.session is not None]
@@ -344,16 +356,8 @@ class Service:
                 connections += path.connections if name == export.name else ()
         log.error("flush failed", export=export.name)
         for connection in connections:
-            connection.shut()
-
-    def _flush(self, export: ExportRuntime) -> None:
-        """A flush of our own. Its failure is as bad as one that a client asked for, and is told
-        only once: the next flush succeeds without what was lost. Raises OSError."""
-        try:
-            export.backend.flush()
-        except OSError:
-            self.flush_failed(export)
-            raise
+            if connection is not own:
+                connection.shut()
 
     # -- CONTROL ---------------------------------------------------------------------------
 
@@ -378,7 +382,7 @@ class Service:
         self._wait_drained()
         for export in list(self.exports.values()):
             if export.access == "cluster" and not export.backend.read_only:
-                self._flush(export)
+                self.flush(export)
         with self._lock:
             self.admission.step(boottime_ns(), a.Drained(request.epoch))
             self._refresh(self.exports.values())

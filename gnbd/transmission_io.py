@@ -175,7 +175,10 @@ class Transmission:
                     counters["written_bytes"] += len(payload)
                 except OSError as problem:
                     error = _wire_error(problem)
-                    self._flush_lost = bool(flags & p.CMD_FLAG_FUA)
+                    if flags & p.CMD_FLAG_FUA:
+                        export.flushes.write_failed()
+                        self._service.flush_failed(export, self._connection)
+                        self._flush_lost = True
         self._reply(cookie, error)
 
     def _other(self, flags: int, kind: int, cookie: int, offset: int, length: int) -> None:
@@ -185,7 +188,7 @@ class Transmission:
             self._send()
             raise _Ended
         elif kind == p.CMD_FLUSH:
-            self._change(flags, cookie, _PLAIN_FLAGS, 0, 0, self._export.backend.flush)
+            self._change(flags, cookie, _PLAIN_FLAGS, 0, 0, None)
             self._export.counters["flushes"] += 1
         elif kind == p.CMD_TRIM:
             backend = self._export.backend
@@ -241,12 +244,13 @@ class Transmission:
 
     def _change(
         self, flags: int, cookie: int, known: int, offset: int, length: int,
-        action: Callable[[], None],
+        action: Callable[[], None] | None,
     ) -> None:  # fmt: skip
-        """FLUSH, TRIM, WRITE_ZEROES: all of the write class, FUA means a flush behind."""
+        """FLUSH, TRIM, WRITE_ZEROES: all of the write class, FUA means a flush behind. No action:
+        FLUSH."""
         backend = self._export.backend
         error = self._may(g.WRITE)
-        flushes = action == backend.flush
+        flushes = action is None
         if error == 0:
             if flags & ~known:
                 error = p.EINVAL
@@ -256,11 +260,11 @@ class Transmission:
                 error = p.EINVAL if known == _PLAIN_FLAGS else p.ENOSPC
             else:
                 try:
-                    if not (backend.read_only and flushes):
+                    if action is not None:
                         action()
-                    if flags & p.CMD_FLAG_FUA and not flushes:
-                        flushes = True
-                        backend.flush()
+                        flushes = bool(flags & p.CMD_FLAG_FUA)
+                    if flushes and not backend.read_only:
+                        self._service.flush(self._export, self._connection)
                 except OSError as problem:
                     error = _wire_error(problem)
                     self._flush_lost = flushes
@@ -289,8 +293,8 @@ class Transmission:
         if len(self._out) >= SEND_PARTS_MAX or self._flush_lost:
             self._send()
         if self._flush_lost:
-            self._flush_lost = False
-            self._service.flush_failed(self._export)
+            # Everybody else was cut off before; we had to be told first.
+            self._connection.shut()
 
     def _send(self) -> None:
         """All replies so far, in one call if the socket takes it. Never inside the gate: a client

@@ -440,3 +440,26 @@ def test_failed_flush_of_an_install_changes_the_cache_generation(tmp_path):
             server.install(2, member(live=(1,), next_=3))
         server.install(2, member(live=(1,), next_=3))
         assert login_status(server, generation=2).cache_generation == before + 1
+
+
+def test_a_failed_flush_is_no_success_for_the_others(tmp_path):
+    """R7: the kernel tells an error once per open file; a flush of another client at the same time
+    would succeed although its writes are lost."""
+    filters = '"error:operation=flush,count=0", "delay:flush_ms=0"'
+    exports = export_toml("disk0", tmp_path / "d.img", "cluster", filters=filters)
+    with running(tmp_path, exports) as server:
+        server.install(1, member(live=(1, 2), next_=3))
+        with logged_in(server, ME) as first, logged_in(server, OTHER) as second:
+            with server.control() as control:
+                error = {"operation": "flush", "count": 1}
+                control.ask(m.FilterCommand("disk0", "set", "delay", {"flush_ms": 300}), m.Done)
+                control.ask(m.FilterCommand("disk0", "set", "error", error), m.Done)
+            answers = []
+            for client in (first, second):
+                client.send(p.CMD_FLUSH)
+            for client in (first, second):
+                try:
+                    answers.append(client.reply()[1])
+                except (EOFError, ConnectionError):
+                    answers.append(None)
+            assert 0 not in answers, answers
