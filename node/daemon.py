@@ -64,6 +64,7 @@ async def _serve(files: NodeFiles) -> None:
     async with trio.open_nursery() as nursery:
         await nursery.start(daemon.run)
         nursery.start_soon(volumes.run)
+        nursery.start_soon(instances.watch)
         await nursery.start(serve_sessions, control_socket(), attach, instances.detach)
         nursery.start_soon(_report_status, daemon)
         nursery.start_soon(_stop_on_signal, admin, stop)

@@ -8,7 +8,8 @@ from typing import Any
 from cluster.errors import BusyError, UsageError
 from cluster.ids import INSTANCE_NO_MAX, InstanceNo
 
-INSTANCES_MAX = 1024
+INSTANCES_MAX = 90
+"""Heartbeats have room for 96: one that is not in them would get no lease."""
 
 
 @dataclass(slots=True)

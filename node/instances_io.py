@@ -1,6 +1,10 @@
 """Control methods of instances (mounts, mkfs, fsck, workers), and calls to them.
 
-A session that closes without `instance.leave` is the death of its instance. Calls from elsewhere
+A session that closes without `instance.leave` is the death of its instance. So is the silence of a
+member of a group that is not under guard (it still mounts, or is about to end): others may wait for
+it, and no progress stamp tells whether it runs. It is called, and any answer will do.
+
+Calls from elsewhere
 (`dlm.*`, `cfs.*`) are passed on to the local instances: with `mountpoint` (or `instance`, a
 number) in the parameters to that one, whose result is returned as it is; otherwise to every
 instance that knows the method, as a list of `{"instance", "node", "kind", "title", "result"}` (or
@@ -9,6 +13,7 @@ instance that knows the method, as a list of `{"instance", "node", "kind", "titl
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -22,6 +27,7 @@ from cluster.errors import BusyError, StackError, UnreachableError, UsageError
 from cluster.events import EventName
 from cluster.ids import Incarnation, Instance, InstanceNo, NodeId
 from cluster.paths_io import guard_socket
+from cluster.timing import stall_ns
 from cluster.wire import instance_secret
 from node.clusterd_io import Clusterd
 from node.instances import LocalInstance
@@ -29,6 +35,7 @@ from node.volumes_io import Volumes
 
 REGISTER_WAIT_S = 60.0
 FORWARD_TIMEOUT_S = 30.0
+SILENT_STALLS = 2
 NO_METHOD = "no such method"
 TEXT_MAX = 1000
 FIELDS_MAX = 32
@@ -40,6 +47,7 @@ class Instances:
     def __init__(self, daemon: Clusterd, volumes: Volumes) -> None:
         self._daemon = daemon
         self._volumes = volumes
+        self._asked: set[InstanceNo] = set()
         daemon.transport.methods["instances.call"] = self._call_from_node
 
     def handlers(self, session: Session) -> Mapping[str, Handler]:
@@ -72,6 +80,27 @@ class Instances:
         for instance in list(self._daemon.instances.by_number.values()):
             if instance.session is session:
                 self._daemon.end_instance(instance, clean=False, reason="its process ended")
+
+    async def watch(self) -> None:
+        """Put out members of groups that are not under guard and do not answer, for ever."""
+        period_s = self._daemon.timing.dead_ms / 1000
+        async with trio.open_nursery() as nursery:
+            while True:
+                for one in self._daemon.instances.live():
+                    unguarded = one.groups and not self._daemon.guard.mountpoint(one.number)
+                    if unguarded and one.number not in self._asked:
+                        self._asked.add(one.number)
+                        nursery.start_soon(self._ping, one)
+                await trio.sleep(period_s)
+
+    async def _ping(self, local: LocalInstance) -> None:
+        limit_s = SILENT_STALLS * stall_ns(self._daemon.timing) / 1e9
+        with trio.move_on_after(limit_s) as scope:
+            with contextlib.suppress(StackError):
+                await local.session.call("instance.ping", {})
+        self._asked.discard(local.number)
+        if scope.cancelled_caught:
+            self._daemon.end_instance(local, clean=False, reason="it does not answer")
 
     async def _register(self, session: Session, params: dict[str, Any]) -> InstanceGranted:
         daemon = self._daemon

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -10,6 +11,7 @@ import time
 import pytest
 from node_harness import Instance, wait_until
 
+from cluster.control import Call, encode_line
 from cluster.errors import StackError
 
 
@@ -212,3 +214,21 @@ def test_events_and_screens(cluster):
         env=node.environment, capture_output=True, text=True, check=True,
     )  # fmt: skip
     assert status.stdout.strip() == "False"
+
+
+def test_a_member_that_hangs_before_it_is_guarded_is_put_out(cluster):
+    """It has joined its group, so others wait for it; it has no progress stamp yet."""
+    nodes = cluster.up(2, voters=False)
+    survivor = Instance(nodes[0], "g", 101)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
+        sock.connect(str(nodes[1].run_dir / "clusterd.sock"))
+        sock.sendall(encode_line(Call(1, "instance.register", {"kind": "mount"})))
+        granted = b""
+        while b'"secret"' not in granted:
+            granted += sock.recv(4096)
+        place = {"group": "g", "addresses": nodes[1].addresses, "port": 102}
+        sock.sendall(encode_line(Call(2, "group.join", place)))
+        wait_until(lambda: len(survivor.group_events()[-1]["members"]) == 2, "it has joined")
+        wait_until(lambda: survivor.group_events("silent"), "it is put out")
+        assert nodes[1].events("instance.died")
+    assert not [name for name, _ in survivor.events if name == "barred"]
