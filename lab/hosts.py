@@ -69,14 +69,24 @@ def host_cgroup(lab: Lab, host: Host) -> Path:
     return lab_cgroup(lab.tag) / host.name
 
 
-def _start_time(pid: int) -> int | None:
-    """Field 22 of /proc/PID/stat: tells a process from a later one with the same number."""
+def _stat_fields(pid: int) -> list[str]:
+    """Fields 3 and up of /proc/PID/stat; empty when there is no such process."""
     try:
         text = Path(f"/proc/{pid}/stat").read_text()
     except (FileNotFoundError, ProcessLookupError):
-        return None
-    fields = text[text.rindex(")") + 2 :].split()
-    return None if fields[0] == "Z" else int(fields[19])
+        return []
+    return text[text.rindex(")") + 2 :].split()
+
+
+def _state(pid: int) -> str:
+    """R, S, D, Z, ... or nothing."""
+    return next(iter(_stat_fields(pid)), "")
+
+
+def _start_time(pid: int) -> int | None:
+    """Tells a living process from a later one with the same number."""
+    fields = _stat_fields(pid)
+    return None if not fields or fields[0] == "Z" else int(fields[19])
 
 
 def holder_pid(lab: Lab, host: Host) -> int | None:
@@ -212,14 +222,20 @@ def find(lab: Lab, host: Host, program: str) -> list[int]:
 
 
 def freeze(lab: Lab, host: Host, *, frozen: bool) -> None:
-    """Stop or continue every process of a host at once."""
-    path = host_cgroup(lab, host) / "cgroup.freeze"
-    if not path.exists():
+    """Stop or continue every process of a host at once. A process that waits in the kernel for its
+    frozen mount cannot be frozen as well: the host counts as frozen with it."""
+    group = host_cgroup(lab, host)
+    if not (group / "cgroup.freeze").exists():
         return
-    path.write_text("1" if frozen else "0")
-    events = host_cgroup(lab, host) / "cgroup.events"
+    (group / "cgroup.freeze").write_text("1" if frozen else "0")
     wanted = f"frozen {int(frozen)}"
-    wait_for(lambda: wanted in events.read_text().splitlines(), 10.0, f"{host.name}: {wanted}")
+
+    def settled() -> bool:
+        if wanted in (group / "cgroup.events").read_text().splitlines():
+            return True
+        return frozen and any(_state(pid) == "D" for pid in processes(lab, host))
+
+    wait_for(settled, 10.0, f"{host.name}: {wanted}")
 
 
 def is_frozen(lab: Lab, host: Host) -> bool:

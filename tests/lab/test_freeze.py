@@ -1,0 +1,69 @@
+"""Loss of quorum and a whole-node pause: what waits, what goes on, what comes back."""
+
+from __future__ import annotations
+
+import time
+
+from lab import cluster, demo_faults, hosts
+from lab.topology import Lab
+
+
+def test_loss_of_quorum_is_a_freeze_that_ends(ready: Lab) -> None:
+    """The last node of three waits without an error, and goes on when a second one is back."""
+    first, *others = ready.nodes
+    hosts.run(ready, first, "mkdir", "-p", demo_faults.WORK)
+    writers = demo_faults.start_writers(ready, "quorum")
+    survivor = writers[0]
+    try:
+        for node in others:
+            cluster.power_cut(ready, node)
+
+        def frozen() -> bool:
+            answer = hosts.run(ready, first, "clusterctl", "status", "--json", check=False)
+            return '"quorate": false' in answer.stdout
+
+        hosts.wait_for(frozen, 30, "n1 is not quorate")
+        for node in others:
+            cluster.start(ready, node)
+        back = time.monotonic()
+        survivor.wait_beyond(back, 20)
+    finally:
+        for writer in writers:
+            writer.stop()
+    assert not survivor.errors
+    for node in ready.nodes:
+        demo_faults.check_writers(ready, node, writers)
+
+
+def test_a_node_paused_past_its_lease_is_put_out_and_comes_back(ready: Lab) -> None:
+    """The others go on; nothing that the paused node does after its resume reaches the disks."""
+    victim = ready.nodes[2]
+    hosts.run(ready, ready.nodes[0], "mkdir", "-p", demo_faults.WORK)
+    writers = demo_faults.start_writers(ready, "pause")
+    try:
+        moment = time.monotonic()
+        hosts.freeze(ready, victim, frozen=True)
+        demo_faults.wait_recovered(ready, ready.nodes[0], moment)
+        recovered = time.monotonic()
+        for writer in writers:
+            if writer.node != victim:
+                writer.wait_beyond(recovered, 20)
+        # What it had acknowledged before it was put out is the last that may count.
+        paused = next(w for w in writers if w.node == victim)
+        counted = paused.last_index
+        hosts.freeze(ready, victim, frozen=False)
+        hosts.wait_for(
+            lambda: paused.process.poll() is not None or not hosts.find(ready, victim, "mount.cfs"),
+            60,
+            "the mount of the paused node has ended",
+        )
+    finally:
+        hosts.freeze(ready, victim, frozen=False)
+        for writer in writers:
+            writer.stop()
+    # One fsync may have returned on the disks just before the pause and been told after it.
+    assert paused.last_index <= counted + 1
+    demo_faults.check_writers(ready, ready.nodes[0], [w for w in writers if w is not paused])
+    cluster.start(ready, victim)
+    assert cluster.is_mounted(ready, victim)
+    demo_faults.check_writers(ready, victim, writers)
