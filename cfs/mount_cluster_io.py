@@ -148,6 +148,9 @@ class ClusterBackend:
             self._mesh = mesh
             async with join(mesh, self._group) as locks:
                 self.locks = locks
+                locks.on_recovered = lambda: self._tell(
+                    "locks.recovered", "what the dead had mastered is rebuilt"
+                )
                 locks.cache.runtime = InterruptibleRuntime(locks.cache.runtime, self.waits)
                 for event in self._early:
                     mesh.group_event(event)
@@ -202,7 +205,16 @@ class ClusterBackend:
             self._recovery.failed(dead)
             raise
         log.info("replayed %d journals of %s", count, dead)
+        self._tell("journal.replayed", f"{count} journals of {dead}", journals=count)
         self._perform(self._recovery.done(dead))
+
+    def _tell(self, name: str, text: str, **fields: int) -> None:
+        """A line in the node's event stream."""
+        self._nursery.start_soon(self._note, {"name": name, "text": text, "fields": fields})
+
+    async def _note(self, parameters: dict[str, Any]) -> None:
+        with contextlib.suppress(StackError):  # an event less; what matters is told elsewhere
+            await self.session.call("instance.note", parameters)
 
     async def _release(self, dead: Instance) -> None:
         parameters = {"group": self._group, "instance": msgspec.to_builtins(dead)}

@@ -54,6 +54,8 @@ class LockspaceMember:
         self.unlock, self.cancel = self.api.unlock, self.api.cancel
         self.cache = LockCache(self.api, runtime, locks_max=locks_max)
         self.on_group_event: Callable[[GroupEvent], None] | None = None
+        self.on_recovered: Callable[[], None] | None = None
+        self._recovering = False
         self._member = trio.Event()
         self._left = trio.Event()
         self._queries = 0
@@ -107,15 +109,20 @@ class LockspaceMember:
     def _deliver(self, event: MeshEvent) -> None:
         if isinstance(event, View):
             self.api.group_event(event.event)
+            self._recovering |= bool(event.event.failed)
             if self.space.members:
                 self._member.set()
             if self.on_group_event is not None:
                 self.on_group_event(event.event)
-            return
-        try:
-            self.api.receive(event.source, event.payload)
-        except ProtocolError as error:
-            log.error("a message of %s was dropped: %s", event.source, error)
+        else:
+            try:
+                self.api.receive(event.source, event.payload)
+            except ProtocolError as error:
+                log.error("a message of %s was dropped: %s", event.source, error)
+        if self._recovering and self.space.recovery.phase == "idle":
+            self._recovering = False
+            if self.on_recovered is not None:
+                self.on_recovered()
 
     def _other(self, action: Left | Asked | Answered) -> None:
         if isinstance(action, Left):
