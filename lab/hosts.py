@@ -9,6 +9,7 @@ does not.
     /run              DIR/hosts/NAME/run      (emptied at boot)
     /var/lib/cfs      DIR/hosts/NAME/state
     /srv              DIR/hosts/NAME/srv      (disks of a storage host)
+    /usr/local/sbin   DIR/hosts/NAME/sbin     (our commands, as packaging/install links them)
     /mnt/cfs          the mount point
 """
 
@@ -27,6 +28,7 @@ from cluster.errors import StackError
 from lab.topology import MOUNT_POINT, Host, Lab
 
 BIN = Path(sys.executable).parent
+INSTALL = Path(__file__).resolve().parent.parent / "packaging" / "install"
 _ENTER = 'echo $$ > "$1/cgroup.procs"; pid=$2; shift 2; exec nsenter -t "$pid" -m -n -u -- "$@"'
 _BOOT = """
 set -e
@@ -35,6 +37,7 @@ mkdir -p /mnt/cfs /var/lib/cfs
 mount --bind "$1/run" /run
 mount --bind "$1/state" /var/lib/cfs
 mount --bind "$1/srv" /srv
+mount --bind "$1/sbin" /usr/local/sbin
 hostname "$2"
 mkdir -p /run/cfs
 mountpoint -q /sys/fs/fuse/connections || mount -t fusectl none /sys/fs/fuse/connections || true
@@ -103,8 +106,9 @@ def boot(lab: Lab, host: Host) -> None:
         return
     directory = lab.host_directory(host)
     shutil.rmtree(directory / "run", ignore_errors=True)
-    for name in ("run", "state", "srv", "log"):
+    for name in ("run", "state", "srv", "log", "sbin"):
         (directory / name).mkdir(parents=True, exist_ok=True)
+    subprocess.run([INSTALL, directory / "sbin"], check=True, stdout=subprocess.DEVNULL)
     group = host_cgroup(lab, host)
     group.mkdir(parents=True, exist_ok=True)
     freeze(lab, host, frozen=False)

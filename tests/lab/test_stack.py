@@ -129,6 +129,14 @@ def test_a_node_cut_off_freezes_and_the_majority_goes_on(ready: Lab) -> None:
     assert cluster.is_mounted(ready, victim)
 
 
+def test_mount_by_type(ready: Lab) -> None:
+    """`mount -t fuse.cfs`, as a line of fstab would do it."""
+    node = ready.nodes[1]
+    cluster.unmount(ready, node)
+    hosts.run(ready, node, "mount", "-t", "fuse.cfs", VOLUME, MOUNT_POINT)
+    assert cluster.is_mounted(ready, node)
+
+
 def test_append_from_all_nodes(ready: Lab) -> None:
     """Records of up to 1 MiB appended by all nodes at once are all present and whole."""
     path = f"{MOUNT_POINT}/appended-test"
