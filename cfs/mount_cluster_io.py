@@ -21,7 +21,7 @@ import msgspec
 import trio
 
 from cfs import stage
-from cfs.errors import FsError
+from cfs.errors import CorruptionError, FsError
 from cfs.guard_client_io import GuardSession, SharedInodeTable, attach
 from cfs.mount_fuse_io import fuse
 from cfs.mount_interrupt_io import InterruptibleRuntime, RequestWaits
@@ -200,6 +200,11 @@ class ClusterBackend:
                 count = await fs.recover(dead)
             else:
                 count = await replay_unmounted(self.device, dead)
+        except CorruptionError as error:
+            # What it had locked stays locked; all else goes on. Nothing may be released unreplayed.
+            log.error("the journal of %s is damaged: %s", dead, error)
+            self._tell("journal.damaged", f"{dead} is not replayed: {error}; fsck.cfs")
+            return
         except StackError as error:
             log.error("the replay for %s failed: %s", dead, error)
             self._recovery.failed(dead)
@@ -263,6 +268,8 @@ class ClusterBackend:
         fuse.set_gate(None)
         if self._guard is not None:
             await self._guard.detach()
+            # Until the guard has swept, open files may still read cached pages: keep the locks.
+            await self._guard.wait_closed()
         await self.locks.leave()
         await self.session.call("group.leave", {"group": self._group})
         await self.volumes.close(self.session, self._arguments.volume)

@@ -16,9 +16,6 @@ from dataclasses import dataclass, field
 import msgspec
 
 from cfs import stage
-from cfs.attributes import BLOCK_BYTES
-from cfs.errors import CorruptionError
-from cfs.format import SLOT_TABLE_BLOCK
 from cfs.replay import Replayer
 from cluster.control import GroupEvent
 from cluster.device import BlockDevice
@@ -109,15 +106,8 @@ async def replay_unmounted(device: BlockDevice, dead: Instance) -> int:
     """Replay the journals of a dead instance without a mounted file system; how many."""
     superblock = await stage.read_superblock(device)
     replayer = Replayer(device, superblock)
-    count = 0
-    table = await device.read(SLOT_TABLE_BLOCK * BLOCK_BYTES, BLOCK_BYTES)
-    for place in stage._places(superblock.fs, table):
-        try:
-            header = await replayer.header(place)
-        except CorruptionError:
-            continue
-        if header.in_use and header.owner == dead:
-            await replayer.replay(place, header)
-            await replayer.finish(place, header)
-            count += 1
-    return count
+    journals = await stage.journals_of(device, replayer, superblock.fs, dead)
+    for place, header in journals:
+        await replayer.replay(place, header)
+        await replayer.finish(place, header)
+    return len(journals)

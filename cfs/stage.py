@@ -113,18 +113,33 @@ async def begin(core: Core) -> tuple[Journal, list[tuple[int, tuple[int, int]]]]
     return Journal(core.fs, core.counter, core.runtime, place, mine), free
 
 
+async def journals_of(
+    device: BlockDevice, replayer: Replayer, fs: int, dead: Instance
+) -> list[tuple[tuple[int, int], JournalHeader]]:
+    """The journals that a dead instance left, as (place, header). Raises CorruptionError when a
+    header cannot be read and none of the others is its: it may be just that one, and nothing of
+    the dead may be released before its journal is replayed."""
+    found = []
+    damage: CorruptionError | None = None
+    data = await device.read(SLOT_TABLE_BLOCK * BLOCK_BYTES, BLOCK_BYTES)
+    for place in _places(fs, data):
+        try:
+            header = await replayer.header(place)
+        except CorruptionError as error:
+            damage = error
+            continue
+        if header.in_use and header.owner == dead:
+            found.append((place, header))
+    if damage is not None and not found:
+        raise damage
+    return found
+
+
 async def recover(core: Core, orphans: Orphans, dead: Instance) -> list[Replayed]:
     """Replay the journals of a dead instance and take its orphans over."""
     replayer = Replayer(core.device, core.superblock)
     done = []
-    data = await core.device.read(SLOT_TABLE_BLOCK * BLOCK_BYTES, BLOCK_BYTES)
-    for place in _places(core.fs, data):
-        try:
-            header = await replayer.header(place)
-        except CorruptionError:
-            continue
-        if not header.in_use or header.owner != dead:
-            continue
+    for place, header in await journals_of(core.device, replayer, core.fs, dead):
         done.append(await replayer.replay(place, header))
         await adopt(core, orphans, header.slot, place[0])
         await replayer.finish(place, header)

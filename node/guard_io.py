@@ -334,7 +334,7 @@ class Guard:
         if self._mounts.get(number) is not mount:
             return
         if message is not None and message.get("detach"):
-            self._hang_up(mount)
+            # We hang up when the sweep is over (`Forget`): the mount keeps its locks until then.
             self._guard_step(guard.Left(number))
         elif message is None:
             self._hang_up(mount)
