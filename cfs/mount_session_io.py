@@ -10,12 +10,13 @@ import trio
 from cfs.kernel_cache_notify_io import Notifier
 from cfs.mount_fuse_io import fuse, pyfuse3
 from cfs.mount_options import MountArguments, fuse_options
+from cfs.mount_reader_io import take_turns
 from cfs.mount_system_io import abort_mount, mounted_minor, set_read_ahead, unmount
 from cluster.errors import StackError
 
 log = logging.getLogger("cfs.mount")
 
-TASKS_IDLE = 16
+TASKS_IDLE = 32
 TASKS_MAX = 10_000
 BACKGROUND_MAX = 16384
 SET_BITS = fuse.Init.EXPLICIT_INVAL_DATA | fuse.Init.PARALLEL_DIROPS
@@ -68,6 +69,7 @@ class FuseSession:
 
     async def serve(self) -> None:
         """Answer requests until the mount is gone or `terminate`."""
+        take_turns()
         await pyfuse3.main(min_tasks=TASKS_IDLE, max_tasks=TASKS_MAX)
 
     def terminate(self) -> None:
