@@ -151,6 +151,8 @@ class Mount:
         caches = self.caches
         return {
             **self.operations.counters,
+            "requests": sum(self.operations.counters.values()),
+            "launder_waits": self.operations.launder_waits,
             "errors": self.operations.errors,
             "revocations": caches.revocations,
             "revoke_stalls": caches.stalls,

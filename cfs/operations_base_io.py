@@ -59,6 +59,7 @@ class OperationsBase(pyfuse3.Operations):  # type: ignore[misc]
         self.caches = caches
         self.waits = waits
         self.counters: dict[str, int] = {}
+        """Requests by operation."""
         self.errors = 0
         self.handles: dict[int, Handle] = {}
         self._handle_last = 0

@@ -63,6 +63,7 @@ class DataOperations(OperationsBase):
     def __init__(self, fs: FileSystem, caches: KernelCaches, waits: RequestWaits) -> None:
         super().__init__(fs, caches, waits)
         self.admission = Admission(READ_BYTES_MAX)
+        self.launder_waits = 0
 
     async def open_handle(self, inode: KernelInode, flags: int) -> pyfuse3.FileInfo:
         """Open an inode that the kernel knows; the answer follows without a checkpoint."""
@@ -269,7 +270,7 @@ class DataOperations(OperationsBase):
         if not lock.hold_demoting(Mode.EX):
             # Pages of an inode with a shared writer are valid only under EX, so this is rare: the
             # grant is on its way.
-            self.counters["launder_waits"] = self.counters.get("launder_waits", 0) + 1
+            self.launder_waits += 1
             await lock.hold(Mode.EX)
         await self._write_under(inode, lock, off, buf, laundered=True)
         return len(buf)
