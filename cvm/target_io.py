@@ -154,7 +154,7 @@ class VolumeDevice:
         return {pv: state.device for pv, state in self._legs.items()}
 
     async def read(self, offset_bytes: int, length_bytes: int) -> bytes:
-        layout = await self._enter()
+        layout = self._enter_now() or await self._enter()
         try:
             place = layout.locate(offset_bytes, length_bytes)
             if place is not None:
@@ -173,7 +173,7 @@ class VolumeDevice:
             self._leave()
 
     async def write(self, offset_bytes: int, data: Buffer, *, fua: bool = False) -> None:
-        layout = await self._enter()
+        layout = self._enter_now() or await self._enter()
         try:
             place = layout.locate(offset_bytes, memoryview(data).nbytes)
             if place is None:
@@ -266,6 +266,13 @@ class VolumeDevice:
             self._leave()
 
     # --- the gate ------------------------------------------------------------------------------
+
+    def _enter_now(self) -> Layout | None:
+        """Count in if the gate is open."""
+        if self._closed:
+            return None
+        self._in_flight += 1
+        return self._layout
 
     async def _enter(self) -> Layout:
         """Count in when the gate is open. No await stands between the check and the count."""

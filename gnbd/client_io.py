@@ -25,7 +25,7 @@ from cluster.ids import Epoch, Instance
 from cluster.paths_io import boottime_ns
 from gnbd import messages as m
 from gnbd import protocol as p
-from gnbd.client import ClientCore, Lane, Path, Request
+from gnbd.client import SPREAD_BYTES, ClientCore, Lane, Path, Request
 from gnbd.control_client_io import drive
 from gnbd.dialogues import go_dialogue, login_dialogue
 from gnbd.link_io import REQUEST_BYTES_MAX, Group, Link
@@ -57,6 +57,7 @@ class GnbdDevice:
         self._secret = secret
         self._options = options
         self._sequence = options.sequence
+        self._declaring = Group(0)
         self._links: dict[int, Link] = {}
         self._scopes: dict[int, trio.CancelScope] = {}
         self._wake = trio.Event()
@@ -74,7 +75,10 @@ class GnbdDevice:
     async def read(self, offset_bytes: int, length_bytes: int) -> bytes:
         if length_bytes > REQUEST_BYTES_MAX:
             return b"".join(await self.read_many(_chunks(offset_bytes, length_bytes)))
-        return (await self.read_many([(offset_bytes, length_bytes)]))[0]
+        group = Group(1)
+        request = Request(p.CMD_READ, offset_bytes, length_bytes, waiter=group)
+        await self._run_one(group, request)
+        return request.result
 
     async def read_many(self, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
         group = Group(len(ranges))
@@ -90,7 +94,13 @@ class GnbdDevice:
         await self._run(group, [request])
 
     async def write(self, offset_bytes: int, data: Buffer, *, fua: bool = False) -> None:
-        await self.write_many([(offset_bytes, data)], fua=fua)
+        if len(data) > REQUEST_BYTES_MAX:
+            await self.write_many([(offset_bytes, data)], fua=fua)
+            return
+        group = Group(1)
+        flags = p.CMD_FLAG_FUA if fua else 0
+        request = Request(p.CMD_WRITE, offset_bytes, len(data), data, flags, group)
+        await self._run_one(group, request)
 
     async def write_many(self, parts: Sequence[tuple[int, Buffer]], *, fua: bool = False) -> None:
         flags = p.CMD_FLAG_FUA if fua else 0
@@ -136,7 +146,7 @@ class GnbdDevice:
         """Declare the volume sequence number that this instance works with. Call it while nothing
         is in flight; it is declared again at every LOGIN."""
         self._sequence = sequence
-        group = Group(1)
+        group = self._declaring = Group(1)
         await self._run(group, [Request(p.CMD_SEQUENCE, sequence, waiter=group)])
 
     def status(self) -> dict[str, object]:
@@ -164,7 +174,7 @@ class GnbdDevice:
             request = Request(p.CMD_LOGOUT, waiter=group)
             self.core.place_private(link.lane, request)
             link.post(request)
-            link.kick(True)
+            link.kick()
             with trio.move_on_after(self._options.dead_ms / 1000):
                 await group.wait()
         self._scope.cancel()
@@ -188,21 +198,57 @@ class GnbdDevice:
         self.pump()
         await group.wait()
 
+    async def _run_one(self, group: Group, request: Request) -> None:
+        if self._closed:
+            raise StackError("the device is closed")
+        self.core.submit(request)
+        if not self._send_now(request):
+            self.pump()
+        await group.wait()
+
+    def _send_now(self, request: Request) -> bool:
+        """What `pump` does, shorter, for the one request that has just been submitted, when
+        nothing at all stands in its way and the first lane is the best one. Else False."""
+        core = self.core
+        if len(core.queue) != 1 or core.urgent or self._declaring.left:
+            return False
+        lane = None
+        for path in core.paths:
+            if path.stranded:
+                return False
+            if lane is None and path.lanes:
+                lane = path.lanes[0]
+        if (
+            lane is None
+            or lane.bytes_in_flight >= SPREAD_BYTES
+            or not lane.has_room()
+            or core.retained.wants_flush()
+            or not core.is_open()
+        ):
+            return False
+        core.queue.pop()
+        core.place_private(lane, request)
+        link = self._links[id(lane)]
+        link.post(request)
+        link.kick()
+        return True
+
     def pump(self) -> None:
         """Send whatever may be sent."""
         core = self.core
-        if any(path.stranded for path in core.paths):
-            self._send_drains()
+        for path in core.paths:
+            if path.stranded:
+                self._send_drains()
+                break
         if not core.queue and not core.urgent:
             return
-        idle = {id(link) for link in self._links.values() if not link.lane.in_flight}
         used: dict[int, Link] = {}
         for lane, request in core.assign():
             link = self._links[id(lane)]
             link.post(request)
             used[id(link)] = link
-        for key, link in used.items():
-            link.kick(key in idle)
+        for link in used.values():
+            link.kick()
 
     def _send_drains(self) -> None:
         for drain in self.core.drains():
@@ -211,7 +257,7 @@ class GnbdDevice:
             request = Request(p.CMD_DRAIN, drain.generation, drain.path.index, waiter=waiter)
             self.core.place_private(drain.lane, request)
             link.post(request)
-            link.kick(True)
+            link.kick()
 
     # -- paths -----------------------------------------------------------------------------
 
@@ -289,10 +335,9 @@ class GnbdDevice:
             for link in links:
                 if not any(r.kind == p.CMD_PING for r in link.lane.in_flight.values()):
                     request = Request(p.CMD_PING)
-                    alone = not link.lane.in_flight
                     self.core.place_private(link.lane, request)
                     link.post(request)
-                    link.kick(alone)
+                    link.kick()
 
     async def _connect(self, path: Path) -> socket.socket:
         address = self.server.addresses[path.index]

@@ -1,8 +1,8 @@
 """One client connection in transmission, and the caller that waits (trio).
 
-Hot path of the client: a request costs no task. Its caller parks on a counter (`Group`); a sender,
-parked unless the socket is full or requests come while others are in flight, lets these share one
-sendmsg; a receiver parses many replies per recv.
+Hot path of the client: a request costs no task. Its caller sends it and parks on a counter
+(`Group`); a sender, parked unless the socket is full, sends what is left over; a receiver parses
+many replies per recv.
 """
 
 from __future__ import annotations
@@ -96,14 +96,11 @@ class Link:
             assert request.data is not None
             self._out.append(request.data)
 
-    def kick(self, alone: bool) -> None:
-        """Send: at once if nothing else is in flight (nothing to share a call with), else by the
-        sender, after the other runnable tasks have had their say."""
+    def kick(self) -> None:
+        """Send at once; what the socket does not take is the sender's."""
         if self._sender_busy or not self._out:
             return
-        if alone and not self._send_some():
-            return
-        if self._out and self._sender is not None:
+        if self._send_some() and self._out and self._sender is not None:
             task, self._sender = self._sender, None
             self._sender_busy = True
             trio.lowlevel.reschedule(task)
@@ -157,11 +154,9 @@ class Link:
     async def receive_loop(self) -> None:
         """Takes replies until the connection ends, then gives up the whole path."""
         try:
-            while True:
-                if not await self._fill():
-                    return
+            while await self._fill():
                 while self._end - self._start >= p.REPLY.size:
-                    if not await self._reply():
+                    if not (self._short_reply() or await self._reply()):
                         return
                 self._owner.pump()
         except (OSError, ProtocolError, trio.ClosedResourceError) as error:
@@ -177,7 +172,7 @@ class Link:
             rest = self._end - self._start
             self._buffer[:rest] = self._buffer[self._start : self._end]
             self._start, self._end = 0, rest
-        count = await self._recv_into(self._view[self._end :])
+        count = await self._recv_into(self._view[self._end :] if self._end else self._view)
         self._end += count
         return count > 0
 
@@ -189,20 +184,34 @@ class Link:
             except BlockingIOError:
                 continue
 
+    def _short_reply(self) -> bool:
+        """One reply that is whole in the buffer. False if it is not, or is something special."""
+        start = self._start
+        magic, number, cookie = p.REPLY.unpack_from(self._buffer, start)
+        request = self.lane.in_flight.get(cookie)
+        if magic != p.REPLY_MAGIC or request is None:
+            return False
+        start += p.REPLY.size
+        if request.kind == p.CMD_READ and number == 0:
+            end = start + request.length
+            if request.into is not None or end > self._end:
+                return False
+            request.result = bytes(self._view[start:end])
+            start = end
+        self._start = start
+        self._owner.completed(self.lane, cookie, number)
+        return True
+
     async def _reply(self) -> bool:
-        """One reply from the buffer. False if the server hung up in the middle."""
+        """Any reply. False if the server hung up in the middle."""
         magic, number, cookie = p.REPLY.unpack_from(self._buffer, self._start)
         request = self.lane.in_flight.get(cookie)
         if magic != p.REPLY_MAGIC or request is None:
             raise ProtocolError("a reply that nobody waits for")
         self._start += p.REPLY.size
         if request.kind == p.CMD_READ and number == 0:
-            length = request.length
-            have = min(length, self._end - self._start)
-            if request.into is None and have == length:
-                request.result = bytes(self._view[self._start : self._start + length])
-                self._start += length
-            elif not await self._long_read(request, have):
+            have = min(request.length, self._end - self._start)
+            if not await self._long_read(request, have):
                 return False
         self._owner.completed(self.lane, cookie, number)
         return True
