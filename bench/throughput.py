@@ -10,8 +10,8 @@ import sys
 from lab import hosts
 from lab.topology import MOUNT_POINT, Host, Lab
 
-ROUNDS = 3
-RUNTIME_S = 4
+ROUNDS = 2
+RUNTIME_S = 3
 JOBS = {
     "1M direct read QD8": ["--rw=read", "--bs=1M", "--iodepth=8", "--size=256M"],
     "1M direct write QD8": ["--rw=write", "--bs=1M", "--iodepth=8", "--size=256M"],

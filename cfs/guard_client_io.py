@@ -18,6 +18,7 @@ import trio
 from cluster.errors import StackError, UnreachableError
 from cluster.ids import Instance
 from native.gate import Gate
+from native.notify import InodeSweep
 
 SLOTS_FIRST = 1 << 20
 SLOTS_MAX = 1 << 26
@@ -57,6 +58,10 @@ class SharedInodeTable:
             self._words[0] = slot
         self._words[slot] = node
         return slot
+
+    def sweep(self, fuse_fd: int) -> None:
+        """Drop the pages of every node, after an abort: then nothing can hold it up."""
+        InodeSweep(fuse_fd, self._words[1 : 1 + self._used]).run()
 
     def remove(self, slot: int) -> None:
         """The kernel knows it no more."""

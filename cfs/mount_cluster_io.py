@@ -245,6 +245,8 @@ class ClusterBackend:
             (session.descriptor, self.table.descriptor),
         )
         fuse.set_gate(self._guard.gate)
+        # The guard does the same; this is for the day when it dies together with clusterd.
+        mount.after_abort = lambda: self.table.sweep(session.descriptor)
         self._nursery.start_soon(self._stamp, self._guard)
         await self.session.send_fds(
             "instance.fuse",

@@ -128,6 +128,8 @@ class Mount:
         self.operations: CfsOperations | None = None
         self.caches: KernelCaches | None = None
         self.failure = ""
+        # An aborted connection still lets open files read cached pages: what drops them.
+        self.after_abort: Callable[[], None] = lambda: None
         self.stopping = trio.Event()
         self._scope = trio.CancelScope()
         self._note: Path | None = None
@@ -138,6 +140,7 @@ class Mount:
             self.failure = reason or "unknown"
             log.error("mount of %s aborted: %s", self.arguments.volume, reason)
             self.session.abort()
+            self.after_abort()
             self._scope.cancel()
 
     def stop(self) -> None:

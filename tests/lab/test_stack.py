@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import time
 
 import pytest
@@ -168,3 +170,37 @@ def test_whole_cluster_power_cut_and_cold_start(ready: Lab) -> None:
     assert checked.returncode == 0, checked.stdout + checked.stderr
     for node in ready.nodes:
         cluster.mount(ready, node)
+
+
+READER = """
+import os, sys, time
+handle = os.open(sys.argv[1], os.O_RDONLY)
+os.pread(handle, 4096, 0)
+print("ready", flush=True)
+end = time.monotonic() + 30
+while time.monotonic() < end:
+    try:
+        os.pread(handle, 4096, 0)
+    except OSError:
+        sys.exit(0)
+sys.exit(1)
+"""
+
+
+def test_open_files_lose_their_pages_when_guard_and_clusterd_die_together(ready: Lab) -> None:
+    """The mount process is alone then: it aborts, and drops what the kernel had cached."""
+    victim = ready.nodes[2]
+    path = f"{MOUNT_POINT}/cached"
+    hosts.run(ready, ready.nodes[0], "sh", "-c", f"head -c 4096 /dev/zero > {path}")
+    reader = hosts.popen(ready, victim, sys.executable, "-c", READER, path, stdout=subprocess.PIPE)
+    try:
+        assert reader.stdout is not None
+        assert reader.stdout.readline() == "ready\n"
+        for part in ("guard", "clusterd"):
+            cluster.crash(ready, victim, part)
+        assert reader.wait(timeout=60) == 0
+    finally:
+        reader.kill()
+        reader.wait()
+    cluster.start(ready, victim)
+    assert cluster.is_mounted(ready, victim)
