@@ -202,20 +202,26 @@ class GnbdDevice:
         if self._closed:
             raise StackError("the device is closed")
         self.core.submit(request)
-        if not self._send_now(request):
+        link = self._place_now(request)
+        if link is None:
             self.pump()
+        elif link.take_lead():
+            link.kick()
+            await link.lead(group)
+        else:
+            link.kick()
         await group.wait()
 
-    def _send_now(self, request: Request) -> bool:
+    def _place_now(self, request: Request) -> Link | None:
         """What `pump` does, shorter, for the one request that has just been submitted, when
-        nothing at all stands in its way and the first lane is the best one. Else False."""
+        nothing at all stands in its way and the first lane is the best one. Else None."""
         core = self.core
         if len(core.queue) != 1 or core.urgent or self._declaring.left:
-            return False
+            return None
         lane = None
         for path in core.paths:
             if path.stranded:
-                return False
+                return None
             if lane is None and path.lanes:
                 lane = path.lanes[0]
         if (
@@ -225,13 +231,12 @@ class GnbdDevice:
             or core.retained.wants_flush()
             or not core.is_open()
         ):
-            return False
+            return None
         core.queue.pop()
         core.place_private(lane, request)
         link = self._links[id(lane)]
         link.post(request)
-        link.kick()
-        return True
+        return link
 
     def pump(self) -> None:
         """Send whatever may be sent."""
@@ -323,6 +328,7 @@ class GnbdDevice:
         finally:
             for link in links:
                 self._links.pop(id(link.lane), None)
+                link.interrupt()
             for sock in sockets:
                 sock.close()
             self.core.path_lost(path)

@@ -2,7 +2,8 @@
 
 Hot path of the client: a request costs no task. Its caller sends it and parks on a counter
 (`Group`); a sender, parked unless the socket is full, sends what is left over; a receiver parses
-many replies per recv.
+many replies per recv. When nothing is in flight the receiver rests, and the caller of the next
+request takes the replies in its place (`lead`) until its own has come: one switch of tasks less.
 """
 
 from __future__ import annotations
@@ -38,20 +39,25 @@ class Owner(Protocol):
 class Group:
     """A caller that waits for some requests."""
 
-    __slots__ = ("error", "left", "task")
+    __slots__ = ("error", "left", "link", "task")
 
     def __init__(self, count: int) -> None:
         self.left = count
         self.error: StackError | None = None
         self.task: trio.lowlevel.Task | None = None
+        self.link: Link | None = None
+        """Its caller leads this link at the moment."""
 
     def done(self, error: StackError | None) -> None:
         self.left -= 1
         if error is not None and self.error is None:
             self.error = error
-        if self.left == 0 and self.task is not None:
-            task, self.task = self.task, None
-            trio.lowlevel.reschedule(task)
+        if self.left == 0:
+            if self.task is not None:
+                task, self.task = self.task, None
+                trio.lowlevel.reschedule(task)
+            elif self.link is not None:
+                self.link.interrupt()
 
     async def wait(self) -> None:
         """Return when all requests are done. A cancelled caller leaves them to finish alone."""
@@ -80,6 +86,10 @@ class Link:
         self._out: list[Buffer] = []
         self._sender: trio.lowlevel.Task | None = None
         self._sender_busy = False
+        self._receiver: trio.lowlevel.Task | None = None
+        """The receiver while it rests."""
+        self._led = False
+        self._leader_waits = False
         self._buffer = bytearray(RECEIVE_BYTES)
         self._view = memoryview(self._buffer)
         # One long READ is received at a time; a fresh buffer for each would cost page faults.
@@ -98,6 +108,7 @@ class Link:
 
     def kick(self) -> None:
         """Send at once; what the socket does not take is the sender's."""
+        self._wake_receiver()
         if self._sender_busy or not self._out:
             return
         if self._send_some() and self._out and self._sender is not None:
@@ -154,27 +165,94 @@ class Link:
     async def receive_loop(self) -> None:
         """Takes replies until the connection ends, then gives up the whole path."""
         try:
-            while await self._fill():
+            while True:
+                if self._led or not (self.lane.in_flight or self._end > self._start):
+                    await self._rest()
+                    continue
                 while self._end - self._start >= p.REPLY.size:
                     if not (self._short_reply() or await self._reply()):
                         return
                 self._owner.pump()
+                if self.lane.in_flight or self._end > self._start:
+                    count = await self._recv_into(self._room())
+                    if count == 0:
+                        return
+                    self._end += count
         except (OSError, ProtocolError, trio.ClosedResourceError) as error:
             log.debug("connection lost", server=self._owner.name, error=str(error))
         finally:
             self._scope.cancel()
 
-    async def _fill(self) -> bool:
-        """At least one more byte in the buffer."""
+    async def _rest(self) -> None:
+        self._receiver = trio.lowlevel.current_task()
+
+        def abort(_raise_cancel: object) -> trio.lowlevel.Abort:
+            self._receiver = None
+            return trio.lowlevel.Abort.SUCCEEDED
+
+        await trio.lowlevel.wait_task_rescheduled(abort)
+
+    def _wake_receiver(self) -> None:
+        if self._receiver is not None and not self._led:
+            task, self._receiver = self._receiver, None
+            trio.lowlevel.reschedule(task)
+
+    def take_lead(self) -> bool:
+        """Whether the caller may `lead`, which it then must do at once: the receiver rests."""
+        if self._receiver is None or self._led:
+            return False
+        self._led = True
+        return True
+
+    async def lead(self, group: Group) -> None:
+        """Take replies until those of `group` are here or something unusual comes. What remains to
+        be done is the receiver's, also when this is cancelled."""
+        group.link = self
+        try:
+            while group.left:
+                self._leader_waits = True
+                try:
+                    await trio.lowlevel.wait_readable(self._sock)
+                finally:
+                    self._leader_waits = False
+                try:
+                    count = self._sock.recv_into(self._room())
+                except BlockingIOError:
+                    continue
+                if count == 0:
+                    self._scope.cancel()
+                    break
+                self._end += count
+                while self._end - self._start >= p.REPLY.size:
+                    if not self._short_reply():
+                        return
+        except trio.ClosedResourceError:
+            pass  # `interrupt`: the group is done by other means, or the path has ended.
+        except OSError as error:
+            log.debug("connection lost", server=self._owner.name, error=str(error))
+            self._scope.cancel()
+        finally:
+            group.link = None
+            self._led = False
+            if self.lane.in_flight or self._end > self._start:
+                self._wake_receiver()
+        self._owner.pump()
+
+    def interrupt(self) -> None:
+        """Whoever leads stops waiting for this connection. Call it before the socket is closed."""
+        if self._leader_waits:
+            trio.lowlevel.notify_closing(self._sock)
+
+    def _room(self) -> memoryview:
+        """Where the next bytes go; never empty."""
         if self._start == self._end:
             self._start = self._end = 0
-        elif self._start:
+            return self._view
+        if self._start:
             rest = self._end - self._start
             self._buffer[:rest] = self._buffer[self._start : self._end]
             self._start, self._end = 0, rest
-        count = await self._recv_into(self._view[self._end :] if self._end else self._view)
-        self._end += count
-        return count > 0
+        return self._view[self._end :]
 
     async def _recv_into(self, view: memoryview) -> int:
         while True:

@@ -369,3 +369,48 @@ def test_old_bytes_on_a_slow_network_never_land(server, relayed):
             assert await device.read(0, 4096) == b"new!" * 1024
 
     trio_test(body)
+
+
+def test_a_lone_caller_that_takes_replies(server, relayed):
+    """It is cancelled, another caller comes meanwhile, the instance is barred: nobody waits for a
+    connection that says nothing."""
+    info, relays = relayed
+
+    async def read_first(device, done):
+        with pytest.raises(BarredError):
+            await device.read(0, 4096)
+        done.append(True)
+
+    async def body():
+        async with opened(server, info=info) as device:
+            await eventually(lambda: device.status()["paths"] == [1, 1])
+            data = os.urandom(8192)
+            await device.write(0, data)
+            relays[0].stall()
+            with trio.move_on_after(0.05) as scope:
+                await device.read(0, 4096)
+            assert scope.cancelled_caught
+            got = []
+
+            async def second():
+                got.append(await device.read(4096, 4096))
+
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(second)
+                await trio.testing.wait_all_tasks_blocked()
+                nursery.start_soon(second)
+                await trio.testing.wait_all_tasks_blocked()
+                relays[0].release()
+            assert got == [data[4096:]] * 2
+            await eventually(lambda: not device.status()["pending"])
+            assert await device.read(0, 4096) == data[:4096]
+            relays[0].stall()
+            done = []
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(read_first, device, done)
+                await trio.testing.wait_all_tasks_blocked()
+                device.core.bar("for the test")
+                await eventually(lambda: bool(done))
+            relays[0].release()
+
+    trio_test(body)
