@@ -38,6 +38,8 @@ class FuseSession:
         self.descriptor = -1
         self.opened = False
         self.aborted = False
+        self.unmounted = False
+        """The kernel has let go of it; what is mounted there now is not ours."""
 
     def open(self, operations: pyfuse3.Operations) -> None:
         """Mount. Raises StackError."""
@@ -70,7 +72,11 @@ class FuseSession:
     async def serve(self) -> None:
         """Answer requests until the mount is gone or `terminate`."""
         take_turns()
-        await pyfuse3.main(min_tasks=TASKS_IDLE, max_tasks=TASKS_MAX)
+        try:
+            await pyfuse3.main(min_tasks=TASKS_IDLE, max_tasks=TASKS_MAX)
+        finally:
+            # Later there may be another mount at the same place with the same minor.
+            self.unmounted = mounted_minor(self.mountpoint) != self.minor
 
     def terminate(self) -> None:
         """Let `serve` return although the mount is still there."""
@@ -88,14 +94,14 @@ class FuseSession:
 
     def abort(self) -> None:
         """Every request, now and later, ends with an error; the mount leaves the tree."""
-        if self.opened and not self.aborted:
+        if self.opened and not self.aborted and not self.unmounted:
             self.aborted = True
             abort_mount(self.mountpoint, self.minor)
 
     def close(self) -> None:
         """Give the connection back; unmounts if that has not happened yet."""
         if self.opened:
-            if mounted_minor(self.mountpoint) == self.minor:
+            if not self.unmounted and mounted_minor(self.mountpoint) == self.minor:
                 self.abort()
             self.opened = False
             pyfuse3.close(unmount=False)
