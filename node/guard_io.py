@@ -335,10 +335,12 @@ class Guard:
             return
         if message is not None and message.get("detach"):
             # We hang up when the sweep is over (`Forget`): the mount keeps its locks until then.
+            mount.detached = True
             self._guard_step(guard.Left(number))
         elif message is None:
             self._hang_up(mount)
-            self._guard_step(guard.Bar(number, "the mount process died"))
+            if not mount.detached:
+                self._guard_step(guard.Bar(number, "the mount process died"))
 
     # --- output
 

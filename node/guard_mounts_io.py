@@ -46,6 +46,7 @@ class Mount:
         self.lease_fd = create_gate_memory(f"lease-{request.attach.number}")
         self.gate = Gate.map(self.lease_fd)
         self.sweeping = False
+        self.detached = False
         self._retired = False
 
     def retire(self) -> None:
