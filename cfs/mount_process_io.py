@@ -30,6 +30,7 @@ from cfs.mount_options import MountArguments
 from cfs.mount_session_io import FuseSession
 from cfs.mount_system_io import StatusPipe, note_process, settle_memory
 from cfs.mount_tasks_io import describe_tasks
+from cfs.operations_extension_io import Extensions
 from cfs.operations_io import CfsOperations
 from cfs.seams import Environment, Runtime
 from cluster.device import BlockDevice
@@ -218,6 +219,7 @@ class Mount:
         caches = KernelCaches(backend.table, fs.root_ino)
         operations = CfsOperations(fs, caches, backend.waits)
         operations.mmap_coherent = self.arguments.mmap_coherent
+        extensions = Extensions(operations, operations.extensions())
         self.session.open(operations)
         notifier = self.session.make_notifier()
         notifier.start()
@@ -236,7 +238,8 @@ class Mount:
                     nursery.start_soon(demote_at_random, backend.locks, caches, self.arguments)
                 # Nothing is answered, so nothing is cached, before the guard can take it back.
                 await backend.mounted(self)
-                nursery.start_soon(self._serve, nursery.cancel_scope)
+                await nursery.start(extensions.run)
+                nursery.start_soon(self._serve, extensions, nursery.cancel_scope)
                 settle_memory()
                 status.report(0)
                 log.info("%s is mounted at %s", self.arguments.volume, self.session.mountpoint)
@@ -245,9 +248,9 @@ class Mount:
             notifier.stop()
             self._note = note
 
-    async def _serve(self, scope: trio.CancelScope) -> None:
+    async def _serve(self, extensions: Extensions, scope: trio.CancelScope) -> None:
         try:
-            await self.session.serve()
+            await self.session.serve(extensions)
         except OSError as error:
             self.fail(f"the FUSE connection broke: {error}")
         scope.cancel()

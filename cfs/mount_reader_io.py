@@ -12,6 +12,7 @@ reaches trio through a module attribute (its asyncio support replaces it), and s
 from __future__ import annotations
 
 import select
+from collections.abc import Callable
 from types import SimpleNamespace, TracebackType
 
 import trio
@@ -59,14 +60,17 @@ class Turn:
 
 
 class Readiness:
-    """`trio.lowlevel.wait_readable` for one descriptor."""
+    """`trio.lowlevel.wait_readable` for one descriptor. Before it waits it hands on what the last
+    read has diverted: whoever has read comes here next, or the worker that got the turn does."""
 
-    def __init__(self) -> None:
+    def __init__(self, diverted: Callable[[], None]) -> None:
+        self._diverted = diverted
         self._poll = select.poll()
         self._descriptor = -1
         self._immediate = 0
 
     async def wait_readable(self, descriptor: int) -> None:
+        self._diverted()
         if descriptor != self._descriptor:
             self._poll = select.poll()
             self._poll.register(descriptor, select.POLLIN)
@@ -78,15 +82,16 @@ class Readiness:
         await trio.lowlevel.wait_readable(descriptor)
 
 
-def take_turns() -> None:
-    """Make pyfuse3's workers wait as described above; call before `pyfuse3.main`."""
+def take_turns(diverted: Callable[[], None]) -> None:
+    """Make pyfuse3's workers wait as described above; call before `pyfuse3.main`. `diverted` is
+    called after each read of the session."""
     lowlevel = trio.lowlevel
     pyfuse3.trio = SimpleNamespace(  # type: ignore[attr-defined]
         Lock=Turn,
         ClosedResourceError=trio.ClosedResourceError,
         open_nursery=trio.open_nursery,
         lowlevel=SimpleNamespace(
-            wait_readable=Readiness().wait_readable,
+            wait_readable=Readiness(diverted).wait_readable,
             current_task=lowlevel.current_task,
             current_trio_token=lowlevel.current_trio_token,
             notify_closing=lowlevel.notify_closing,

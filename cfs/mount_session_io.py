@@ -12,6 +12,7 @@ from cfs.mount_fuse_io import fuse, pyfuse3
 from cfs.mount_options import MountArguments, fuse_options
 from cfs.mount_reader_io import take_turns
 from cfs.mount_system_io import abort_mount, mounted_minor, set_read_ahead, unmount
+from cfs.operations_extension_io import Extensions
 from cluster.errors import StackError
 
 log = logging.getLogger("cfs.mount")
@@ -69,9 +70,9 @@ class FuseSession:
         """The notifier of this connection; start it inside trio."""
         return Notifier(self.descriptor, epoch=self._arguments.use_epoch)
 
-    async def serve(self) -> None:
+    async def serve(self, extensions: Extensions) -> None:
         """Answer requests until the mount is gone or `terminate`."""
-        take_turns()
+        take_turns(extensions.dispatch)
         try:
             await pyfuse3.main(min_tasks=TASKS_IDLE, max_tasks=TASKS_MAX)
         finally:

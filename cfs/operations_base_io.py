@@ -84,6 +84,17 @@ class OperationsBase(pyfuse3.Operations):  # type: ignore[misc]
             inode.lookups += node == ROOT_NODE
         return inode
 
+    def errno_of(self, operation: str, error: Exception) -> int:
+        """What the caller gets for an exception that left a handler."""
+        if isinstance(error, FsError):
+            return error.errno
+        if isinstance(error, BarredError):
+            self.barred = True
+            return errno.ENOTCONN
+        self.errors += 1
+        log.error("%s failed", operation, exc_info=error)
+        return errno.EIO
+
     def stop_if_abandoned(self, unique: int) -> None:
         """Raise if nobody waits for this answer any more: it must not be counted."""
         if self.waits.is_abandoned(unique):
@@ -177,17 +188,8 @@ def handler(
             return await function(self, *args, **kwargs)
         except pyfuse3.FUSEError:
             raise
-        except FsError as error:
-            raise pyfuse3.FUSEError(error.errno) from None
-        except BarredError:
-            self.barred = True
-            raise pyfuse3.FUSEError(errno.ENOTCONN) from None
-        except (trio.Cancelled, KeyboardInterrupt):
-            raise
-        except Exception:
-            self.errors += 1
-            log.exception("%s failed", name)
-            raise pyfuse3.FUSEError(errno.EIO) from None
+        except Exception as error:
+            raise pyfuse3.FUSEError(self.errno_of(name, error)) from None
         finally:
             del requests[task]
             if self.waits.has_signals():

@@ -18,6 +18,8 @@ from cfs.mount_fuse_io import pyfuse3
 from cfs.operations_base_io import handler
 from cfs.operations_data_io import DataOperations
 from cfs.operations_entry_io import absent
+from cfs.operations_extension_io import Extension
+from native.requests import Opcode
 
 READDIR_BATCH = 64
 PERMISSION_BITS = 0o7777
@@ -26,7 +28,11 @@ Context = pyfuse3.RequestContext
 
 
 class CfsOperations(DataOperations):
-    """What pyfuse3 calls."""
+    """What pyfuse3 calls, and the answers to what it does not know (`extensions`)."""
+
+    def extensions(self) -> dict[Opcode, Extension]:
+        """The requests that are answered past pyfuse3."""
+        return {}
 
     # -- names -----------------------------------------------------------------------------------
 

@@ -9,6 +9,8 @@ It interposes `fuse_session_new` and gives the session its own read and write fu
   right **until the first await** of the handler; take it in the first line;
 - unanswered requests stand in a table in shared memory (`requests_fd`, `pending_requests`), which
   another process may read while this one hangs;
+- requests named in `divert` never reach libfuse: operations that it or pyfuse3 lack, or of which
+  they lose arguments;
 - an INTERRUPT of an unanswered request wakes `interrupt_fd()`; see `native.fuse_io.Interrupts`;
 - once `set_gate` was called, an answer that may fill a kernel cache is sent inside
   `Gate.enter`/`leave` (rule G2): while the gate is closed it is kept, and sent by `gate_flush()` or
@@ -23,14 +25,16 @@ as interrupted.
 from __future__ import annotations
 
 import enum
+import errno
 import os
 import re
 import struct
 import sys
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from native.gate import Gate
-from native.requests import PendingRequest, Request, RequestTable
+from native.requests import Opcode, PendingRequest, Request, RequestTable
 
 if "pyfuse3" in sys.modules:
     raise ImportError("native.fuse must be imported before pyfuse3")
@@ -182,6 +186,38 @@ def connection_number(mountpoint: str) -> int:
 def current_request() -> Request:
     """The request that is being dispatched: call it before the first await of a handler."""
     return Request._make(_REQUEST.unpack_from(_current))
+
+
+NEVER_DIVERTED = frozenset(
+    {Opcode.INIT, Opcode.DESTROY, Opcode.FORGET, Opcode.BATCH_FORGET, Opcode.INTERRUPT}
+)
+
+
+def divert(opcodes: Iterable[Opcode]) -> None:
+    """Keep these requests from libfuse: `take_diverted` hands them out, `reply` answers them."""
+    wanted = frozenset(opcodes)
+    assert not wanted & NEVER_DIVERTED
+    lib.native_fuse_divert(sum(1 << opcode for opcode in wanted))
+
+
+def take_diverted() -> tuple[Request, bytes] | None:
+    """The next diverted request and what follows its header (as in linux/fuse.h). Whoever reads
+    the session calls it after each read until there is none."""
+    length = lib.native_fuse_diverted()
+    if length < 0:
+        return None
+    request = ffi.new("unsigned char[]", _REQUEST.size)
+    body = ffi.new("unsigned char[]", max(length, 1))
+    lib.native_fuse_take_diverted(request, body)
+    return Request._make(_REQUEST.unpack(ffi.buffer(request))), bytes(ffi.buffer(body, length))
+
+
+def reply(unique: int, error: int, data: bytes = b"") -> None:
+    """Answer a diverted request with an errno, or with 0 and data. It passes the gate as any
+    other answer. Does nothing if nobody waits any more. Raises OSError."""
+    failed = lib.native_fuse_reply(unique, error, data, 0 if error else len(data))
+    if failed not in (0, errno.ENOENT):
+        raise OSError(failed, os.strerror(failed))
 
 
 def requests_fd() -> int:

@@ -223,11 +223,9 @@ static void parse(struct fuse_current *request, const void *body, size_t length)
 }
 
 /* A whole message of the kernel was read. */
-void requests_arrived(const void *message, size_t length)
+const struct fuse_current *requests_arrived(const void *message, size_t length)
 {
     struct fuse_in_header header;
-    if (length < sizeof header)
-        return;
     memcpy(&header, message, sizeof header);
     const uint8_t *body = (const uint8_t *)message + sizeof header;
     length -= sizeof header;
@@ -257,6 +255,7 @@ void requests_arrived(const void *message, size_t length)
             insert(&current);
     }
     pthread_mutex_unlock(&lock);
+    return &current;
 }
 
 uint32_t requests_opcode(uint64_t unique, uint32_t *operation_flags)

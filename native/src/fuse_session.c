@@ -1,7 +1,7 @@
 /* The session below pyfuse3: fuse_session_new is ours, and so are its read and writev (see fuse.h).
  *
  * libfuse is used as it is; its answer to INIT is edited on the way out, so bits that it does not
- * know can be set as well. Operations that pyfuse3 lacks go into `operations` in create_session.
+ * know can be set as well. Operations that pyfuse3 or libfuse lack never reach them: fuse_divert.c.
  */
 #define _GNU_SOURCE
 #define FUSE_USE_VERSION 314
@@ -73,10 +73,15 @@ static ssize_t session_read(int fd, void *buffer, size_t length, void *userdata)
             errno = EINTR;
         return result;
     }
-    if ((size_t)result >= sizeof(struct fuse_in_header)) {
-        if (!info.agreed)
-            note_init(buffer, (size_t)result);
-        requests_arrived(buffer, (size_t)result);
+    size_t header_length = sizeof(struct fuse_in_header);
+    if ((size_t)result < header_length)
+        return result;
+    if (!info.agreed)
+        note_init(buffer, (size_t)result);
+    const struct fuse_current *request = requests_arrived(buffer, (size_t)result);
+    if (divert_message(request, (char *)buffer + header_length, (size_t)result - header_length)) {
+        errno = EINTR;
+        return -1;
     }
     return result;
 }
@@ -135,6 +140,7 @@ static struct fuse_session *adopt(struct fuse_session *created)
     memset(&info, 0, sizeof info);
     init_unique = 0;
     gate_reset();
+    divert_reset();
     int error = requests_reset();
     if (!error && !fuse_session_custom_io(created, &session_io, placeholder)) {
         session = created;

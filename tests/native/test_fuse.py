@@ -100,6 +100,21 @@ def test_write_flags_and_lock_owner(mount):
     assert mount.do("state")["mismatches"] == 0
 
 
+def test_a_diverted_request_is_answered_past_libfuse(mount):
+    mount.do("put", "f", "x")
+    code = """
+fd = os.open('f', os.O_RDONLY)
+assert os.lseek(fd, 5, os.SEEK_DATA) == 12
+try:
+    os.lseek(fd, 2000, os.SEEK_HOLE)
+except OSError as error:
+    print(error.errno == errno.ENXIO)
+"""
+    assert mount.run(code) == "True"
+    assert mount.pending(Opcode.LSEEK) == []
+    assert mount.count("OPEN") == 1
+
+
 def test_laundered_writes_are_known(mount):
     inode = mount.do("put", "f", "x" * PAGE)
     mount.run(MAPPED_WRITE + "m.flush()")

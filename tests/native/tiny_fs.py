@@ -11,6 +11,7 @@ import errno
 import json
 import os
 import stat
+import struct
 import sys
 import time
 from collections import Counter, deque
@@ -23,6 +24,8 @@ from native.requests import Opcode
 
 # isort: split
 import pyfuse3  # only after native.fuse
+
+from cfs.mount_reader_io import take_turns
 
 FOREVER_S = 1e6
 
@@ -140,6 +143,16 @@ class TinyFs(pyfuse3.Operations):
         del self.names[name]
 
 
+def answer_diverted():
+    """LSEEK, past libfuse: 7 bytes further, up to 1000."""
+    while (taken := fuse.take_diverted()) is not None:
+        request, body = taken
+        handle, offset = struct.unpack_from("<QQ", body)
+        assert (request.opcode, handle) == (Opcode.LSEEK, request.inode + 1000)
+        error = errno.ENXIO if offset > 1000 else 0
+        fuse.reply(request.unique, error, struct.pack("<Q", offset + 7))
+
+
 class Driver:
     """The commands of the test."""
 
@@ -223,6 +236,7 @@ async def main(driver):
     async with trio.open_nursery() as nursery:
         nursery.start_soon(driver.fs.interrupts.run)
         nursery.start_soon(commands, driver, nursery.cancel_scope.cancel)
+        take_turns(answer_diverted)
         await pyfuse3.main(min_tasks=1, max_tasks=1000)
         nursery.cancel_scope.cancel()
 
@@ -232,6 +246,7 @@ if __name__ == "__main__":
     gate = Gate.map(options["gate"]) if "gate" in options else None
     fs = TinyFs()
     fuse.configure(fuse.Settings(**options.get("settings", {})))
+    fuse.divert([Opcode.LSEEK])
     pyfuse3.init(fs, mountpoint, {*pyfuse3.default_options, "fsname=tiny"})
     if not fuse.interposed():
         sys.exit("fuse_session_new was not ours")
