@@ -185,7 +185,7 @@ class Mount:
         with self._scope:
             try:
                 async with trio.open_nursery() as nursery:
-                    nursery.start_soon(self._watch_for_hangs)
+                    await nursery.start(self._watch_for_hangs)
                     async with open_backend(self.arguments, self) as backend:
                         environment = MountEnvironment(
                             make_runtime(nursery), KernelBridge(self), backend
@@ -197,9 +197,10 @@ class Mount:
                 self.session.close()
         return EXIT_ABORTED if self.failure else EXIT_OK
 
-    async def _watch_for_hangs(self) -> None:
+    async def _watch_for_hangs(self, task_status: trio.TaskStatus[None]) -> None:
         """SIGUSR2 tells where every task is; it works until the very end."""
         with trio.open_signal_receiver(signal.SIGUSR2) as signals:
+            task_status.started()
             async for _ in signals:
                 log.info("tasks\n%s", "\n".join(describe_tasks()))
 
@@ -230,7 +231,7 @@ class Mount:
         note = note_process(run_dir(), self.session.minor)
         try:
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(self._watch_signals)
+                await nursery.start(self._watch_signals)  # a signal now must not kill us
                 nursery.start_soon(backend.waits.run)
                 nursery.start_soon(self._stop_when_asked)
                 nursery.start_soon(self._watch_connection)
@@ -255,9 +256,10 @@ class Mount:
             self.fail(f"the FUSE connection broke: {error}")
         scope.cancel()
 
-    async def _watch_signals(self) -> None:
+    async def _watch_signals(self, task_status: trio.TaskStatus[None]) -> None:
         asked = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
         with trio.open_signal_receiver(*asked) as signals:
+            task_status.started()
             async for number in signals:
                 if number == signal.SIGUSR1:
                     log.info("counters %s", json.dumps(self.counters()))
