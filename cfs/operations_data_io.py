@@ -131,7 +131,7 @@ class DataOperations(OperationsBase):
     async def read(self, fh: pyfuse3.FileHandleT, off: int, size: int) -> bytes:
         handle = self.handles[fh]
         inode = handle.inode
-        if handle.uncached or self.request.flags & os.O_DIRECT:
+        if self.request.past_cache:
             return await self.fs.read(inode.number, off, size, direct=True)
         lock = handle.lock
         while True:
@@ -181,7 +181,7 @@ class DataOperations(OperationsBase):
         flags = request.flags
         if flags & os.O_APPEND:
             return await self._append(handle, flags, off, buf)
-        if handle.uncached or flags & os.O_DIRECT:
+        if request.past_cache:
             return await self._write_past_cache(handle, flags, off, buf)
         lock = handle.lock
         arrived_ns = time.monotonic_ns()

@@ -90,6 +90,8 @@ class Opcode(enum.IntEnum):
 WRITE_CACHE = 1 << 0
 """`operation_flags` of a WRITE: laundered from the page cache; handle and caller mean nothing."""
 WRITE_LOCKOWNER = 1 << 1
+"""Of READ and WRITE: the caller's own buffer, past the page cache; what fills or changes pages (a
+page fault, read-ahead, a buffered write) comes without, whatever the flags of its descriptor."""
 WRITE_KILL_SUIDGID = 1 << 2
 READ_LOCKOWNER = 1 << 1
 RELEASE_FLUSH = 1 << 0
@@ -124,6 +126,12 @@ class Request(NamedTuple):
     def laundered(self) -> bool:
         """A WRITE of dirty pages by the kernel itself: never fail it, never let it wait."""
         return self.opcode == Opcode.WRITE and bool(self.operation_flags & WRITE_CACHE)
+
+    @property
+    def past_cache(self) -> bool:
+        """A READ or WRITE between the caller's buffer and this process: no page holds its bytes,
+        and none is locked for it."""
+        return bool(self.operation_flags & READ_LOCKOWNER)
 
     @property
     def append(self) -> bool:

@@ -1,7 +1,8 @@
 """A client program: reads a file of versioned pages by KIND and counts what is too old.
 
 Arguments: FILE VERSION_FILE KIND THREADS SECONDS SEED. Prints: reads, stale, newest.
-KIND: pread, mmap, direct, write (counters in our own pages), store (the same through mmap).
+KIND: pread, mmap, direct, write (counters in our own pages), store (the same through mmap),
+mmap-direct and mmap-append: mappings of descriptors whose system calls bypass the page cache.
 """
 
 import mmap
@@ -24,17 +25,18 @@ stop = time.monotonic() + float(seconds)
 
 def read_loop(number):
     chooser = random.Random(int(seed) * 100 + number)
-    flags = os.O_RDONLY | (os.O_DIRECT if kind == "direct" else 0)
-    fd = os.open(path, flags)
+    flags = os.O_DIRECT if kind.endswith("direct") else 0
+    flags |= os.O_APPEND if kind.endswith("append") else 0
+    fd = os.open(path, os.O_RDONLY | flags)
     os.posix_fadvise(fd, 0, 0, chooser.choice([0, 1]))
     view = None
-    if kind == "mmap":
+    if kind.startswith("mmap"):
         view = mmap.mmap(fd, PAGES * PAGE, mmap.MAP_SHARED, mmap.PROT_READ)
     buffer = mmap.mmap(-1, PAGE)
     while time.monotonic() < stop:
         at = chooser.randrange(OWN, PAGES) * PAGE
         (least,) = struct.unpack_from("<Q", shared, 0)
-        if kind == "mmap":
+        if view is not None:
             (seen,) = struct.unpack_from("<Q", view, at)
         elif kind == "direct":
             os.preadv(fd, [buffer], at)

@@ -22,6 +22,7 @@ CLIENT = ROOT / "tests" / "fuse" / "stale_reader.py"
         (5, {"write": 3, "pread": 1, "mmap": 1}, ""),
         (5, {"write": 2, "store": 2, "pread": 1}, ""),
         (5, {"pread": 2, "mmap": 1, "write": 1}, "no_epoch"),
+        (10, {"mmap-direct": 2, "mmap-append": 1}, ""),
     ],
 )
 def test_no_stale_data(chooser, pause_ms, kinds, options):
