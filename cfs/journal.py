@@ -281,7 +281,7 @@ class Journal:
         """The tail is the head: everything before it is in its place."""
         old = self._header
         self._header = JournalHeader(
-            old.slot, in_use, old.owner, self._head, self.sequence, old.change + 1
+            old.slot, in_use, old.owner, self._head, self.sequence, old.change + 1, old.blocks
         )
         block, data = journal_format.encode_header(self._fs, self._header, self.first_block)
         await self._device.write(block * BLOCK_BYTES, data)

@@ -1,14 +1,17 @@
 """The journal on the disk.
 
-A journal is a run of blocks: two headers, `ORPHAN_BLOCKS` orphan blocks, and a ring of log blocks.
-The headers are written in turn; the valid one with the higher change counter counts.
+A journal is a run of blocks: two pairs of headers, `ORPHAN_BLOCKS` orphan blocks, and a ring of log
+blocks. The pairs are written in turn; the valid header with the higher change counter counts. Both
+headers of a pair say the same: a header that rots takes nothing with it. When both of a pair are
+unreadable the other pair does not count either, because it may be the older one, and the log behind
+its tail may be overwritten.
 
 Header, at 64 (kind JOURNAL_HEADER, owner: slot, change: rises with every write):
 
 | bytes | field |
 |---|---|
 | 4 | state: 0 clean, 1 in use |
-| 4 | zero |
+| 4 | length of the journal in blocks |
 | 8, 8, 8 | instance that uses it: node, incarnation, number |
 | 8, 8 | tail: position in the log (in blocks, never wraps), sequence of its transaction |
 
@@ -28,6 +31,7 @@ Commit block, at 64 (kind JOURNAL_COMMIT, owner: slot, sequence: of the transact
 
 from __future__ import annotations
 
+import contextlib
 import struct
 
 import msgspec
@@ -36,6 +40,7 @@ from cfs.attributes import BLOCK_BYTES
 from cfs.errors import CorruptionError
 from cfs.format import (
     HEADER_BYTES,
+    SLOTS_MAX,
     Header,
     Kind,
     block_checksum,
@@ -44,7 +49,9 @@ from cfs.format import (
 )
 from cluster.ids import Incarnation, Instance, InstanceNo, NodeId
 
-HEADER_BLOCKS = 2
+HEADER_TURNS = 2
+HEADER_COPIES = 2
+HEADER_BLOCKS = HEADER_TURNS * HEADER_COPIES
 ORPHAN_BLOCKS = 16
 LOG_OFFSET = HEADER_BLOCKS + ORPHAN_BLOCKS
 JOURNAL_BLOCKS_MIN = 128
@@ -63,6 +70,7 @@ class JournalHeader(msgspec.Struct, frozen=True):
     tail: int
     sequence: int
     change: int
+    blocks: int
 
 
 class Item(msgspec.Struct, frozen=True, gc=False):
@@ -75,37 +83,54 @@ class Item(msgspec.Struct, frozen=True, gc=False):
 
 
 def encode_header(fs: int, header: JournalHeader, first_block: int) -> tuple[int, bytes]:
-    """(block, bytes): the headers alternate."""
-    block = first_block + header.change % HEADER_BLOCKS
+    """(block, bytes) of both copies: the pairs alternate."""
+    first = first_block + header.change % HEADER_TURNS * HEADER_COPIES
     owner = header.owner
     body = _HEADER.pack(
-        header.in_use, 0, owner.node, owner.incarnation, owner.number, header.tail, header.sequence
+        header.in_use, header.blocks, owner.node, owner.incarnation, owner.number, header.tail,
+        header.sequence,
+    )  # fmt: skip
+    copies = []
+    for block in range(first, first + HEADER_COPIES):
+        sealed = Header(
+            Kind.JOURNAL_HEADER, block, header.slot, 0, header.change, header.sequence
+        )
+        copies.append(seal_block(fs, sealed, body))
+    return first, b"".join(copies)
+
+
+def decode_header_copy_untrusted(fs: int, number: int, block: bytes) -> JournalHeader:
+    """One header. Raises CorruptionError."""
+    header = open_block_untrusted(fs, number, block)
+    if header.kind != Kind.JOURNAL_HEADER:
+        raise CorruptionError(f"block {number} is no journal header")
+    state, blocks, node, incarnation, instance, tail, sequence = _HEADER.unpack_from(
+        block, HEADER_BYTES
     )
-    sealed = Header(Kind.JOURNAL_HEADER, block, header.slot, 0, header.change, header.sequence)
-    return block, seal_block(fs, sealed, body)
+    if state > 1 or blocks < JOURNAL_BLOCKS_MIN or header.owner >= SLOTS_MAX:
+        raise CorruptionError(f"the journal header in block {number} makes no sense")
+    owner = Instance(NodeId(node), Incarnation(incarnation), InstanceNo(instance))
+    return JournalHeader(
+        header.owner, bool(state), owner, tail, sequence, header.change, blocks
+    )
 
 
 def decode_header_untrusted(fs: int, first_block: int, blocks: bytes) -> JournalHeader:
-    """The header that counts. Raises CorruptionError if neither is whole."""
-    best: JournalHeader | None = None
-    for index in range(HEADER_BLOCKS):
-        block = blocks[index * BLOCK_BYTES : (index + 1) * BLOCK_BYTES]
-        try:
-            header = open_block_untrusted(fs, first_block + index, block)
-        except CorruptionError:
-            continue
-        if header.kind != Kind.JOURNAL_HEADER:
-            continue
-        state, _, node, incarnation, number, tail, sequence = _HEADER.unpack_from(
-            block, HEADER_BYTES
-        )
-        owner = Instance(NodeId(node), Incarnation(incarnation), InstanceNo(number))
-        found = JournalHeader(header.owner, bool(state), owner, tail, sequence, header.change)
-        if best is None or found.change > best.change:
-            best = found
-    if best is None:
-        raise CorruptionError(f"the journal at block {first_block} has no valid header")
-    return best
+    """The header that counts. Raises CorruptionError if a pair cannot be read."""
+    turns: list[JournalHeader] = []
+    for turn in range(HEADER_TURNS):
+        copies: list[JournalHeader] = []
+        for index in range(turn * HEADER_COPIES, (turn + 1) * HEADER_COPIES):
+            block = blocks[index * BLOCK_BYTES : (index + 1) * BLOCK_BYTES]
+            with contextlib.suppress(CorruptionError):
+                copies.append(decode_header_copy_untrusted(fs, first_block + index, block))
+        if not copies:
+            raise CorruptionError(
+                f"the journal at block {first_block} has lost the headers in blocks "
+                f"{first_block + turn * HEADER_COPIES} and the next"
+            )
+        turns.append(max(copies, key=lambda copy: copy.change))
+    return max(turns, key=lambda copy: copy.change)
 
 
 def commit_parts(items: int) -> int:

@@ -185,8 +185,9 @@ class Replayer:
         """Mark a replayed journal as free."""
         head, sequence = self._head
         clean = JournalHeader(
-            header.slot, False, header.owner, head, sequence + SEQUENCE_GAP, header.change + 1
-        )
+            header.slot, False, header.owner, head, sequence + SEQUENCE_GAP, header.change + 1,
+            place[1],
+        )  # fmt: skip
         block, data = journal_format.encode_header(self.fs, clean, place[0])
         await self.device.write(block * BLOCK_BYTES, data)
         await self.device.flush()

@@ -23,7 +23,13 @@ from cfs.format import (
     decode_superblock_untrusted,
 )
 from cfs.journal import Journal
-from cfs.journal_format import HEADER_BLOCKS, LOG_OFFSET, ORPHAN_BLOCKS, JournalHeader
+from cfs.journal_format import (
+    HEADER_BLOCKS,
+    HEADER_TURNS,
+    LOG_OFFSET,
+    ORPHAN_BLOCKS,
+    JournalHeader,
+)
 from cfs.nodes import ORPHANS_PER_BLOCK, BlockState, GroupNode, OrphanNode, SlotsNode
 from cfs.orphans import Orphans, adopt
 from cfs.replay import Replayed, Replayer
@@ -59,8 +65,8 @@ def format_journal(fs: int, slot: int, place: tuple[int, int]) -> list[tuple[int
     """(block, bytes) of an empty journal; the log itself may hold anything."""
     first = place[0]
     writes: list[tuple[int, Buffer]] = []
-    for change in range(1, HEADER_BLOCKS + 1):
-        header = JournalHeader(slot, False, NOBODY, 0, 1, change)
+    for change in range(1, HEADER_TURNS + 1):
+        header = JournalHeader(slot, False, NOBODY, 0, 1, change, place[1])
         writes.append(journal_format.encode_header(fs, header, first))
     for index in range(ORPHAN_BLOCKS):
         block = first + HEADER_BLOCKS + index
@@ -104,8 +110,9 @@ async def begin(core: Core) -> tuple[Journal, list[tuple[int, tuple[int, int]]]]
         )
     header, place = chosen
     mine = JournalHeader(
-        header.slot, True, environment.owner, header.tail, header.sequence, header.change + 1
-    )
+        header.slot, True, environment.owner, header.tail, header.sequence, header.change + 1,
+        place[1],
+    )  # fmt: skip
     block, data = journal_format.encode_header(core.fs, mine, place[0])
     await core.device.write(block * BLOCK_BYTES, data)
     await core.device.flush()

@@ -16,6 +16,7 @@ from cfs.format import Header, Kind, Superblock, open_block_untrusted, seal_bloc
 from cfs.fsck.checker import check
 from cfs.journal import joined
 from cfs.journal_format import (
+    HEADER_BLOCKS,
     ITEMS_PER_COMMIT,
     Item,
     JournalHeader,
@@ -215,16 +216,27 @@ def test_names_with_one_hash_get_cookies_of_their_own() -> None:
 
 
 def test_journal_headers_alternate_and_the_newer_one_counts() -> None:
-    blocks = bytearray(2 * BLOCK_BYTES)
+    blocks = bytearray(HEADER_BLOCKS * BLOCK_BYTES)
     for change in (4, 5, 6):
-        header = JournalHeader(3, True, NOBODY, change * 10, change, change)
+        header = JournalHeader(3, True, NOBODY, change * 10, change, change, 128)
         block, data = encode_header(FS, header, 50)
-        blocks[(block - 50) * BLOCK_BYTES : (block - 49) * BLOCK_BYTES] = data
-        assert decode_header_untrusted(FS, 50, bytes(blocks)) == header
-    blocks[10] ^= 1
-    assert decode_header_untrusted(FS, 50, bytes(blocks)).change == 5
-    with pytest.raises(CorruptionError):
-        decode_header_untrusted(FS, 50, bytes(2 * BLOCK_BYTES))
+        start = (block - 50) * BLOCK_BYTES
+        blocks[start : start + len(data)] = data
+        if change > 4:
+            assert decode_header_untrusted(FS, 50, bytes(blocks)) == header
+
+
+def test_one_damaged_journal_header_does_no_harm_and_a_pair_makes_the_other_one_doubtful() -> None:
+    whole = bytearray()
+    for change in (6, 7):
+        whole += encode_header(FS, JournalHeader(3, True, NOBODY, 0, 1, change, 128), 50)[1]
+    for index in range(HEADER_BLOCKS):
+        blocks = whole.copy()
+        blocks[index * BLOCK_BYTES + 100] ^= 1
+        assert decode_header_untrusted(FS, 50, bytes(blocks)).change == 7
+        blocks[(index ^ 1) * BLOCK_BYTES + 100] ^= 1
+        with pytest.raises(CorruptionError):
+            decode_header_untrusted(FS, 50, bytes(blocks))
 
 
 @pytest.mark.parametrize("count", [1, ITEMS_PER_COMMIT, ITEMS_PER_COMMIT + 1, 400])
