@@ -15,13 +15,26 @@ ROOT_COOKIE_SELF = 1
 ROOT_COOKIE_PARENT = 2
 
 RENAME_NOREPLACE = 1
+RENAME_EXCHANGE = 2
+
+XATTR_BYTES_MAX = 65536
+XATTR_NAME_BYTES_MAX = 255
+XATTR_LIST_BYTES_MAX = 65536
+"""All names of one inode, each with a zero byte: what listxattr() can give."""
+
+FLAG_IMMUTABLE = 0x10
+FLAG_APPEND = 0x20
+FLAG_NODUMP = 0x40
+FLAG_NOATIME = 0x80
+FLAGS_SETTABLE = FLAG_IMMUTABLE | FLAG_APPEND | FLAG_NODUMP | FLAG_NOATIME
+"""Inode flags have the values of FS_IOC_GETFLAGS (linux/fs.h), on the disk too."""
 
 
 class Attributes(msgspec.Struct, frozen=True, gc=False):
     """What stat() shows. `blocks` counts 512-byte units; times are nanoseconds of the wall clock.
 
     `generation` tells two lives of one inode number apart. `change` rises with every change of the
-    inode (data or attributes), on all nodes.
+    inode (data or attributes), on all nodes. `flags` are `FLAG_...` bits.
     """
 
     ino: int
@@ -37,6 +50,8 @@ class Attributes(msgspec.Struct, frozen=True, gc=False):
     mtime_ns: int
     ctime_ns: int
     change: int
+    birth_ns: int
+    flags: int
 
     @property
     def is_directory(self) -> bool:

@@ -19,24 +19,18 @@ from typing import Any
 import msgspec
 
 from cfs import stage
-from cfs.attributes import (
-    NOW,
-    Attributes,
-    DirEntry,
-    MountOptions,
-    SetAttributes,
-    Totals,
-)
+from cfs.attributes import Attributes, DirEntry, MountOptions, SetAttributes, Totals
 from cfs.cache import InodeState
 from cfs.core import Core
 from cfs.errors import FsError
-from cfs.files import Files, clear_privileges, need_regular
+from cfs.files import Files
+from cfs.inodes import Inodes
 from cfs.lock_names import MOUNT_LOCK, inode_lock_name, open_lock_name
 from cfs.names import Names
 from cfs.nodes import InodeNode
 from cfs.orphans import Orphans, adopt
 from cfs.seams import Environment, Event
-from cfs.transaction import READER, Missing, Tx
+from cfs.transaction import READER, Missing
 from cluster.device import BlockDevice, Buffer
 from cluster.errors import BarredError, BusyError
 from cluster.ids import Instance
@@ -55,6 +49,7 @@ class FileSystem:
         self.root_ino = core.superblock.root_ino
         self.orphans: Orphans
         self.names: Names
+        self.inodes: Inodes
         self._mount_lock = mount_lock
         self._closing = False
         self._background: Event | None = None
@@ -98,6 +93,7 @@ class FileSystem:
             core.attach(journal)
             self.orphans = Orphans(core, self.files, journal.slot, journal.first_block)
             self.names = Names(core, self.files, self.orphans)
+            self.inodes = Inodes(core, self.files, self.orphans)
             await self.orphans.load()
             for slot, place in free:
                 await adopt(core, self.orphans, slot, place[0])
@@ -225,12 +221,7 @@ class FileSystem:
 
     async def setattr_held(self, ino: int, changes: SetAttributes) -> Attributes:
         """The caller holds EX."""
-        core = self.core
-        state = core.state(ino)
-        done, attributes = await core.run(lambda tx: self._setattr_body(tx, state, changes))
-        while not done:
-            done = await core.run(lambda tx: self._cut_more(tx, state))
-        return attributes
+        return await self.inodes.setattr(self.core.state(ino), changes)
 
     # -- attributes ------------------------------------------------------------------------------
 
@@ -251,45 +242,6 @@ class FileSystem:
         finally:
             state.release(Mode.EX)
 
-    def _setattr_body(
-        self, tx: Tx, state: InodeState, changes: SetAttributes
-    ) -> tuple[bool, Attributes]:
-        core = self.core
-        inode = tx.inode(state)
-        if changes.size is not None:
-            need_regular(inode)
-        inode = tx.edit_inode(state)
-        done = True
-        if changes.size is not None:
-            done = self.files.set_size(tx, state, inode, changes.size)
-            if not done:
-                self.orphans.add(tx, inode.block)
-            clear_privileges(inode)
-            self.files.touch(inode)
-        if changes.mode is not None:
-            inode.mode = stat.S_IFMT(inode.mode) | changes.mode & 0o7777
-        if changes.uid is not None or changes.gid is not None:
-            inode.uid = inode.uid if changes.uid is None else changes.uid
-            inode.gid = inode.gid if changes.gid is None else changes.gid
-            if not inode.is_directory and changes.mode is None:
-                clear_privileges(inode)
-        now = core.now(inode.ctime_ns)
-        if changes.atime_ns is not None:
-            inode.atime_ns = now if changes.atime_ns == NOW else changes.atime_ns
-        if changes.mtime_ns is not None:
-            inode.mtime_ns = now if changes.mtime_ns == NOW else changes.mtime_ns
-        inode.ctime_ns = now if changes.ctime_ns in (None, NOW) else changes.ctime_ns or now
-        inode.counter += 1
-        return done, inode.attributes()
-
-    def _cut_more(self, tx: Tx, state: InodeState) -> bool:
-        """The next step of a cut that one transaction could not do."""
-        inode = tx.edit_inode(state)
-        done = self.files.cut(tx, state, inode, -(-inode.size // 4096))
-        if done and inode.nlink:
-            self.orphans.remove(tx, inode.block)
-        return done
-
     async def readlink(self, ino: int) -> bytes:
         state = self.core.state(ino)
         await state.hold(Mode.PR)
@@ -300,6 +252,24 @@ class FileSystem:
         if not stat.S_ISLNK(inode.mode):
             raise FsError(errno.EINVAL)
         return inode.data
+
+    # -- extended attributes ---------------------------------------------------------------------
+
+    async def getxattr(self, ino: int, name: bytes) -> bytes:
+        """The value of an attribute. Raises ENODATA."""
+        return await self.inodes.getxattr(self.core.state(ino), name)
+
+    async def listxattr(self, ino: int) -> list[bytes]:
+        """The names of all attributes, at most `XATTR_LIST_BYTES_MAX` with a zero byte each."""
+        return await self.inodes.listxattr(self.core.state(ino))
+
+    async def setxattr(self, ino: int, name: bytes, value: bytes, flags: int = 0) -> None:
+        """Make (XATTR_CREATE), replace (XATTR_REPLACE) or do either. Raises EEXIST, ENODATA."""
+        await self.inodes.setxattr(self.core.state(ino), name, value, flags)
+
+    async def removexattr(self, ino: int, name: bytes) -> None:
+        """Raises ENODATA."""
+        await self.inodes.removexattr(self.core.state(ino), name)
 
     # -- names -----------------------------------------------------------------------------------
 

@@ -74,6 +74,8 @@ class Kind(enum.IntEnum):
     ORPHANS = 7
     JOURNAL_HEADER = 8
     JOURNAL_COMMIT = 9
+    XATTR_TREE = 10
+    XATTR_VALUE = 11
 
 
 class Header(msgspec.Struct, frozen=True, gc=False):

@@ -7,7 +7,7 @@ state, a transaction that fails leaves no trace, and the journal can encode a no
 Bodies (after the 64-byte header of `cfs.format`):
 
 Inode, at 64: `INODE` below (192 bytes), then `content_bytes` of content, then `xattr_bytes` of
-extended attributes (none yet; kept as they are).
+extended attributes: level u16 and entry count u16 of the root of their tree, and its entries.
 
 | bytes | field | | bytes | field |
 |---|---|---|---|---|
@@ -28,6 +28,12 @@ of a tree has its entries in the inode.
 | index | key u64, block u64 |
 | extent | first logical block u64, first physical block u64, count u32, flags u32 (0) |
 | name | cookie u64, inode u64, type u8 (S_IFMT >> 12), length u8, name |
+| attribute | cookie u64, name length u8, value blocks u8, value length u32, name, then the value, \
+or if there are value blocks their numbers u64 |
+
+Attribute value, at 64: up to `VALUE_BYTES` of the value, zeroes in the last block.
+
+`flags` of an inode are bits of FS_IOC_GETFLAGS, see `cfs.attributes`.
 
 Group, at 64: group u64, last generation u64, blocks u32, free u32, freeing u32, zero; at 128 the
 map, 2 bits a block, lowest bits first (`BlockState`).
@@ -44,7 +50,9 @@ import itertools
 import struct
 from typing import Self
 
-from cfs.attributes import BLOCK_BYTES, Attributes
+import msgspec
+
+from cfs.attributes import BLOCK_BYTES, XATTR_BYTES_MAX, Attributes
 from cfs.errors import CorruptionError
 from cfs.format import HEADER_BYTES, SLOTS_MAX, Header, Kind, seal_block
 
@@ -60,6 +68,10 @@ GROUP_MAP_OFFSET = 128
 INDEX_ENTRY = struct.Struct("<QQ")
 EXTENT_ENTRY = struct.Struct("<QQII")
 NAME_ENTRY = struct.Struct("<QQBB")
+XATTR_ROOT = struct.Struct("<HH")
+XATTR_ROOT_BYTES_MAX = XATTR_ROOM_BYTES - XATTR_ROOT.size
+XATTR_ENTRY = struct.Struct("<QBBI")
+VALUE_BYTES = BLOCK_BYTES - HEADER_BYTES
 ORPHANS_OFFSET = 72
 ORPHANS_PER_BLOCK = (BLOCK_BYTES - ORPHANS_OFFSET) // 8
 _U64 = struct.Struct("<Q")
@@ -68,7 +80,18 @@ Extent = tuple[int, int]
 """Physical block, count (the logical block is the key)."""
 Name = tuple[int, int, bytes]
 """Inode, type (S_IFMT >> 12), name."""
-Value = int | Extent | Name
+
+
+class Xattr(msgspec.Struct, frozen=True, gc=False):
+    """An extended attribute: `value` is here, or in `blocks` if there are any."""
+
+    name: bytes
+    size: int
+    value: bytes = b""
+    blocks: tuple[int, ...] = ()
+
+
+Value = int | Extent | Name | Xattr
 
 
 class Node:
@@ -114,6 +137,8 @@ def value_bytes(value: Value) -> int:
     """Size of an entry on the disk."""
     if isinstance(value, int):
         return INDEX_ENTRY.size
+    if isinstance(value, Xattr):
+        return XATTR_ENTRY.size + len(value.name) + len(value.value) + 8 * len(value.blocks)
     if len(value) == 2:
         return EXTENT_ENTRY.size
     return NAME_ENTRY.size + len(value[2])
@@ -124,6 +149,10 @@ def encode_tree(tree: Tree) -> bytes:
     for key, value in zip(tree.keys, tree.values, strict=True):
         if isinstance(value, int):
             parts.append(INDEX_ENTRY.pack(key, value))
+        elif isinstance(value, Xattr):
+            count = len(value.blocks)
+            parts.append(XATTR_ENTRY.pack(key, len(value.name), count, value.size) + value.name)
+            parts.append(value.value or struct.pack(f"<{count}Q", *value.blocks))
         elif len(value) == 2:
             parts.append(EXTENT_ENTRY.pack(key, value[0], value[1], 0))
         else:
@@ -149,6 +178,8 @@ def decode_tree_untrusted(kind: Kind, level: int, count: int, data: bytes) -> Tr
                 keys.append(key)
                 values.append((physical, length))
             used = count * EXTENT_ENTRY.size
+        elif kind == Kind.XATTR_TREE:
+            used = _decode_xattrs(count, data, keys, values)
         else:
             used = _decode_names(count, data, keys, values)
     except struct.error:
@@ -172,8 +203,27 @@ def _decode_names(count: int, data: bytes, keys: list[int], values: list[Value])
     return offset
 
 
+def _decode_xattrs(count: int, data: bytes, keys: list[int], values: list[Value]) -> int:
+    offset = 0
+    for _ in range(count):
+        cookie, name_bytes, blocks, size = XATTR_ENTRY.unpack_from(data, offset)
+        start = offset + XATTR_ENTRY.size + name_bytes
+        name = data[start - name_bytes : start]
+        offset = start + (8 * blocks if blocks else size)
+        whole = not blocks or blocks == -(-size // VALUE_BYTES)
+        if not name or offset > len(data) or size > XATTR_BYTES_MAX or not whole:
+            raise CorruptionError("an extended attribute makes no sense")
+        keys.append(cookie)
+        if blocks:
+            numbers = struct.unpack_from(f"<{blocks}Q", data, start)
+            values.append(Xattr(name, size, blocks=numbers))
+        else:
+            values.append(Xattr(name, size, data[start:offset]))
+    return offset
+
+
 class TreeNode(Node):
-    """A block of a directory or extent tree."""
+    """A block of a directory, extent or attribute tree."""
 
     __slots__ = ("kind", "tree")
     kind: Kind
@@ -193,14 +243,33 @@ class TreeNode(Node):
         return TREE.pack(self.tree.level, len(self.tree.keys), 0, 0) + encode_tree(self.tree)
 
 
+class ValueNode(Node):
+    """A part of the value of an extended attribute, padded with zeroes."""
+
+    __slots__ = ("data",)
+    kind = Kind.XATTR_VALUE
+
+    def __init__(self, block: int, owner: int, version: tuple[int, int], data: bytes) -> None:
+        super().__init__(block, owner, *version)
+        self.data = data
+
+    def clone(self) -> ValueNode:
+        return ValueNode(self.block, self.owner, (self.generation, self.change), self.data)
+
+    def body(self) -> bytes:
+        return self.data
+
+
 class InodeNode(Node):
-    """An inode. Content is either `data` (bytes) or `root` (a tree)."""
+    """An inode. Content is either `data` (bytes) or `root` (a tree). `xattrs` is the root of the
+    tree of extended attributes, None if there are none."""
 
     __slots__ = (
         "atime_ns", "birth_ns", "blocks", "counter", "ctime_ns", "data", "flags", "gid", "mode",
-        "mtime_ns", "nlink", "parent", "rdev", "root", "size", "uid", "xattr",
+        "mtime_ns", "nlink", "parent", "rdev", "root", "size", "uid", "xattrs",
     )  # fmt: skip
     kind = Kind.INODE
+    root_bytes_max = CONTENT_BYTES_MAX
 
     def __init__(self, block: int, generation: int, change: int = 0) -> None:
         super().__init__(block, block, generation, change)
@@ -220,7 +289,7 @@ class InodeNode(Node):
         self.counter = 0
         self.data = b""
         self.root: Tree | None = None
-        self.xattr = b""
+        self.xattrs: Tree | None = None
 
     def clone(self) -> InodeNode:
         twin = InodeNode.__new__(InodeNode)
@@ -243,7 +312,7 @@ class InodeNode(Node):
         twin.counter = self.counter
         twin.data = self.data
         twin.root = None if self.root is None else self.root.copy()
-        twin.xattr = self.xattr
+        twin.xattrs = None if self.xattrs is None else self.xattrs.copy()
         return twin
 
     @property
@@ -262,20 +331,38 @@ class InodeNode(Node):
         return Attributes(
             self.block, self.generation, self.mode, self.nlink, self.uid, self.gid, self.rdev,
             self.size, self.blocks * 8, self.atime_ns, self.mtime_ns, self.ctime_ns, self.counter,
+            self.birth_ns, self.flags,
         )  # fmt: skip
 
     def body(self) -> bytes:
         root = self.root
         content = self.data if root is None else encode_tree(root)
-        assert len(content) + len(self.xattr) <= BLOCK_BYTES - CONTENT_OFFSET
+        xattrs = b""
+        if self.xattrs is not None:
+            xattrs = XATTR_ROOT.pack(self.xattrs.level, len(self.xattrs.keys))
+            xattrs += encode_tree(self.xattrs)
+        assert len(content) <= CONTENT_BYTES_MAX
+        assert len(xattrs) <= XATTR_ROOM_BYTES
         core = INODE.pack(
             self.mode, self.nlink, self.uid, self.gid, self.rdev, self.flags, self.size,
             self.blocks, self.atime_ns, self.mtime_ns, self.ctime_ns, self.birth_ns, self.parent,
             self.counter, root is not None, 0 if root is None else root.level,
-            0 if root is None else len(root.keys), len(content), len(self.xattr),
+            0 if root is None else len(root.keys), len(content), len(xattrs),
         )  # fmt: skip
         pad = CONTENT_OFFSET - HEADER_BYTES - INODE.size
-        return b"".join((core, bytes(pad), content, self.xattr))
+        return b"".join((core, bytes(pad), content, xattrs))
+
+
+class XattrTree:
+    """The tree of an inode's extended attributes, in the shape that `cfs.tree` works on."""
+
+    __slots__ = ("block", "root")
+    tree_kind = Kind.XATTR_TREE
+    root_bytes_max = XATTR_ROOT_BYTES_MAX
+
+    def __init__(self, inode: InodeNode) -> None:
+        self.block = inode.block
+        self.root = inode.xattrs
 
 
 class BlockState(enum.IntEnum):
@@ -395,12 +482,15 @@ def decode_node_untrusted(header: Header, block: bytes) -> Node:
     match header.kind:
         case Kind.INODE:
             return _decode_inode(header, block)
-        case Kind.DIRECTORY_TREE | Kind.EXTENT_TREE:
+        case Kind.DIRECTORY_TREE | Kind.EXTENT_TREE | Kind.XATTR_TREE:
             level, count, _, _ = TREE.unpack_from(block, HEADER_BYTES)
             kind = Kind(header.kind)
             tree = decode_tree_untrusted(kind, level, count, block[TREE_OFFSET:])
             version = (header.generation, header.change)
             return TreeNode(header.block, header.owner, version, kind, tree)
+        case Kind.XATTR_VALUE:
+            version = (header.generation, header.change)
+            return ValueNode(header.block, header.owner, version, block[HEADER_BYTES:])
         case Kind.GROUP:
             return _decode_group(header, block)
         case Kind.ORPHANS:
@@ -428,12 +518,20 @@ def _decode_inode(header: Header, block: bytes) -> InodeNode:
     if end + xattr_bytes > BLOCK_BYTES:
         raise CorruptionError(f"inode {header.block} makes no sense: content size")
     content = block[CONTENT_OFFSET:end]
-    node.xattr = block[end : end + xattr_bytes]
+    if xattr_bytes:
+        node.xattrs = _decode_xattr_root(block[end : end + xattr_bytes])
     if is_tree:
         node.root = decode_tree_untrusted(node.tree_kind, level, count, content)
     else:
         node.data = content
     return node
+
+
+def _decode_xattr_root(data: bytes) -> Tree:
+    if len(data) < XATTR_ROOT.size:
+        raise CorruptionError("the root of the extended attributes is cut short")
+    level, count = XATTR_ROOT.unpack_from(data)
+    return decode_tree_untrusted(Kind.XATTR_TREE, level, count, data[XATTR_ROOT.size :])
 
 
 def _decode_group(header: Header, block: bytes) -> GroupNode:

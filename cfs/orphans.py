@@ -22,6 +22,7 @@ from cfs.journal_format import HEADER_BLOCKS, ORPHAN_BLOCKS
 from cfs.lock_names import inode_lock_name, open_lock_name
 from cfs.nodes import ORPHANS_PER_BLOCK, InodeNode, OrphanNode
 from cfs.transaction import Tx
+from cfs.xattr import XattrEditor
 from cluster.errors import BarredError
 from cluster.locks import Mode
 
@@ -101,16 +102,18 @@ class Orphans:
     def bury(self, tx: Tx, state: InodeState, inode: InodeNode, *, alone: bool) -> None:
         """The transaction's clone lost its last name. `alone`: its open lock is held in EX, so it
         is freed at once if that is little work."""
-        root = inode.root
-        if not alone or (root is not None and root.level):
-            self.add(tx, inode.block)
-            tx.after(lambda: self.reap_soon(inode.block))
+        little = all(root is None or not root.level for root in (inode.root, inode.xattrs))
+        if alone and little and self._empty(tx, state, inode):
+            self.free_inode(tx, inode)
             return
+        self.add(tx, inode.block)
+        tx.after(lambda: self.reap_soon(inode.block))
+
+    def _empty(self, tx: Tx, state: InodeState, inode: InodeNode) -> bool:
+        """Free blocks of the inode, a bounded number; True if it has none left but its own."""
         if inode.is_regular and not self.files.cut(tx, state, inode, 0):
-            self.add(tx, inode.block)
-            tx.after(lambda: self.reap_soon(inode.block))
-            return
-        self.free_inode(tx, inode)
+            return False
+        return inode.xattrs is None or XattrEditor(tx, state, inode, self.core.space).cut()
 
     def free_inode(self, tx: Tx, inode: InodeNode) -> None:
         """The inode has no blocks left but its own."""
@@ -118,7 +121,8 @@ class Orphans:
         self.remove(tx, inode.block)
         inode.mode = inode.nlink = 0
         inode.data = b""
-        inode.root = None
+        inode.root = inode.xattrs = None
+        inode.flags = 0
         inode.blocks = inode.size = 0
         tx.after(lambda: self.drop_soon(inode.block))
 
@@ -177,7 +181,7 @@ class Orphans:
             if done:
                 self.remove(tx, inode.block)
             return done
-        if inode.is_regular and not self.files.cut(tx, state, inode, 0):
+        if not self._empty(tx, state, inode):
             return False
         self.free_inode(tx, inode)
         return True

@@ -10,25 +10,33 @@ from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from cfs.errors import CorruptionError
 from cfs.format import Kind
-from cfs.nodes import (
-    CONTENT_BYTES_MAX,
-    TREE_BYTES_MAX,
-    InodeNode,
-    Tree,
-    TreeNode,
-    Value,
-    value_bytes,
-)
+from cfs.nodes import TREE_BYTES_MAX, Tree, TreeNode, Value, value_bytes
 from cfs.transaction import Reader, Tx
 
 if TYPE_CHECKING:
     from cfs.cache import Covered
 
 LEVELS_MAX = 8
+
+
+class Rooted(Protocol):
+    """What a tree hangs on: an inode with its names or extents, or its extended attributes."""
+
+    @property
+    def block(self) -> int: ...
+
+    @property
+    def root(self) -> Tree | None: ...
+
+    @property
+    def tree_kind(self) -> Kind: ...
+
+    @property
+    def root_bytes_max(self) -> int: ...
 
 
 class TreeSpace:
@@ -43,7 +51,7 @@ class TreeSpace:
         self.free = free
 
 
-def find(reader: Reader, covered: Covered, inode: InodeNode, key: int) -> Value | None:
+def find(reader: Reader, covered: Covered, inode: Rooted, key: int) -> Value | None:
     """The value of exactly `key`."""
     tree = _leaf(reader, covered, inode, key)
     position = bisect_left(tree.keys, key)
@@ -52,7 +60,7 @@ def find(reader: Reader, covered: Covered, inode: InodeNode, key: int) -> Value 
     return None
 
 
-def _leaf(reader: Reader, covered: Covered, inode: InodeNode, key: int) -> Tree:
+def _leaf(reader: Reader, covered: Covered, inode: Rooted, key: int) -> Tree:
     tree = inode.root
     assert tree is not None
     while tree.level:
@@ -64,7 +72,7 @@ def _position(tree: Tree, key: int) -> int:
     return max(bisect_right(tree.keys, key) - 1, 0)
 
 
-def _child(reader: Reader, covered: Covered, inode: InodeNode, tree: Tree, position: int) -> Tree:
+def _child(reader: Reader, covered: Covered, inode: Rooted, tree: Tree, position: int) -> Tree:
     block = tree.values[position]
     assert isinstance(block, int)
     child = reader.tree(covered, block, inode.tree_kind).tree
@@ -73,14 +81,14 @@ def _child(reader: Reader, covered: Covered, inode: InodeNode, tree: Tree, posit
     return child
 
 
-def floor(reader: Reader, covered: Covered, inode: InodeNode, key: int) -> tuple[int, Value] | None:
+def floor(reader: Reader, covered: Covered, inode: Rooted, key: int) -> tuple[int, Value] | None:
     """The entry with the greatest key that is not above `key`."""
     assert inode.root is not None
     return _floor(reader, covered, inode, inode.root, key)
 
 
 def _floor(
-    reader: Reader, covered: Covered, inode: InodeNode, tree: Tree, key: int
+    reader: Reader, covered: Covered, inode: Rooted, tree: Tree, key: int
 ) -> tuple[int, Value] | None:
     position = bisect_right(tree.keys, key) - 1
     if not tree.level:
@@ -96,7 +104,7 @@ def _floor(
 
 
 def items(
-    reader: Reader, covered: Covered, inode: InodeNode, key: int = 0
+    reader: Reader, covered: Covered, inode: Rooted, key: int = 0
 ) -> Iterator[tuple[int, Value]]:
     """Entries with keys not below `key`, in order."""
     assert inode.root is not None
@@ -104,7 +112,7 @@ def items(
 
 
 def _items(
-    reader: Reader, covered: Covered, inode: InodeNode, tree: Tree, key: int
+    reader: Reader, covered: Covered, inode: Rooted, tree: Tree, key: int
 ) -> Iterator[tuple[int, Value]]:
     if not tree.level:
         start = bisect_left(tree.keys, key)
@@ -115,7 +123,7 @@ def _items(
         yield from _items(reader, covered, inode, child, key)
 
 
-def last(reader: Reader, covered: Covered, inode: InodeNode) -> tuple[int, Value] | None:
+def last(reader: Reader, covered: Covered, inode: Rooted) -> tuple[int, Value] | None:
     """The entry with the greatest key."""
     tree = inode.root
     assert tree is not None
@@ -137,7 +145,7 @@ class _Step:
 class TreeEditor:
     """Changes one tree within one transaction. `inode` is the transaction's own clone."""
 
-    def __init__(self, tx: Tx, covered: Covered, inode: InodeNode, space: TreeSpace) -> None:
+    def __init__(self, tx: Tx, covered: Covered, inode: Rooted, space: TreeSpace) -> None:
         self.tx = tx
         self.covered = covered
         self.inode = inode
@@ -192,7 +200,7 @@ class TreeEditor:
         for depth in range(len(path) - 1, -1, -1):
             step = path[depth]
             tree = self._edit(step.block)
-            limit = CONTENT_BYTES_MAX if step.block is None else TREE_BYTES_MAX
+            limit = self.inode.root_bytes_max if step.block is None else TREE_BYTES_MAX
             if tree.used <= limit:
                 return
             if step.block is None:
@@ -202,6 +210,9 @@ class TreeEditor:
             block = self._store(right)
             parent = self._edit(path[depth - 1].block)
             position = path[depth - 1].position + 1
+            if position == 1:
+                # The first child may have got keys below its own: those of the index must rise.
+                parent.keys[0] = min(parent.keys[0], tree.keys[0])
             parent.keys.insert(position, right.keys[0])
             parent.values.insert(position, block)
             parent.used += value_bytes(block)
@@ -231,11 +242,13 @@ class TreeEditor:
         return block
 
     def _grow(self, root: Tree) -> None:
-        """The root overflows: its entries move to two new blocks."""
-        right = self._cut_off(root)
-        left = Tree(root.level, root.keys, root.values, root.used)
-        keys = [left.keys[0], right.keys[0]]
-        blocks = [self._store(left), self._store(right)]
+        """The root overflows: its entries move to two new blocks, to one if that is half empty."""
+        parts = [root]
+        if root.used > TREE_BYTES_MAX // 2:
+            parts.append(self._cut_off(root))
+        parts[0] = Tree(root.level, root.keys, root.values, root.used)
+        keys = [part.keys[0] for part in parts]
+        blocks = [self._store(part) for part in parts]
         root.level += 1
         root.keys = keys
         root.values = [*blocks]
@@ -276,7 +289,7 @@ class TreeEditor:
             block = root.values[0]
             assert isinstance(block, int)
             child = _child(self.tx, self.covered, self.inode, root, 0)
-            if child.used > CONTENT_BYTES_MAX:
+            if child.used > self.inode.root_bytes_max:
                 return
             root.level, root.used = child.level, child.used
             root.keys, root.values = child.keys.copy(), child.values.copy()

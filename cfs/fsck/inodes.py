@@ -1,4 +1,4 @@
-"""Checks inodes and what hangs on them: trees, names, link counts."""
+"""Checks inodes and what hangs on them: trees, names, attributes, link counts."""
 
 from __future__ import annotations
 
@@ -17,8 +17,13 @@ from cfs.nodes import (
     Tree,
     TreeNode,
     Value,
+    ValueNode,
+    Xattr,
+    XattrTree,
     decode_node_untrusted,
 )
+from cfs.tree import Rooted
+from cfs.xattr import check_entry
 from cluster.device import BlockDevice
 
 READ_MANY_MAX = 128
@@ -108,13 +113,15 @@ class InodeChecker:
         else:
             children = []
             blocks += self._extents(ino, inode, entries)
+        if inode.xattrs is not None:
+            blocks += await self._xattrs(ino, inode)
         if blocks != inode.blocks:
             self.report.error(f"inode {ino} counts {inode.blocks} blocks but has {blocks}")
         return children
 
     # -- trees -----------------------------------------------------------------------------------
 
-    async def _tree(self, ino: int, inode: InodeNode) -> tuple[list[tuple[int, Value]], int]:
+    async def _tree(self, ino: int, inode: Rooted) -> tuple[list[tuple[int, Value]], int]:
         """All entries of a tree in order, and the number of its blocks."""
         assert inode.root is not None
         entries: list[tuple[int, Value]] = []
@@ -178,6 +185,42 @@ class InodeChecker:
         if end > -(-inode.size // BLOCK_BYTES) and ino not in self.orphans:
             self.report.error(f"inode {ino} has blocks beyond its end")
         return blocks
+
+    # -- extended attributes ---------------------------------------------------------------------
+
+    async def _xattrs(self, ino: int, inode: InodeNode) -> int:
+        """Check all attributes; the number of their blocks."""
+        entries, count = await self._tree(ino, XattrTree(inode))
+        seen: set[bytes] = set()
+        for cookie, entry in entries:
+            if not isinstance(entry, Xattr):
+                self.report.error(f"inode {ino} has an entry that is no attribute")
+                continue
+            try:
+                check_entry(cookie, self.superblock.name_hash(entry.name), entry)
+            except CorruptionError as error:
+                self.report.error(f"inode {ino} has {error.message}")
+            if entry.name in seen:
+                self.report.error(f"inode {ino} has the attribute {entry.name!r} twice")
+            seen.add(entry.name)
+            for block in entry.blocks:
+                count += 1
+                await self._value_block(ino, block)
+        return count
+
+    async def _value_block(self, ino: int, block: int) -> None:
+        if not self.claims.claim(block, 1, BlockState.META, f"an attribute of inode {ino}"):
+            return
+        data = await self.device.read(block * BLOCK_BYTES, BLOCK_BYTES)
+        try:
+            node = decode_node_untrusted(
+                open_block_untrusted(self.superblock.fs, block, data), data
+            )
+        except CorruptionError as error:
+            self.report.error(f"attribute of inode {ino}: {error}")
+            return
+        if not isinstance(node, ValueNode) or node.owner != ino:
+            self.report.error(f"block {block} is no attribute value of inode {ino}")
 
     # -- names -----------------------------------------------------------------------------------
 

@@ -234,7 +234,8 @@ async def test_a_state_stays_as_long_as_its_lock() -> None:
         assert made.ino not in one.core.table.states
         await state.hold(Mode.EX)
         changes = SetAttributes(mode=0o640)
-        _, changed = await one.core.run(lambda tx, s=state: one._setattr_body(tx, s, changes))
+        body = one.inodes._setattr_body
+        _, changed = await one.core.run(lambda tx, s=state: body(tx, s, changes))
         state.release(Mode.EX)
         number = id(state)
         del state

@@ -137,6 +137,19 @@ def test_a_tree_is_a_sorted_dictionary(steps: list[tuple[bool, int]], length: in
     world.check()
 
 
+@pytest.mark.parametrize("mode", [0o040755, 0o100644])
+def test_a_tree_that_grows_downwards_stays_in_order(mode: int) -> None:
+    world = TreeWorld(mode)
+    value: tree.Value = (1, 8, b"a name") if mode == 0o040755 else (1, 1)
+    for key in range(20_000, 0, -2):
+        tx, editor = world.edit()
+        editor.insert(key, value)
+        tx.apply()
+    found = [key for key, _ in tree.items(READER, world.covered, world.inode())]
+    assert found == list(range(2, 20_001, 2))
+    world.check()
+
+
 def test_a_large_tree_shrinks_to_nothing() -> None:
     world = TreeWorld(0o040755)
     keys = list(range(5000))
