@@ -1,14 +1,25 @@
 """SCSI-3 persistent reservations of one export, as a pure machine over values.
 
 The nexus is an `Instance` (a process of one life of a node), never a socket: registrations outlive
-connections. What is allowed stands in tables, so that the remaining types are rows to switch on,
-not code: `ACCESS` has all six rows, `TYPES_OFFERED` the two that this server grants.
+connections. Who may read and write under which type stands in a table, `ACCESS`.
 
-Rules (SPC-4): the generation counts successful REGISTER, REGISTER AND IGNORE EXISTING KEY, CLEAR
-and both PREEMPTs, wraps at 32 bits and is not kept over a restart; RESERVE and RELEASE do not
-count.
-Everything else is kept when the last successful registration asked for it (`aptpl`). SPC lets a
-preempted nexus register again; what stops a dead instance for ever are the bars (`admission`).
+| rule | clause of SPC-4 (revision 17) |
+|---|---|
+| registering, key 0, REGISTER AND IGNORE EXISTING KEY | 5.7.7 |
+| REGISTER AND MOVE | 5.7.8 |
+| reserving, who holds | 5.7.9, 5.7.10 |
+| releasing; unregistering, also of the holder | 5.7.11.2, 5.7.11.3 |
+| PREEMPT: of a reservation; of registrations only | 5.7.11.4.3, 5.7.11.4.4 |
+| PREEMPT AND ABORT | 5.7.11.5 |
+| CLEAR | 5.7.11.6 |
+| kept through a loss of power (APTPL) | 5.7.5 |
+| READ KEYS, READ RESERVATION, REPORT CAPABILITIES, READ FULL STATUS | 6.13.2 to 6.13.5 |
+
+The generation counts successful REGISTER, REGISTER AND IGNORE EXISTING KEY, REGISTER AND MOVE,
+CLEAR and both PREEMPTs, wraps at 32 bits and is not kept over a restart; RESERVE and RELEASE do not
+count. Everything else is kept when the last successful registration asked for it (`aptpl`). SPC
+lets a preempted nexus register again; what stops a dead instance for ever are the bars
+(`admission`).
 """
 
 from __future__ import annotations
@@ -80,12 +91,8 @@ TELLS_RELEASE = ALL_REGISTRANTS | {
     ReservationType.WRITE_EXCLUSIVE_REGISTRANTS_ONLY,
     ReservationType.EXCLUSIVE_ACCESS_REGISTRANTS_ONLY,
 }
-TYPES_OFFERED = frozenset(
-    {
-        ReservationType.WRITE_EXCLUSIVE_REGISTRANTS_ONLY,
-        ReservationType.WRITE_EXCLUSIVE_ALL_REGISTRANTS,
-    }
-)
+TYPE_MASK = 0xEA01
+"""REPORT CAPABILITIES, bytes 4 and 5: all six types."""
 
 INVALID_FIELD_IN_CDB = 0x2400
 INVALID_FIELD_IN_LIST = 0x2600
@@ -98,7 +105,7 @@ REGISTRATIONS_PREEMPTED = 0x2A05
 
 class Request(msgspec.Struct, frozen=True):
     """One PERSISTENT RESERVE OUT. `key` is the reservation key, `service_key` the service action
-    reservation key of SPC."""
+    reservation key of SPC; `target` and `unregister` belong to REGISTER AND MOVE."""
 
     nexus: Instance
     action: int
@@ -107,6 +114,8 @@ class Request(msgspec.Struct, frozen=True):
     type: int = 0
     scope: int = 0
     aptpl: bool = False
+    target: Instance | None = None
+    unregister: bool = False
 
 
 class Attention(msgspec.Struct, frozen=True, array_like=True):
@@ -131,6 +140,24 @@ class Outcome(msgspec.Struct, frozen=True):
 class Registration(msgspec.Struct, frozen=True, array_like=True):
     nexus: Instance
     key: int
+
+
+class Capabilities(msgspec.Struct, frozen=True):
+    """REPORT CAPABILITIES. Not capable of: SPC-2 reservations beside these (CRH), registering for
+    other ports (SIP_C, ATP_C: a nexus is the same over all paths anyway)."""
+
+    persists_capable: bool
+    persists_active: bool
+    type_mask: int
+
+
+class FullStatus(msgspec.Struct, frozen=True, array_like=True):
+    """READ FULL STATUS of one registration; `type` 0: it holds nothing."""
+
+    nexus: Instance
+    key: int
+    holder: bool
+    type: int
 
 
 class ReservationState(msgspec.Struct, frozen=True):
@@ -197,6 +224,17 @@ class Reservations:
         key = 0 if self.type in ALL_REGISTRANTS or self.holder is None else self.keys[self.holder]
         return self.generation, key, self.type
 
+    def report_capabilities(self) -> Capabilities:
+        """REPORT CAPABILITIES."""
+        return Capabilities(True, self.aptpl, TYPE_MASK)
+
+    def read_full_status(self) -> tuple[int, list[FullStatus]]:
+        """READ FULL STATUS: generation, and every registration."""
+        return self.generation, [
+            FullStatus(n, key, self.is_holder(n), int(self.type) if self.is_holder(n) else 0)
+            for n, key in sorted(self.keys.items())
+        ]
+
     def execute(self, request: Request) -> Outcome:
         """Do one PERSISTENT RESERVE OUT. The table is changed only when the status is GOOD."""
         try:
@@ -206,8 +244,6 @@ class Reservations:
         match action:
             case ServiceAction.REGISTER | ServiceAction.REGISTER_AND_IGNORE:
                 return self._register(request, action is ServiceAction.REGISTER_AND_IGNORE)
-            case ServiceAction.REGISTER_AND_MOVE:
-                return check_condition(INVALID_FIELD_IN_CDB)
         if self.keys.get(request.nexus) != request.key:
             return CONFLICT
         match action:
@@ -217,6 +253,8 @@ class Reservations:
                 return self._release(request)
             case ServiceAction.CLEAR:
                 return self._clear(request)
+            case ServiceAction.REGISTER_AND_MOVE:
+                return self._move(request)
             case _:
                 return self._preempt(request, action is ServiceAction.PREEMPT_AND_ABORT)
 
@@ -292,6 +330,25 @@ class Reservations:
         self._count()
         return Outcome(Status.GOOD, changed=True, attentions=attentions, removed=removed)
 
+    def _move(self, request: Request) -> Outcome:
+        """The reservation goes to another nexus, with its type; that is registered by it."""
+        target = request.target
+        if self.type in ALL_REGISTRANTS or not self.is_holder(request.nexus):
+            return CONFLICT
+        if not request.service_key or target is None or target == request.nexus:
+            return check_condition(INVALID_FIELD_IN_LIST)
+        if target not in self.keys and len(self.keys) >= REGISTRATIONS_MAX:
+            return check_condition(INSUFFICIENT_RESOURCES)
+        self.keys[target] = request.service_key
+        self.holder = target
+        removed: tuple[Instance, ...] = ()
+        if request.unregister:
+            del self.keys[request.nexus]
+            removed = (request.nexus,)
+        self.aptpl = request.aptpl
+        self._count()
+        return Outcome(Status.GOOD, changed=True, removed=removed)
+
     def _unregister(self, nexus: Instance) -> tuple[Attention, ...]:
         held = self.is_holder(nexus)
         del self.keys[nexus]
@@ -302,7 +359,7 @@ class Reservations:
         return self._others(nexus, RESERVATIONS_RELEASED) if kind in TELLS_RELEASE else ()
 
     def _reserve(self, request: Request) -> Outcome:
-        kind = self._offered(request)
+        kind = self._wanted_type(request)
         if kind is None:
             return check_condition(INVALID_FIELD_IN_CDB)
         if self.type is ReservationType.NONE:
@@ -330,8 +387,8 @@ class Reservations:
         self._count()
         return Outcome(Status.GOOD, changed=True, attentions=attentions, removed=removed)
 
-    def _offered(self, request: Request) -> ReservationType | None:
-        if request.scope != 0 or request.type not in TYPES_OFFERED:
+    def _wanted_type(self, request: Request) -> ReservationType | None:
+        if request.scope != 0 or request.type not in ACCESS or not request.type:
             return None
         return ReservationType(request.type)
 
@@ -353,7 +410,7 @@ class Reservations:
         )
         attentions: list[Attention] = []
         if takes:
-            kind = self._offered(request)
+            kind = self._wanted_type(request)
             if kind is None:
                 return check_condition(INVALID_FIELD_IN_CDB)
             before = self.type

@@ -198,8 +198,9 @@ def keys(context: click.Context, export: str) -> None:
     def text(plain: object) -> str:
         assert isinstance(plain, dict)
         lines = [f"generation {plain['generation']}, reservation type {plain['type']}"]
-        for (node, incarnation, number), key in plain["registrations"]:
-            lines.append(f"n{node}.{incarnation}.{number}  key {key:#x}")
+        for (node, incarnation, number), key, holder, _ in plain["registrations"]:
+            held = "  holds the reservation" if holder else ""
+            lines.append(f"n{node}.{incarnation}.{number}  key {key:#x}{held}")
         return "\n".join(lines)
 
     _with_control(context, lambda c: c.ask(m.ReserveIn(export), m.ReserveReport), text)

@@ -134,10 +134,11 @@ class ControlServer:
     def _reserve_in(self, name: str) -> m.ReserveReport:
         table = self._service.export(name).reservations
         held = table.read_reservation()
-        registrations = sorted(table.keys.items())
+        generation, registrations = table.read_full_status()
         return m.ReserveReport(
-            table.generation, registrations, held[2] if held else 0, held[1] if held else 0
-        )
+            generation, registrations, held[2] if held else 0, held[1] if held else 0,
+            table.report_capabilities(),
+        )  # fmt: skip
 
     def _exports(self) -> list[m.ExportReport]:
         return [

@@ -17,6 +17,7 @@ import msgspec
 from cluster.control import MemberInfo
 from cluster.ids import Epoch, Incarnation, Instance, NodeId, ServerId
 from cluster.wire import Keys, derived_key
+from fencing.reservations import Capabilities, FullStatus
 
 NONCE_BYTES = 32
 
@@ -100,7 +101,8 @@ class ClusterCall(msgspec.Struct, frozen=True, tag_field="t", tag="cluster"):
 
 
 class ReserveOut(msgspec.Struct, frozen=True, tag_field="t", tag="pr out"):
-    """PERSISTENT RESERVE OUT for a nexus on an export; numbers as SPC."""
+    """PERSISTENT RESERVE OUT for a nexus on an export; numbers as SPC. `target` and `unregister`
+    belong to REGISTER AND MOVE."""
 
     export: str
     nexus: Instance
@@ -110,10 +112,12 @@ class ReserveOut(msgspec.Struct, frozen=True, tag_field="t", tag="pr out"):
     type: int = 0
     scope: int = 0
     aptpl: bool = True
+    target: Instance | None = None
+    unregister: bool = False
 
 
 class ReserveIn(msgspec.Struct, frozen=True, tag_field="t", tag="pr in"):
-    """PERSISTENT RESERVE IN: keys and reservation of an export."""
+    """PERSISTENT RESERVE IN: everything that its service actions tell of an export."""
 
     export: str
 
@@ -209,12 +213,14 @@ class ReserveResult(msgspec.Struct, frozen=True, tag_field="t", tag="pr result")
 
 
 class ReserveReport(msgspec.Struct, frozen=True, tag_field="t", tag="pr report"):
-    """`type` 0: no reservation. `key` is 0 when all registrants hold it."""
+    """`type` 0: no reservation. `key` is 0 when all registrants hold it. `registrations` is READ
+    FULL STATUS, `capabilities` REPORT CAPABILITIES."""
 
     generation: int
-    registrations: list[tuple[Instance, int]]
+    registrations: list[FullStatus]
     type: int
     key: int
+    capabilities: Capabilities
 
 
 class ExportReport(msgspec.Struct, frozen=True):

@@ -446,13 +446,15 @@ class Service:
             export = self.exports.get(request.export)
             if export is None:
                 return m.Refused("usage", f"there is no export {request.export!r}")
-            if self._barred_from(export, request.nexus):
-                return m.Refused("barred", f"{request.nexus} is not admitted")
+            for nexus in (request.nexus, request.target):
+                if nexus is not None and self._barred_from(export, nexus):
+                    return m.Refused("barred", f"{nexus} is not admitted")
             table = export.reservations.copy()
             outcome = table.execute(
                 Request(
                     request.nexus, request.action, request.key, request.service_key,
-                    request.type, request.scope, request.aptpl,
+                    request.type, request.scope, request.aptpl, request.target,
+                    request.unregister,
                 )
             )  # fmt: skip
             if outcome.changed:

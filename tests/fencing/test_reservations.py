@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 
 import pytest
@@ -10,7 +11,6 @@ from hypothesis import strategies as st
 
 from cluster.ids import Incarnation, Instance, InstanceNo, NodeId
 from fencing.reservations import (
-    ACCESS,
     ALL_REGISTRANTS,
     INVALID_FIELD_IN_CDB,
     INVALID_FIELD_IN_LIST,
@@ -19,16 +19,18 @@ from fencing.reservations import (
     REGISTRATIONS_PREEMPTED,
     RESERVATIONS_PREEMPTED,
     RESERVATIONS_RELEASED,
-    TYPES_OFFERED,
     WRITE,
     Attention,
+    Capabilities,
     Request,
     Reservations,
     ReservationType,
     ServiceAction,
     Status,
 )
+from tests.fencing.reservation_model import Command, Model
 
+CONFLICT = Status.RESERVATION_CONFLICT
 T = ReservationType
 A = ServiceAction
 RW = READ | WRITE
@@ -45,8 +47,9 @@ class Table(Reservations):
     """With short verbs; each call checks the table."""
 
     def do(self, who, action, key=0, service_key=0, kind=0, **more):
+        scope = more.pop("scope", 0)
         outcome = self.execute(
-            Request(who, int(action), key, service_key, int(kind), more.pop("scope", 0), True)
+            Request(who, int(action), key, service_key, int(kind), scope, aptpl=True, **more)
         )
         self.check()
         return outcome
@@ -73,21 +76,20 @@ SPC_ACCESS = {
 }
 
 
+BITS = {"": 0, "r": READ, "rw": RW}
+
+
 @pytest.mark.parametrize(("code", "row"), SPC_ACCESS.items())
-def test_access_rows_of_all_types(code, row):
-    """The table is SPC's, also for the types that are not offered yet."""
-    bits = {"": 0, "r": READ, "rw": RW}
-    assert ACCESS[T(code)] == tuple(bits[text] for text in row)
-
-
-@pytest.mark.parametrize("kind", sorted(TYPES_OFFERED))
-def test_access_matrix(kind):
-    """Holder, registrant, stranger and anonymous under each offered type."""
+def test_access_matrix(code, row):
+    """Holder, registrant, stranger and anonymous under each type, before and after it is held."""
     table = registered(0xA, 0xB)
     assert [table.access(n) for n in (N1, N2, N3, None)] == [RW] * 4
-    assert table.do(N1, A.RESERVE, 0xA, kind=kind).status is Status.GOOD
-    assert [table.access(n) for n in (N1, N2, N3, None)] == [RW, RW, READ, READ]
-    assert table.is_holder(N2) == (kind in ALL_REGISTRANTS)
+    assert table.do(N1, A.RESERVE, 0xA, kind=code).status is Status.GOOD
+    holder, member, other = (BITS[text] for text in row)
+    assert [table.access(n) for n in (N1, N2, N3, None)] == [holder, member, other, other]
+    assert table.is_holder(N2) == (code in ALL_REGISTRANTS)
+    assert table.do(N1, A.RELEASE, 0xA, kind=code).status is Status.GOOD
+    assert [table.access(n) for n in (N1, N2, N3, None)] == [RW] * 4
 
 
 def test_register():
@@ -105,7 +107,7 @@ def test_register():
     assert table.read_keys() == (4, [0xB])
 
 
-@pytest.mark.parametrize("kind", sorted(TYPES_OFFERED))
+@pytest.mark.parametrize("kind", sorted(SPC_ACCESS))
 def test_reserve_and_release(kind):
     """Who may, what repeats, what conflicts; neither counts in the generation."""
     table = registered(0xA, 0xB)
@@ -117,7 +119,7 @@ def test_reserve_and_release(kind):
     assert table.do(N1, A.RELEASE, 0xA, kind=kind).status is Status.GOOD  # nothing held
     assert table.do(N1, A.RESERVE, 0xA, kind=kind).changed
     assert not table.do(N1, A.RESERVE, 0xA, kind=kind).changed
-    other = next(t for t in TYPES_OFFERED if t != kind)
+    other = next(t for t in SPC_ACCESS if t != kind)
     assert table.do(N1, A.RESERVE, 0xA, kind=other).status is Status.RESERVATION_CONFLICT
     second = table.do(N2, A.RESERVE, 0xB, kind=kind)
     good = kind in ALL_REGISTRANTS
@@ -127,13 +129,19 @@ def test_reserve_and_release(kind):
     wrong = table.do(N1, A.RELEASE, 0xA, kind=other)
     assert (wrong.status, wrong.sense) == (Status.CHECK_CONDITION, INVALID_RELEASE)
     done = table.do(N1, A.RELEASE, 0xA, kind=kind)
-    assert done.attentions == (Attention(N2, RESERVATIONS_RELEASED),)
+    told = kind not in (T.WRITE_EXCLUSIVE, T.EXCLUSIVE_ACCESS)
+    assert done.attentions == ((Attention(N2, RESERVATIONS_RELEASED),) if told else ())
     assert table.read_reservation() is None
     assert table.generation == generation
 
 
 def test_unregister_of_the_holder():
-    """Registrants only: the reservation goes and the others hear it. All: it stays to the last."""
+    """The reservation goes, and with registrants only the others hear it. All registrants: it
+    stays to the last."""
+    table = registered(0xA, 0xB)
+    table.do(N1, A.RESERVE, 0xA, kind=3)
+    assert table.do(N1, A.REGISTER, 0xA, 0).attentions == ()
+    assert table.read_reservation() is None
     table = registered(0xA, 0xB)
     table.do(N1, A.RESERVE, 0xA, kind=5)
     gone = table.do(N1, A.REGISTER, 0xA, 0)
@@ -145,6 +153,37 @@ def test_unregister_of_the_holder():
     assert table.type is T.WRITE_EXCLUSIVE_ALL_REGISTRANTS
     table.do(N2, A.REGISTER, 0xB, 0)
     assert table.read_reservation() is None
+
+
+def test_register_and_move():
+    """Only the holder, not with all registrants; the target is registered and holds."""
+    table = registered(0xA, 0xB)
+    table.do(N1, A.RESERVE, 0xA, kind=1)
+    assert table.do(N2, A.REGISTER_AND_MOVE, 0xB, 9, target=N3).status is CONFLICT
+    for bad in ({"service_key": 0, "target": N3}, {"service_key": 9, "target": N1},
+                {"service_key": 9}):  # fmt: skip
+        done = table.do(N1, A.REGISTER_AND_MOVE, 0xA, **bad)
+        assert (done.status, done.sense) == (Status.CHECK_CONDITION, INVALID_FIELD_IN_LIST)
+    assert table.read_keys() == (2, [0xA, 0xB])
+    assert table.do(N1, A.REGISTER_AND_MOVE, 0xA, 9, target=N3).status is Status.GOOD
+    assert [(row.nexus, row.key, row.holder, row.type) for row in table.read_full_status()[1]] == [
+        (N1, 0xA, False, 0), (N2, 0xB, False, 0), (N3, 9, True, 1),
+    ]  # fmt: skip
+    done = table.do(N3, A.REGISTER_AND_MOVE, 9, 0xC, target=N2, unregister=True)
+    assert done.removed == (N3,)
+    assert table.read_keys() == (4, [0xA, 0xC])
+    assert table.read_reservation() == (4, 0xC, 1)
+    table = registered(0xA, 0xB)
+    table.do(N1, A.RESERVE, 0xA, kind=8)
+    assert table.do(N1, A.REGISTER_AND_MOVE, 0xA, 9, target=N3).status is CONFLICT
+
+
+def test_capabilities():
+    """All six types; what is said of persistence is what the last registration asked for."""
+    table = registered(0xA)
+    assert table.report_capabilities() == Capabilities(True, True, 0xEA01)
+    table.execute(Request(N1, A.REGISTER, 0xA, 0xA, aptpl=False))
+    assert table.report_capabilities() == Capabilities(True, False, 0xEA01)
 
 
 def test_clear():
@@ -249,103 +288,68 @@ def test_bars_drop_registrations_but_not_the_reservation_of_all():
     assert table.type == 7
 
 
-# --- an independent model: sets and plain rules, only what histories can see
-
-
-def model_step(state, who, action, key, service_key, kind):
-    """(registrations, holders, type, generation) -> (status, new state); SPC said once more."""
-    regs, holder, held, generation = state
-    everybody = held == 7
-    mine = regs.get(who)
-
-    def is_holder(x):
-        return x in regs if everybody else (held != 0 and holder == x)
-
-    if action in (A.REGISTER, A.REGISTER_AND_IGNORE):
-        if action == A.REGISTER and key != (mine or 0):
-            return "conflict", state
-        if mine is None and not service_key:
-            return "good", state
-        new = dict(regs)
-        if service_key:
-            new[who] = service_key
-            return "good", (new, holder, held, generation + 1)
-        lost = is_holder(who) and not (everybody and len(regs) > 1)
-        del new[who]
-        return "good", (new, None if lost else holder, 0 if lost else held, generation + 1)
-    if mine is None or mine != key:
-        return "conflict", state
-    if action == A.RESERVE:
-        if kind not in (5, 7):
-            return "check", state
-        if held == 0:
-            return "good", (regs, who if kind == 5 else None, kind, generation)
-        return ("good" if is_holder(who) and held == kind else "conflict"), state
-    if action == A.RELEASE:
-        if held == 0 or not is_holder(who):
-            return "good", state
-        return ("good", (regs, None, 0, generation)) if kind == held else ("check", state)
-    if action == A.CLEAR:
-        return "good", ({}, None, 0, generation + 1)
-    if service_key == 0 and not everybody:
-        return "check", state
-    if service_key and service_key not in regs.values():
-        return "conflict", state
-    if service_key == 0 or (held == 5 and regs[holder] == service_key):
-        if kind not in (5, 7):
-            return "check", state
-        new = {x: k for x, k in regs.items() if x == who or (service_key != 0 and k != service_key)}
-        return "good", (new, who if kind == 5 else None, kind, generation + 1)
-    new = {x: k for x, k in regs.items() if k != service_key}
-    return "good", (new, holder, held if new or held != 7 else 0, generation + 1)
-
-
 STATUS = {Status.GOOD: "good", Status.RESERVATION_CONFLICT: "conflict",
           Status.CHECK_CONDITION: "check"}  # fmt: skip
-commands = st.tuples(
-    st.sampled_from([N1, N2, N3]),
-    st.sampled_from([A.REGISTER, A.REGISTER_AND_IGNORE, A.RESERVE, A.RELEASE, A.CLEAR, A.PREEMPT,
-                     A.PREEMPT_AND_ABORT]),
-    st.sampled_from([0, 1, 2]),
-    st.sampled_from([0, 1, 2]),
-    st.sampled_from([5, 7, 1]),
-)  # fmt: skip
+commands = st.builds(
+    Command,
+    who=st.sampled_from([N1, N2, N3]),
+    action=st.sampled_from(list(A)),
+    key=st.sampled_from([0, 1, 2]),
+    service_key=st.sampled_from([0, 1, 2]),
+    kind=st.sampled_from([1, 3, 5, 6, 7, 8, 2]),
+    scope=st.sampled_from([0, 0, 0, 1]),
+    target=st.sampled_from([N1, N2, N3]),
+    unregister=st.booleans(),
+)
 
 
-@settings(max_examples=400, deadline=None)
-@given(st.lists(commands, max_size=30))
+def compare(table, model, command):
+    """One step of both; statuses, attentions, removals and tables agree."""
+    before = table.state()
+    outcome = table.do(
+        command.who, command.action, command.key, command.service_key, command.kind,
+        scope=command.scope, target=command.target, unregister=command.unregister,
+    )  # fmt: skip
+    answer = model.do(command)
+    assert STATUS[outcome.status] == answer.status, command
+    assert {(a.nexus, a.code) for a in outcome.attentions} == answer.attentions, command
+    assert len(outcome.attentions) == len(answer.attentions)
+    assert set(outcome.removed) >= answer.lost
+    assert (table.keys, table.generation) == (model.keys(), model.generation)
+    assert [n for n in (N1, N2, N3) if table.is_holder(n)] == sorted(model.holders())
+    assert int(table.type) == model.kind()
+    assert outcome.changed or table.state() == before
+
+
+@settings(max_examples=600, deadline=None)
+@given(st.lists(commands, max_size=40))
 def test_histories_agree_with_the_model(history):
-    """Any history gives the same statuses, keys, holder, type and generation as the model."""
-    table = Table()
-    state = ({}, None, 0, 0)
+    """Any history of three nexuses gives the same as the model, step by step."""
+    table, model = Table(), Model()
     for command in history:
-        who, action, key, service_key, kind = command
-        expected, state = model_step(state, *command)
-        before = table.state()
-        outcome = table.do(who, action, key, service_key, kind)
-        assert STATUS[outcome.status] == expected, command
-        assert (table.keys, table.holder, int(table.type), table.generation) == state
-        assert outcome.changed or table.state() == before
+        compare(table, model, command)
 
 
 def test_short_histories_exhaustively():
-    """Every history of three steps over two nexuses agrees with the model."""
-    steps = list(itertools.product(
-        (N1, N2), (A.REGISTER, A.RESERVE, A.RELEASE, A.CLEAR, A.PREEMPT), (0, 1), (0, 1, 2), (5, 7)
-    ))  # fmt: skip
-    frontier = [({}, None, 0, 0)]
-    seen = {repr(frontier[0])}
-    for _ in range(3):
+    """Every history of four steps over two nexuses and two types agrees with the model."""
+    steps = [
+        Command(*values, target=N2 if values[0] is N1 else N1)
+        for values in itertools.product(
+            (N1, N2), (A.REGISTER, A.RESERVE, A.RELEASE, A.CLEAR, A.PREEMPT, A.REGISTER_AND_MOVE),
+            (0, 1), (0, 1, 2), (1, 8),
+        )
+    ]  # fmt: skip
+    frontier = [(Table(), Model())]
+    seen = set()
+    for _ in range(4):
         following = []
-        for state in frontier:
+        for table, model in frontier:
             for step in steps:
-                table = Table()
-                table.keys, table.holder = dict(state[0]), state[1]
-                table.type, table.generation = T(state[2]), state[3]
-                expected, new = model_step(state, *step)
-                assert STATUS[table.do(*step).status] == expected
-                assert (table.keys, table.holder, int(table.type), table.generation) == new
-                if repr(new) not in seen:
-                    seen.add(repr(new))
-                    following.append(new)
+                twins = (copy.deepcopy(table), copy.deepcopy(model))
+                compare(*twins, step)
+                state = repr((twins[0].state(), twins[0].aptpl))
+                if state not in seen:
+                    seen.add(state)
+                    following.append(twins)
         frontier = following
+    assert len(seen) == 30, "every table that keys 1 and 2 and types 1 and 8 allow"

@@ -335,7 +335,7 @@ def test_login_registers_and_install_unregisters(server):
     second = logged_in(server, OTHER)
     with server.control() as control:
         report = control.ask(m.ReserveIn("disk0"), m.ReserveReport)
-        assert [nexus for nexus, _ in report.registrations] == [ME, OTHER]
+        assert [row.nexus for row in report.registrations] == [ME, OTHER]
         assert report.type == 7
     server.install(2, member(live=(2,), next_=3))
     server.kill()
@@ -343,7 +343,7 @@ def test_login_registers_and_install_unregisters(server):
     server.install(2, member(live=(2,), next_=3))
     with server.control() as control:
         report = control.ask(m.ReserveIn("disk0"), m.ReserveReport)
-        assert [nexus for nexus, _ in report.registrations] == [OTHER]
+        assert [row.nexus for row in report.registrations] == [OTHER]
         with pytest.raises(StackError, match="not admitted"):
             reserve(control, ME, ServiceAction.REGISTER_AND_IGNORE, 0, 0xA)
     second.sock.close()
@@ -359,7 +359,8 @@ def test_preempt_and_abort_blocks_writes(server):
     server.install(1, member(live=(1, 2), next_=3))
     first, second = logged_in(server, ME), logged_in(server, OTHER)
     with server.control() as control:
-        keys = dict(control.ask(m.ReserveIn("disk0"), m.ReserveReport).registrations)
+        report = control.ask(m.ReserveIn("disk0"), m.ReserveReport)
+        keys = {row.nexus: row.key for row in report.registrations}
         done = reserve(control, OTHER, ServiceAction.PREEMPT_AND_ABORT, keys[OTHER], keys[ME], 7)
         assert done.status == Status.GOOD
         assert first.request(p.CMD_WRITE, 0, b"x" * 512) == p.EPERM
