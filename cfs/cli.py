@@ -1,37 +1,22 @@
 """`cfsctl`: a mounted file system from the command line.
 
 A blocking client of clusterd's control socket, which passes the calls on to the mount process of
-this node. MOUNT is a mount point or the volume (`vg/lv`). Exit codes: 0 done, 1 failed, 2 usage,
-3 not quorate, 4 refused, 5 busy, 6 clusterd unreachable.
+this node. MOUNT is a mount point or the volume (`vg/lv`). Exit codes: docs/exit-codes.md.
 """
 
 from __future__ import annotations
 
 import os
-import sys
 from typing import Any
 
 import click
 import msgspec
 
 from cluster.control_client_io import call
-from cluster.errors import StackError
+from cluster.tool_cli import ToolGroup
 
 TIMEOUT_S = 120.0
 _UNITS = ("KiB", "MiB", "GiB", "TiB", "PiB")
-
-
-class CfsGroup(click.Group):
-    """Errors of the stack become a sentence, a hint and an exit code."""
-
-    def invoke(self, ctx: click.Context) -> Any:
-        try:
-            return super().invoke(ctx)
-        except StackError as error:
-            click.echo(f"cfsctl: {error.message}", err=True)
-            if error.hint:
-                click.echo(f"  {error.hint}", err=True)
-            sys.exit(error.exit_code)
 
 
 def ask(verb: str, mount: str) -> Any:
@@ -75,7 +60,7 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON."
 mount_argument = click.argument("mount", metavar="MOUNT")
 
 
-@click.group(cls=CfsGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=ToolGroup, name="cfsctl")
 def main() -> None:
     """Look at and change a mounted cfs file system."""
 

@@ -8,8 +8,6 @@ a file system already is refused without `--yes`.
 from __future__ import annotations
 
 import os
-import re
-import sys
 import time
 from collections.abc import Awaitable, Callable
 
@@ -19,21 +17,13 @@ import trio
 from cfs import mkfs_plan
 from cfs.attributes import BLOCK_BYTES
 from cfs.errors import CorruptionError
+from cfs.format import SLOTS_MAX
 from cfs.stage import read_superblock
 from cfs.volume_io import with_device
 from cluster.device import BlockDevice
-from cluster.errors import RefusedError, StackError, UsageError
-
-_SIZE = re.compile(r"(\d+)([kKmMgG]?)[iI]?[bB]?")
-_UNITS = {"": 1 << 20, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30}
-
-
-def parse_size(text: str) -> int:
-    """Bytes; a bare number is MiB, as other mkfs understand journal sizes."""
-    found = _SIZE.fullmatch(text.strip())
-    if found is None:
-        raise UsageError(f"{text!r} is no size", hint="for example: 32M")
-    return int(found[1]) * _UNITS[found[2].lower()]
+from cluster.errors import RefusedError
+from cluster.sizes import parse_size
+from cluster.tool_cli import ToolCommand
 
 
 async def _refuse_formatted(device: BlockDevice) -> None:
@@ -63,16 +53,17 @@ def _maker(
     return make
 
 
-@click.command(name="mkfs.cfs", context_settings={"help_option_names": ["-h", "--help"]})
+@click.command(cls=ToolCommand, name="mkfs.cfs")
 @click.argument("target", metavar="VOLUME|FILE")
 @click.option("-L", "--label", default="", help="Name of the file system.")
-@click.option("-j", "--journals", default=mkfs_plan.JOURNALS_DEFAULT, show_default=True,
+@click.option("-j", "--journals", type=click.IntRange(1, SLOTS_MAX), show_default=True,
+              default=mkfs_plan.JOURNALS_DEFAULT,
               help="Journals to begin with; mounts make more.")  # fmt: skip
 @click.option("-J", "--journal-size", default="", help="Size of a journal (default: 32M).")
-@click.option("--group-blocks", default=0, hidden=True)
+@click.option("--group-blocks", type=click.IntRange(0), default=0, hidden=True)
 @click.option("-y", "--yes", "--force", is_flag=True, help="Overwrite a file system.")
 @click.option("--local", is_flag=True, help="TARGET is a file or device of this machine.")
-@click.option("-q", "--quiet", is_flag=True)
+@click.option("-q", "--quiet", is_flag=True, help="Say nothing when it worked.")
 def main(
     target: str,
     label: str,
@@ -84,35 +75,16 @@ def main(
     quiet: bool,
 ) -> None:
     """Make a cfs file system. Everything in it will be gone."""
-    try:
-        choices = mkfs_plan.Choices(
-            uuid=os.urandom(16),
-            hash_seed=os.urandom(16),
-            now_ns=time.time_ns(),
-            label=label,
-            journals=journals,
-            journal_bytes=parse_size(journal_size) if journal_size else 0,
-            group_blocks=group_blocks,
-        )
-        make = _maker(choices, yes=yes, quiet=quiet)
-        trio.run(with_device, target, local, "mkfs", make)
-    except* StackError as group:
-        for error in flatten(group):
-            click.echo(f"mkfs.cfs: {error}", err=True)
-            if error.hint:
-                click.echo(f"  {error.hint}", err=True)
-        sys.exit(flatten(group)[0].exit_code)
-
-
-def flatten(group: BaseExceptionGroup[StackError]) -> list[StackError]:
-    """The errors in a group, whatever nurseries they came through."""
-    result: list[StackError] = []
-    for error in group.exceptions:
-        if isinstance(error, BaseExceptionGroup):
-            result += flatten(error)
-        else:
-            result.append(error)
-    return result
+    choices = mkfs_plan.Choices(
+        uuid=os.urandom(16),
+        hash_seed=os.urandom(16),
+        now_ns=time.time_ns(),
+        label=label,
+        journals=journals,
+        journal_bytes=parse_size(journal_size, "m") if journal_size else 0,
+        group_blocks=group_blocks,
+    )
+    trio.run(with_device, target, local, "mkfs", _maker(choices, yes=yes, quiet=quiet))
 
 
 if __name__ == "__main__":

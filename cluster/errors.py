@@ -1,6 +1,7 @@
 """Errors of the whole stack: a sentence, an exit code, and a hint that says what to do.
 
-Assertions are for our own bugs; these classes are for the world's.
+Assertions are for our own bugs; these classes are for the world's. docs/exit-codes.md explains the
+codes; `cvmctl` has LVM's, `fsck.cfs` those of e2fsck, `mount.cfs` those of mount(8).
 """
 
 from __future__ import annotations
@@ -12,6 +13,11 @@ EXIT_NOT_QUORATE = 3
 EXIT_REFUSED = 4
 EXIT_BUSY = 5
 EXIT_UNREACHABLE = 6
+EXIT_NOT_FOUND = 7
+EXIT_FOREIGN = 8
+EXIT_NOT_PERMITTED = 9
+EXIT_NO_SPACE = 10
+EXIT_DAMAGED = 11
 
 
 class StackError(Exception):
@@ -66,6 +72,31 @@ class UnreachableError(StackError):
     default_hint = "is clusterd running? see: systemctl status clusterd"
 
 
+class NotFoundError(StackError):
+    """Nothing is called by that name: no such node, server, volume, export, file."""
+
+    exit_code = EXIT_NOT_FOUND
+
+
+class ForeignError(StackError):
+    """It belongs to another cluster, or the key of this one is not believed."""
+
+    exit_code = EXIT_FOREIGN
+
+
+class NotPermittedError(StackError):
+    """This user may not do that."""
+
+    exit_code = EXIT_NOT_PERMITTED
+    default_hint = "run it as root"
+
+
+class NoSpaceError(StackError):
+    """A disk is full, or too small for what shall go on it."""
+
+    exit_code = EXIT_NO_SPACE
+
+
 class ProtocolError(StackError):
     """A peer sent bytes that break the protocol; its connection is closed."""
 
@@ -73,9 +104,13 @@ class ProtocolError(StackError):
 class AuthenticationError(ProtocolError):
     """A message does not carry the right authentication code."""
 
+    exit_code = EXIT_FOREIGN
+
 
 class CorruptionError(StackError):
     """Stored bytes fail their checksum or make no sense."""
+
+    exit_code = EXIT_DAMAGED
 
 
 class DeviceError(StackError):

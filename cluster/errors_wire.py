@@ -8,6 +8,11 @@ from cluster.control import Failure
 from cluster.errors import (
     EXIT_FAILED,
     BusyError,
+    CorruptionError,
+    ForeignError,
+    NoSpaceError,
+    NotFoundError,
+    NotPermittedError,
     NotQuorateError,
     RefusedError,
     StackError,
@@ -17,7 +22,10 @@ from cluster.errors import (
 
 _CLASSES: dict[int, type[StackError]] = {
     kind.exit_code: kind
-    for kind in (UsageError, NotQuorateError, RefusedError, BusyError, UnreachableError)
+    for kind in (
+        UsageError, NotQuorateError, RefusedError, BusyError, UnreachableError, NotFoundError,
+        ForeignError, NotPermittedError, NoSpaceError, CorruptionError,
+    )
 }
 
 

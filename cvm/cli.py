@@ -15,7 +15,15 @@ import click
 import msgspec
 
 from cluster.control_client_io import call
-from cluster.errors import RefusedError, StackError, UnreachableError, UsageError
+from cluster.errors import (
+    EXIT_UNREACHABLE,
+    RefusedError,
+    StackError,
+    UnreachableError,
+    UsageError,
+)
+from cluster.tool_cli import ToolGroup
+from cvm.layout import STRIPES_MAX
 from cvm.report import (
     REPORTS,
     Style,
@@ -29,7 +37,6 @@ from cvm.report import (
 
 EXIT_BAD_ARGUMENTS = 3
 EXIT_FAILED = 5
-EXIT_UNREACHABLE = 6
 TEST_MODE = "  TEST MODE: Metadata will NOT be updated and volumes will not be (de)activated."
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -40,42 +47,24 @@ def ask(verb: str, params: dict[str, Any]) -> Any:
     return call(f"cvm.{verb}", params)
 
 
-def exit_code(error: StackError) -> int:
-    """LVM's exit code for an error."""
-    if isinstance(error, UnreachableError):
-        return EXIT_UNREACHABLE
-    return EXIT_BAD_ARGUMENTS if isinstance(error, UsageError) else EXIT_FAILED
-
-
-def complain(error: StackError) -> None:
-    click.echo(f"  {error.message}", err=True)
-    if error.hint:
-        click.echo(f"  ({error.hint})", err=True)
-
-
-class LvmGroup(click.Group):
+class LvmGroup(ToolGroup):
     """A group whose errors and exit codes are LVM's."""
 
-    def main(self, *args: Any, **kwargs: Any) -> Any:
-        kwargs["standalone_mode"] = False
-        try:
-            self_result = super().main(*args, **kwargs)
-        except click.UsageError as error:
-            error.show()
-            sys.exit(EXIT_BAD_ARGUMENTS)
-        except click.ClickException as error:
-            error.show()
-            sys.exit(EXIT_FAILED)
-        except click.Abort:
-            click.echo("  Interrupted.", err=True)
-            sys.exit(EXIT_FAILED)
-        except StackError as error:
-            complain(error)
-            sys.exit(exit_code(error))
-        sys.exit(self_result if isinstance(self_result, int) else 0)
+    usage_exit = EXIT_BAD_ARGUMENTS
+    failed_exit = EXIT_FAILED
+
+    def code_of(self, error: StackError) -> int:
+        if isinstance(error, UnreachableError):
+            return EXIT_UNREACHABLE
+        return EXIT_BAD_ARGUMENTS if isinstance(error, UsageError) else EXIT_FAILED
+
+    def complain(self, message: str, hint: str) -> None:
+        click.echo(f"  {message}", err=True)
+        if hint:
+            click.echo(f"  ({hint})", err=True)
 
 
-@click.group(cls=LvmGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=LvmGroup, name="cvmctl")
 def main() -> None:
     """Volumes of the cluster: physical volumes, volume groups, logical volumes.
 
@@ -201,7 +190,10 @@ def size_options(function: F) -> F:
         click.option(
             "-l", "--extents", default="", metavar="[+]N[%WHAT]", help="100, 100%FREE, 50%VG."
         ),
-        click.option("-i", "--stripes", default=0, metavar="N", help="Number of stripes."),
+        click.option(
+            "-i", "--stripes", type=click.IntRange(1, STRIPES_MAX), metavar="N",
+            help=f"Number of stripes, 1 to {STRIPES_MAX}.",
+        ),
         click.option("-I", "--stripesize", default="", metavar="SIZE", help="Stripe unit (64k)."),
     ):
         function = option(function)
@@ -210,7 +202,8 @@ def size_options(function: F) -> F:
 
 @main.command()
 @click.option("-n", "--name", default="", help="Name (lvolN).")
-@click.option("--type", "kind", type=click.Choice(["linear", "striped"]), default=None)
+@click.option("--type", "kind", type=click.Choice(["linear", "striped"]), default=None,
+              help="How it lies on its PVs.")  # fmt: skip
 @size_options
 @click.argument("vg")
 @click.argument("pvs", nargs=-1, metavar="[PV...]")
@@ -218,7 +211,7 @@ def size_options(function: F) -> F:
 def lvcreate(vg: str, pvs: tuple[str, ...], name: str, kind: str | None, **options: Any) -> None:
     """Make a logical volume in VG, linear or with -i stripes."""
     change = common(options)
-    stripes = int(options["stripes"])
+    stripes = int(options["stripes"] or 0)
     if kind == "linear" and stripes > 1:
         raise UsageError("A linear volume has no stripes.", hint="leave --type or -i out")
     if kind == "striped" and stripes == 0:
@@ -250,7 +243,7 @@ def lvextend(volume: str, pvs: tuple[str, ...], **options: Any) -> None:
         "volume": volume,
         "size": options["size"],
         "extents": options["extents"],
-        "stripes": int(options["stripes"]),
+        "stripes": int(options["stripes"] or 0),
         "stripe_size": options["stripesize"],
         "pvs": pvs,
     }

@@ -2,7 +2,7 @@
 
 The local clusterd passes a question on to its instances (with `--all` to those of all nodes); each
 answers for itself. `why` needs only one: that one asks all members of its lockspace.
-Exit codes: 0 done, 1 failed, 2 usage, 6 clusterd is not reachable.
+Exit codes: docs/exit-codes.md.
 """
 
 from __future__ import annotations
@@ -15,21 +15,15 @@ from typing import Any
 import click
 
 from cluster import control_client_io
-from cluster.errors import StackError
+from cluster.errors import EXIT_FAILED
+from cluster.tool_cli import ToolGroup
 
 Row = dict[str, Any]
-
-EXIT_FAILED = 1
 
 
 def _ask(verb: str, params: Row) -> list[Row]:
     """The answers of the instances: a row per instance with `result` or `error`."""
-    try:
-        answer = control_client_io.call(f"dlm.{verb}", params)
-    except StackError as error:
-        hint = f"\n  hint: {error.hint}" if error.hint else ""
-        click.echo(f"error: {error.message}{hint}", err=True)
-        sys.exit(error.exit_code)
+    answer = control_client_io.call(f"dlm.{verb}", params)
     if isinstance(answer, list) and all(_is_row(row) for row in answer):
         return answer
     return [{"result": answer, "node": "", "title": ""}]
@@ -69,7 +63,7 @@ def _show(verb: str, params: Row, as_json: bool, text: Callable[[Sequence[Row]],
         sys.exit(EXIT_FAILED)
 
 
-@click.group()
+@click.group(cls=ToolGroup, name="dlmctl")
 def main() -> None:
     """The distributed lock manager."""
 

@@ -14,9 +14,10 @@ import structlog
 
 from cluster.config import SERVER_PORT, NodeConfig, decode_config
 from cluster.control_client_io import call
-from cluster.errors import ConfigError, StackError, UsageError
+from cluster.errors import ConfigError, UsageError
 from cluster.ids import Incarnation
 from cluster.paths_io import state_dir
+from cluster.tool_cli import ToolCommand, ToolGroup
 from cluster.wire import Keys
 from gnbd import messages as m
 from gnbd.control_blocking_io import BlockingControl, open_blocking
@@ -24,17 +25,6 @@ from gnbd.control_session import Peer
 from gnbd.exports import decode_exports, parse_filter
 from gnbd.identity import decode_server_token_untrusted
 from gnbd.server_io import Server, join_cluster
-
-
-def _run(action: Callable[[], None]) -> None:
-    """Say errors in one line and leave with their exit code."""
-    try:
-        action()
-    except StackError as error:
-        print(f"error: {error.message}", file=sys.stderr)
-        if error.hint:
-            print(f"hint: {error.hint}", file=sys.stderr)
-        sys.exit(error.exit_code)
 
 
 def _configure_log() -> None:
@@ -50,28 +40,25 @@ def _configure_log() -> None:
     )
 
 
-@click.command()
+@click.command(cls=ToolCommand, name="gnbd-server")
 @click.option("--join", "token", metavar="TOKEN", help="Store the identity given by the cluster.")
 @click.argument("exports", type=click.Path(dir_okay=False))
 def server_main(token: str | None, exports: str) -> None:
     """Serve the exports of the file EXPORTS over NBD; with --join only store the token, once."""
 
-    def action() -> None:
-        try:
-            text = Path(exports).read_text()
-        except OSError as error:
-            raise ConfigError(f"cannot read {exports}: {error.strerror}") from error
-        config = decode_exports(text, exports)
-        if token is not None:
-            identity = decode_server_token_untrusted(token)
-            new = join_cluster(Path(config.state_dir), identity)
-            words = "joined" if new else "is already in"
-            print(f"server {identity.name} {words} cluster {identity.cluster_name}")
-            return
-        _configure_log()
-        Server(config).run()
-
-    _run(action)
+    try:
+        data = Path(exports).read_bytes()
+    except OSError as error:
+        raise ConfigError(f"cannot read {exports}: {error.strerror}") from error
+    config = decode_exports(data, exports)
+    if token is not None:
+        identity = decode_server_token_untrusted(token)
+        new = join_cluster(Path(config.state_dir), identity)
+        words = "joined" if new else "is already in"
+        print(f"server {identity.name} {words} cluster {identity.cluster_name}")
+        return
+    _configure_log()
+    Server(config).run()
 
 
 class Target(msgspec.Struct):
@@ -108,7 +95,7 @@ def _addresses(server: str) -> tuple[list[str], int]:
     raise UsageError(f"the cluster knows no server {server}", hint="see: clusterctl status")
 
 
-@click.group()
+@click.group(cls=ToolGroup, name="gnbdctl")
 @click.option(
     "--server", "-s", required=True, metavar="NAME|ADDRESS[:PORT]", help="The gnbd-server."
 )
@@ -125,14 +112,11 @@ def _with_control(
 ) -> None:
     server, config, as_json = context.obj
 
-    def action() -> None:
-        target = _target(server, config)
-        with open_blocking(target.address, target.port, target.keys, target.peer) as control:
-            result = work(control)
-        plain = msgspec.to_builtins(result)
-        print(json.dumps(plain, indent=2) if as_json else text(plain))
-
-    _run(action)
+    target = _target(server, config)
+    with open_blocking(target.address, target.port, target.keys, target.peer) as control:
+        result = work(control)
+    plain = msgspec.to_builtins(result)
+    print(json.dumps(plain, indent=2) if as_json else text(plain))
 
 
 def _table(rows: list[list[object]]) -> str:

@@ -9,11 +9,12 @@ from pathlib import Path
 import msgspec
 
 from cluster.ids import Instance
+from cluster.sizes import parse_size
 from fencing.reservations import Reservations
 from gnbd import gates_io as g
 from gnbd import protocol as p
 from gnbd.backends_io import Backend, FileBackend
-from gnbd.exports import Export, parse_filter, parse_size
+from gnbd.exports import Export, parse_filter
 from gnbd.filters_io import filters_of, stack_filter
 from gnbd.flushes_io import Flushes
 

@@ -18,13 +18,13 @@ Filters stand bottom up: the first one is next to the file.
 
 from __future__ import annotations
 
-import re
 from typing import Annotated
 
 import msgspec
 
 from cluster.config import HEARTBEAT_PORT, SERVER_PORT, decode_config
 from cluster.errors import ConfigError
+from cluster.sizes import parse_size
 
 EXPORTS_MAX = 256
 FILTER_KINDS: dict[str, dict[str, type]] = {
@@ -33,8 +33,6 @@ FILTER_KINDS: dict[str, dict[str, type]] = {
     "delay": {"read_ms": int, "write_ms": int, "flush_ms": int},
     "error": {"operation": str, "errno": int, "count": int, "offset": int, "length": int},
 }
-_UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
-_SIZE = re.compile(r"^(\d+)\s*([kmgt]?)(i?b)?$", re.IGNORECASE)
 SECTOR_BYTES = 512
 
 ExportName = Annotated[str, msgspec.Meta(min_length=1, max_length=255)]
@@ -74,16 +72,6 @@ class FilterSpec(msgspec.Struct, frozen=True):
     def __str__(self) -> str:
         text = ",".join(f"{k}={v}" for k, v in self.parameters.items())
         return f"{self.kind}:{text}" if text else self.kind
-
-
-def parse_size(value: str | int) -> int:
-    """ "4G", "512 MiB" or a number of bytes. Raises ConfigError."""
-    if isinstance(value, int):
-        return value
-    match = _SIZE.match(value.strip())
-    if match is None:
-        raise ConfigError(f"{value!r} is not a size (like 4G)")
-    return int(match[1]) * _UNITS[match[2].lower()]
 
 
 def parse_filter(text: str) -> FilterSpec:

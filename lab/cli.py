@@ -14,9 +14,10 @@ from typing import Any, TypeVar
 
 import click
 
-from cluster.errors import StackError, UsageError
+from cluster.sizes import parse_size
+from cluster.tool_cli import ToolGroup, need_root
 from lab import cluster, hosts, network
-from lab.topology import DEFAULT_DIR, NETWORKS, Lab, LabState
+from lab.topology import DEFAULT_DIR, NETWORKS, NODES_MAX, SERVERS_MAX, Lab, LabState
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -35,27 +36,36 @@ def common(function: F) -> F:
     )(function)
 
 
+def _size(_context: click.Context, _option: click.Parameter, text: str) -> str:
+    parse_size(text)
+    return text
+
+
+disk_size_option = click.option(
+    "--disk-size", default="4G", show_default=True, callback=_size, help="Size of each disk."
+)
+
+
 def done(as_json: bool, text: str, **data: Any) -> None:
     """Report success as a line or as JSON."""
     print(json.dumps({"done": text, **data}) if as_json else text)
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
-def app() -> None:
+@click.group(cls=ToolGroup, name="cfs-lab")
+def main() -> None:
     """Run a whole cluster on this machine: namespaces as nodes, files as disks."""
-    if os.geteuid() != 0:
-        raise UsageError(
-            "cfs-lab needs root, because it makes namespaces and mounts", hint="use sudo"
-        )
+    if not {"-h", "--help"} & set(sys.argv):
+        need_root("cfs-lab", "it makes namespaces and mounts: use sudo")
 
 
-@app.command()
-@click.option("--nodes", default=3, show_default=True)
-@click.option("--storage", default=2, show_default=True, help="Storage hosts.")
-@click.option("--disk-size", default="4G", show_default=True)
-@click.option(
-    "--profile", type=click.Choice(["fast", "default"]), default="fast", show_default=True
-)
+@main.command()
+@click.option("--nodes", type=click.IntRange(1, NODES_MAX), default=3, show_default=True,
+              help="Nodes.")  # fmt: skip
+@click.option("--storage", type=click.IntRange(1, SERVERS_MAX), default=2, show_default=True,
+              help="Storage hosts.")  # fmt: skip
+@disk_size_option
+@click.option("--profile", type=click.Choice(["fast", "default"]), default="fast",
+              show_default=True, help="How fast failures are noticed.")  # fmt: skip
 @common
 def up(
     nodes: int, storage: int, disk_size: str, profile: str, directory: Path, as_json: bool
@@ -68,7 +78,7 @@ def up(
     done(as_json, "the cluster is up", status=cluster.status(lab))
 
 
-@app.command()
+@main.command()
 @common
 def status(directory: Path, as_json: bool) -> None:
     """Show hosts, cables, processes, mounts."""
@@ -87,7 +97,7 @@ def status(directory: Path, as_json: bool) -> None:
         print(f"{row['name']:<4} {row['power']}{paused:<9} networks {nets}{extra}")
 
 
-@app.command("exec", context_settings={"ignore_unknown_options": True})
+@main.command("exec", context_settings={"ignore_unknown_options": True})
 @click.argument("node")
 @click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
 @common
@@ -108,7 +118,7 @@ def execute(node: str, command: tuple[str, ...], directory: Path, as_json: bool)
     os.execvpe(argv[0], argv, hosts.environment())
 
 
-@app.command()
+@main.command()
 @click.argument("node")
 @common
 def shell(node: str, directory: Path, as_json: bool) -> None:
@@ -121,7 +131,7 @@ def shell(node: str, directory: Path, as_json: bool) -> None:
 def host_verb(name: str, help_text: str, action: Callable[[Lab, Any], None], text: str) -> None:
     """Make a verb that takes one host."""
 
-    @app.command(name, help=help_text)
+    @main.command(name, help=help_text)
     @click.argument("node")
     @common
     def verb(node: str, directory: Path, as_json: bool) -> None:
@@ -148,7 +158,7 @@ host_verb(
 )
 
 
-@app.command()
+@main.command()
 @click.argument("node")
 @click.argument("part", type=click.Choice(sorted(cluster.CRASH_TARGETS)))
 @common
@@ -162,7 +172,7 @@ def crash(node: str, part: str, directory: Path, as_json: bool) -> None:
 def cable_verb(name: str, help_text: str, up: bool) -> None:
     """Make `cut` or `heal`."""
 
-    @app.command(name, help=help_text)
+    @main.command(name, help=help_text)
     @click.argument("node")
     @click.option("--network", "number", type=click.IntRange(1, 2), help="Only this network.")
     @common
@@ -177,9 +187,10 @@ cable_verb("cut", "Pull the network cables of a host.", up=False)
 cable_verb("heal", "Plug the network cables of a host in again.", up=True)
 
 
-@app.command()
+@main.command()
 @click.argument("node")
-@click.option("--lines", default=50, show_default=True)
+@click.option("--lines", type=click.IntRange(1), default=50, show_default=True,
+              help="How many of the newest.")  # fmt: skip
 @common
 def logs(node: str, lines: int, directory: Path, as_json: bool) -> None:
     """Show the end of a host's logs."""
@@ -195,7 +206,7 @@ def logs(node: str, lines: int, directory: Path, as_json: bool) -> None:
         print(f"==> {name} <==", *text, sep="\n")
 
 
-@app.command()
+@main.command()
 @common
 def down(directory: Path, as_json: bool) -> None:
     """Remove everything the lab made; nothing else."""
@@ -203,8 +214,8 @@ def down(directory: Path, as_json: bool) -> None:
     done(as_json, "the lab is gone" if existed else "there was no lab", existed=existed)
 
 
-@app.command()
-@click.option("--disk-size", default="4G", show_default=True)
+@main.command()
+@disk_size_option
 @click.option("--keep/--no-keep", default=True, help="Leave the cluster running at the end.")
 @common
 def demo(disk_size: str, keep: bool, directory: Path, as_json: bool) -> None:
@@ -214,17 +225,5 @@ def demo(disk_size: str, keep: bool, directory: Path, as_json: bool) -> None:
     sys.exit(demonstration.run(directory, disk_size, keep=keep, as_json=as_json))
 
 
-def main() -> None:
-    """Entry point of cfs-lab."""
-    try:
-        app(standalone_mode=False)
-    except click.exceptions.Abort:
-        sys.exit(130)
-    except click.ClickException as error:
-        error.show()
-        sys.exit(2)
-    except StackError as error:
-        print(f"cfs-lab: {error.message}", file=sys.stderr)
-        if error.hint:
-            print(f"hint: {error.hint}", file=sys.stderr)
-        sys.exit(error.exit_code)
+if __name__ == "__main__":
+    main()

@@ -6,7 +6,6 @@ import json
 import secrets
 import sys
 from collections.abc import Callable, Iterable
-from functools import wraps
 from typing import Any, TypeVar
 
 import click
@@ -14,38 +13,26 @@ import msgspec
 
 from cluster import control_client_io
 from cluster.config import (
+    SERVER_PORT,
     ClusterSection,
     NodeConfig,
     NodeSection,
     decode_token_untrusted,
 )
-from cluster.errors import ConfigError, RefusedError, StackError
-from cluster.ids import NodeId
+from cluster.errors import ConfigError, RefusedError
+from cluster.events import EVENTS_MAX
+from cluster.ids import NODE_ID_MAX, SERVER_ID_MAX, SERVER_ID_MIN, NodeId
 from cluster.register import birth_record
 from cluster.state import NodeInfo, initial_state
 from cluster.timing import PROFILES, timing_of
+from cluster.tool_cli import ToolGroup
 from node.files_io import NodeFiles
 from node.screen import events_line, nodes_text, status_text
 
 F = TypeVar("F", bound=Callable[..., None])
 LONG_S = 180.0
-
-
-def _guarded(function: F) -> F:
-    """Errors as one sentence and a hint on stderr, with their exit code."""
-
-    @wraps(function)
-    def run(*args: Any, **kwargs: Any) -> None:
-        try:
-            function(*args, **kwargs)
-        except StackError as error:
-            hint = f"\n  hint: {error.hint}" if error.hint else ""
-            click.echo(f"error: {error.message}{hint}", err=True)
-            sys.exit(error.exit_code)
-        except BrokenPipeError:
-            sys.exit(0)
-
-    return run  # type: ignore[return-value]
+NODE_ID = click.IntRange(1, NODE_ID_MAX)
+SERVER_ID = click.IntRange(SERVER_ID_MIN, SERVER_ID_MAX)
 
 
 def _json_option(function: F) -> F:
@@ -56,7 +43,7 @@ def _show(value: Any, as_json: bool, text: str) -> None:
     click.echo(json.dumps(value, indent=None) if as_json else text)
 
 
-@click.group()
+@click.group(cls=ToolGroup, name="clusterctl")
 def main() -> None:
     """Make, join, watch and change a cluster."""
 
@@ -64,11 +51,11 @@ def main() -> None:
 @main.command()
 @click.option("--name", required=True, help="Name of the cluster.")
 @click.option("--node", required=True, help="Name of this node.")
-@click.option("--id", "number", type=int, required=True, help="Id of this node, 1..64.")
+@click.option("--id", "number", type=NODE_ID, required=True, help="Id of this node, 1..64.")
 @click.option("--address", "addresses", multiple=True, required=True, help="One per network.")
-@click.option("--profile", type=click.Choice(PROFILES), default="default", show_default=True)
+@click.option("--profile", type=click.Choice(PROFILES), default="default", show_default=True,
+              help="How fast failures are noticed.")  # fmt: skip
 @_json_option
-@_guarded
 def init(
     name: str, node: str, number: int, addresses: tuple[str, ...], profile: str, as_json: bool
 ) -> None:
@@ -102,10 +89,9 @@ def _checked(config: NodeConfig) -> None:
 
 @main.command()
 @click.argument("name")
-@click.option("--id", "number", type=int, required=True, help="Id of the new node, 1..64.")
+@click.option("--id", "number", type=NODE_ID, required=True, help="Id of the new node, 1..64.")
 @click.option("--address", "addresses", multiple=True, required=True, help="One per network.")
 @_json_option
-@_guarded
 def invite(name: str, number: int, addresses: tuple[str, ...], as_json: bool) -> None:
     """Configure node NAME and print the token with which it joins. The token holds the cluster's
     key: hand it over in secret."""
@@ -117,7 +103,6 @@ def invite(name: str, number: int, addresses: tuple[str, ...], as_json: bool) ->
 @main.command()
 @click.argument("token")
 @_json_option
-@_guarded
 def join(token: str, as_json: bool) -> None:
     """Store the invitation TOKEN on this node ("-": read it from stdin); then start clusterd."""
     found = decode_token_untrusted(sys.stdin.read() if token == "-" else token)
@@ -135,7 +120,6 @@ def join(token: str, as_json: bool) -> None:
 @main.command()
 @click.option("--force", is_flag=True, help="Also with mounts: their unsynced data is lost.")
 @_json_option
-@_guarded
 def leave(force: bool, as_json: bool) -> None:
     """Leave cleanly; clusterd ends. It comes back when clusterd is started again."""
     result = control_client_io.call("cluster.leave", {"force": force}, timeout_s=LONG_S)
@@ -144,7 +128,6 @@ def leave(force: bool, as_json: bool) -> None:
 
 @main.command()
 @_json_option
-@_guarded
 def status(as_json: bool) -> None:
     """The cluster on one screen. Exit code 3 when it is not quorate."""
     result = control_client_io.call("cluster.status")
@@ -155,7 +138,6 @@ def status(as_json: bool) -> None:
 
 @main.command()
 @_json_option
-@_guarded
 def nodes(as_json: bool) -> None:
     """One line per node."""
     result = control_client_io.call("cluster.nodes")
@@ -164,9 +146,9 @@ def nodes(as_json: bool) -> None:
 
 @main.command()
 @click.option("--follow", "-f", is_flag=True, help="Go on until interrupted.")
-@click.option("--lines", "-n", type=int, default=1000, show_default=True)
+@click.option("--lines", "-n", type=click.IntRange(1, EVENTS_MAX), default=1000, show_default=True,
+              help="How many of the newest.")  # fmt: skip
 @_json_option
-@_guarded
 def events(follow: bool, lines: int, as_json: bool) -> None:
     """What happened, one line each."""
     params = {"limit": lines, "follow": follow}
@@ -197,7 +179,6 @@ def _voter(action: str, name: str, as_json: bool) -> None:
 @voter.command("add")
 @click.argument("name")
 @_json_option
-@_guarded
 def voter_add(name: str, as_json: bool) -> None:
     """Give node or server NAME a vote (waits until it is there)."""
     _voter("add", name, as_json)
@@ -206,7 +187,6 @@ def voter_add(name: str, as_json: bool) -> None:
 @voter.command("remove")
 @click.argument("name")
 @_json_option
-@_guarded
 def voter_remove(name: str, as_json: bool) -> None:
     """Take the vote of NAME away."""
     _voter("remove", name, as_json)
@@ -215,7 +195,6 @@ def voter_remove(name: str, as_json: bool) -> None:
 @voter.command("replace")
 @click.argument("name")
 @_json_option
-@_guarded
 def voter_replace(name: str, as_json: bool) -> None:
     """Voter NAME has lost its store: take its vote away and give it anew."""
     _voter("replace", name, as_json)
@@ -228,11 +207,11 @@ def server() -> None:
 
 @server.command("add")
 @click.argument("name")
-@click.option("--id", "number", type=int, required=True, help="Id of the server, 129..192.")
+@click.option("--id", "number", type=SERVER_ID, required=True, help="Id of the server, 129..192.")
 @click.option("--address", "addresses", multiple=True, required=True, help="One per network.")
-@click.option("--port", type=int, default=10809, show_default=True)
+@click.option("--port", type=click.IntRange(1, 65535), default=SERVER_PORT, show_default=True,
+              help="TCP port of gnbd-server.")  # fmt: skip
 @_json_option
-@_guarded
 def server_add(
     name: str, number: int, addresses: tuple[str, ...], port: int, as_json: bool
 ) -> None:
@@ -247,7 +226,6 @@ def server_add(
 @server.command("remove")
 @click.argument("name")
 @_json_option
-@_guarded
 def server_remove(name: str, as_json: bool) -> None:
     """Take server NAME out of the configuration."""
     result = control_client_io.call("cluster.server", {"action": "remove", "name": name})
@@ -257,7 +235,6 @@ def server_remove(name: str, as_json: bool) -> None:
 @main.command()
 @click.argument("name")
 @_json_option
-@_guarded
 def forget(name: str, as_json: bool) -> None:
     """Take node NAME (no member, no voter) out of the configuration."""
     result = control_client_io.call("cluster.forget", {"name": name})
@@ -269,7 +246,6 @@ def forget(name: str, as_json: bool) -> None:
 @click.option("--voters", required=True, help="The new voters, separated by commas.")
 @click.option("--yes", is_flag=True, help="I know that the old voters never come back.")
 @_json_option
-@_guarded
 def recover(cluster_name: str, voters: str, yes: bool, as_json: bool) -> None:
     """The majority of the voters is lost for ever: go on with these. Type the cluster's name.
     If the lost ones live on somewhere, the cluster splits in two."""

@@ -10,13 +10,16 @@ from __future__ import annotations
 import gc
 import signal
 import sys
+import traceback
 from collections.abc import Mapping
 
+import click
 import trio
 
 from cluster.control_io import Handler, Session, serve_sessions
 from cluster.errors import BusyError, StackError
 from cluster.paths_io import control_socket, run_dir
+from cluster.tool_cli import ToolCommand, need_root
 from node.admin_io import Admin
 from node.clusterd_io import Clusterd, RestartNeeded, restart_process
 from node.files_io import NodeFiles
@@ -122,11 +125,14 @@ def _find(group: BaseException, kind: type[BaseException]) -> BaseException | No
     return None
 
 
+@click.command(cls=ToolCommand, name="clusterd")
 def main() -> None:
-    """Run clusterd in the foreground."""
-    if sys.argv[1:]:
-        print("usage: clusterd      (reads node.toml; see clusterctl init, join)", file=sys.stderr)
-        sys.exit(0 if sys.argv[1:] in (["--help"], ["-h"]) else 2)
+    """The cluster daemon of this node, in the foreground.
+
+    It reads node.toml, which `clusterctl init` or `clusterctl join` has made in /var/lib/cfs
+    (CFS_STATE_DIR), serves clusterd.sock in /run/cfs (CFS_RUN_DIR), and ends cleanly on SIGTERM.
+    """
+    need_root("clusterd", "it opens sockets of the system and serves mounts")
     try:
         run_dir().mkdir(parents=True, exist_ok=True)
         trio.run(_serve, NodeFiles())
@@ -135,11 +141,9 @@ def main() -> None:
         if isinstance(restart, RestartNeeded):
             restart_process(restart.guard)
         stack = _find(error, StackError)
-        if not isinstance(stack, StackError):
-            raise
-        hint = f"\n  hint: {stack.hint}" if stack.hint else ""
-        print(f"clusterd: {stack.message}{hint}", file=sys.stderr, flush=True)
-        sys.exit(stack.exit_code)
+        if stack is None:
+            traceback.print_exc()  # a bug, or a disk that nobody expected to fail
+        raise stack or error from error
 
 
 if __name__ == "__main__":

@@ -4,25 +4,15 @@ from __future__ import annotations
 
 import json
 import sys
-from typing import Any
 
 import click
 
 from cluster import control_client_io
-from cluster.errors import StackError
+from cluster.tool_cli import ToolGroup
 from node.screen import fences_text
 
 
-def _call(method: str) -> Any:
-    try:
-        return control_client_io.call(method)
-    except StackError as error:
-        hint = f"\n  hint: {error.hint}" if error.hint else ""
-        click.echo(f"error: {error.message}{hint}", err=True)
-        sys.exit(error.exit_code)
-
-
-@click.group()
+@click.group(cls=ToolGroup, name="fencectl")
 def main() -> None:
     """Fencing: nodes and instances that were put out."""
 
@@ -31,7 +21,7 @@ def main() -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def status(as_json: bool) -> None:
     """Whether every server has installed the newest view. Exit code 3 if not."""
-    result = _call("fence.status")
+    result = control_client_io.call("fence.status")
     if as_json:
         click.echo(json.dumps(result))
     else:
@@ -45,7 +35,7 @@ def status(as_json: bool) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def history(as_json: bool) -> None:
     """Who was put out, oldest first."""
-    result = _call("fence.history")
+    result = control_client_io.call("fence.history")
     click.echo(json.dumps(result) if as_json else fences_text(result))
 
 

@@ -13,14 +13,24 @@ import trio
 
 from cfs.fsck.checker import check
 from cfs.fsck.report import Report
-from cfs.mkfs import flatten
 from cfs.volume_io import with_device
 from cluster.device import BlockDevice
 from cluster.errors import StackError, UsageError
+from cluster.tool_cli import ToolCommand
 
 EXIT_ERRORS_LEFT = 4
 EXIT_FAILED = 8
 EXIT_USAGE = 16
+
+
+class FsckCommand(ToolCommand):
+    """Exit codes of e2fsck."""
+
+    usage_exit = EXIT_USAGE
+    failed_exit = EXIT_FAILED
+
+    def code_of(self, error: StackError) -> int:
+        return EXIT_USAGE if isinstance(error, UsageError) else EXIT_FAILED
 
 
 def show(report: Report, *, quiet: bool) -> None:
@@ -39,12 +49,12 @@ def show(report: Report, *, quiet: bool) -> None:
     )
 
 
-@click.command(name="fsck.cfs", context_settings={"help_option_names": ["-h", "--help"]})
+@click.command(cls=FsckCommand, name="fsck.cfs")
 @click.argument("target", metavar="VOLUME|FILE")
 @click.option("-n", "no", is_flag=True, help="Change nothing (always so at present).")
 @click.option("-f", "force", is_flag=True, help="Check even if it looks clean (always so).")
 @click.option("-q", "--quiet", is_flag=True, help="Show errors only.")
-@click.option("--json", "as_json", is_flag=True)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.option("--local", is_flag=True, help="TARGET is a file or device of this machine.")
 def main(target: str, no: bool, force: bool, quiet: bool, as_json: bool, local: bool) -> None:
     """Check a cfs file system: every structure, read-only."""
@@ -53,15 +63,7 @@ def main(target: str, no: bool, force: bool, quiet: bool, as_json: bool, local: 
     async def work(device: BlockDevice) -> None:
         found.append(await check(device))
 
-    try:
-        trio.run(with_device, target, local, "fsck", work)
-    except* StackError as group:
-        for error in flatten(group):
-            click.echo(f"fsck.cfs: {error}", err=True)
-            if error.hint:
-                click.echo(f"  {error.hint}", err=True)
-        usage = any(isinstance(error, UsageError) for error in flatten(group))
-        sys.exit(EXIT_USAGE if usage else EXIT_FAILED)
+    trio.run(with_device, target, local, "fsck", work)
     (report,) = found
     if as_json:
         click.echo(msgspec.json.encode(report).decode())

@@ -12,8 +12,9 @@ import pytest
 from cluster.config import ClusterSection, NodeConfig, NodeSection, encode_node_config
 from cluster.errors import ConfigError, UsageError
 from cluster.ids import NodeId
+from cluster.sizes import parse_size
 from gnbd.backends_io import FileBackend
-from gnbd.exports import FilterSpec, decode_exports, parse_filter, parse_size
+from gnbd.exports import FilterSpec, decode_exports, parse_filter
 from gnbd.filters_io import LOG_ENTRY, LOG_MAGIC, changed_stack, filters_of, stack_filter
 from gnbd.identity import decode_server_token_untrusted, encode_server_token
 from tests.gnbd.harness import export_toml, member, running
