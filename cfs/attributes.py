@@ -28,6 +28,8 @@ FLAG_NODUMP = 0x40
 FLAG_NOATIME = 0x80
 FLAGS_SETTABLE = FLAG_IMMUTABLE | FLAG_APPEND | FLAG_NODUMP | FLAG_NOATIME
 """Inode flags have the values of FS_IOC_GETFLAGS (linux/fs.h), on the disk too."""
+FLAG_LINKABLE = 0x8000_0000
+"""Not for callers: made by O_TMPFILE without O_EXCL, may still get its first name."""
 
 
 class Attributes(msgspec.Struct, frozen=True, gc=False):
@@ -67,7 +69,11 @@ NOW = -1
 
 
 class SetAttributes(msgspec.Struct, frozen=True, gc=False):
-    """What setattr() changes; None leaves a field alone. `mode` holds permission bits only."""
+    """What setattr() changes; None leaves a field alone. `mode` holds permission bits only.
+
+    `kill_privileges`: a new size takes set-user-id and set-group-id away, as the caller may not
+    keep them.
+    """
 
     size: int | None = None
     mode: int | None = None
@@ -76,6 +82,7 @@ class SetAttributes(msgspec.Struct, frozen=True, gc=False):
     atime_ns: int | None = None
     mtime_ns: int | None = None
     ctime_ns: int | None = None
+    kill_privileges: bool = True
 
 
 class DirEntry(msgspec.Struct, frozen=True, gc=False):

@@ -20,8 +20,10 @@ from cfs.cache import InodeState, Page
 from cfs.core import Core
 from cfs.errors import FsError
 from cfs.nodes import CONTENT_BYTES_MAX, InodeNode, Tree
+from cfs.protection import need_mutable
 from cfs.transaction import READER, NeedWait, Tx
 from cfs.tree import TreeEditor
+from cfs.xattr import CAPABILITY, XattrEditor
 from cluster.device import Buffer
 from cluster.errors import DeviceError
 
@@ -180,18 +182,32 @@ class Files:
     # -- writing ---------------------------------------------------------------------------------
 
     async def write(
-        self, state: InodeState, offset: int | None, data: Buffer, *, laundered: bool = False
+        self,
+        state: InodeState,
+        offset: int | None,
+        data: Buffer,
+        *,
+        laundered: bool = False,
+        kill: bool = True,
     ) -> tuple[int, int]:
-        """Write into the buffer; (offset, length). `offset` None: at the end of file."""
+        """Write into the buffer; (offset, length). `offset` None: at the end of file. `kill`: the
+        writer may not keep set-user-id and set-group-id."""
         if not laundered:
             await self.core.pages.room()
         view = memoryview(data if isinstance(data, bytes) else bytes(data))
         return await self.core.run(
-            lambda tx: self._write_body(tx, state, offset, view, laundered=laundered)
+            lambda tx: self._write_body(tx, state, offset, view, laundered=laundered, kill=kill)
         )
 
     def _write_body(
-        self, tx: Tx, state: InodeState, at: int | None, view: memoryview, *, laundered: bool
+        self,
+        tx: Tx,
+        state: InodeState,
+        at: int | None,
+        view: memoryview,
+        *,
+        laundered: bool,
+        kill: bool,
     ) -> tuple[int, int]:
         seen = tx.inode(state)
         need_regular(seen)
@@ -204,6 +220,8 @@ class Files:
             return offset, 0
         if end > FILE_BYTES_MAX:
             raise FsError(errno.EFBIG)
+        if not laundered:
+            need_mutable(seen)
         inode = tx.edit_inode(state)
         if inode.root is None and max(end, len(inode.data)) <= CONTENT_BYTES_MAX:
             old = inode.data.ljust(offset, b"\0")
@@ -214,9 +232,18 @@ class Files:
         if end > inode.size:
             inode.size = end
             self.mark_changed(tx, state)
-        clear_privileges(inode)
+        if not laundered:
+            self.drop_privileges(tx, state, inode, kill=kill)
         self.touch(inode)
         return offset, len(view)
+
+    def drop_privileges(self, tx: Tx, state: InodeState, inode: InodeNode, *, kill: bool) -> None:
+        """The file's content or owner changes: its capabilities go, and if `kill` (who does it may
+        not keep them) set-user-id and set-group-id as well."""
+        if kill:
+            clear_privileges(inode)
+        if inode.xattrs is not None:
+            XattrEditor(tx, state, inode, self.core.space).remove(CAPABILITY)
 
     def mark_changed(self, tx: Tx, state: InodeState) -> None:
         """fdatasync must commit: data in the inode, its size or its map changed."""
@@ -362,7 +389,7 @@ class Files:
         tx.after(lambda: self.core.pages.put(state, pages, ordered=True))
 
     async def write_direct(
-        self, state: InodeState, offset: int | None, data: Buffer
+        self, state: InodeState, offset: int | None, data: Buffer, *, kill: bool = True
     ) -> tuple[int, int]:
         """Past the buffer when the range has all its blocks; else through it, and written out."""
         core = self.core
@@ -373,7 +400,7 @@ class Files:
             while any(i in pages or i in flushing for i in range(first, first + count)):
                 await core.pages.flush(state)
                 pages, flushing = state.pages, state.flushing
-            runs = await core.run(lambda tx: self._direct_body(tx, state, offset, length))
+            runs = await core.run(lambda tx: self._direct_body(tx, state, offset, length, kill))
             if runs is not None:
                 view = memoryview(data)
                 writes: list[tuple[int, Buffer]] = []
@@ -385,12 +412,12 @@ class Files:
                 except DeviceError as error:
                     raise FsError(errno.EIO, error.message) from error
                 return offset, length
-        done = await self.write(state, offset, data)
+        done = await self.write(state, offset, data, kill=kill)
         await core.pages.flush(state)
         return done
 
     def _direct_body(
-        self, tx: Tx, state: InodeState, offset: int, length: int
+        self, tx: Tx, state: InodeState, offset: int, length: int, kill: bool
     ) -> list[extents.Piece] | None:
         """The blocks of a range that lies inside the file without holes; None for any other."""
         seen = tx.inode(state)
@@ -401,8 +428,9 @@ class Files:
         runs = extents.pieces(tx, state, seen, first, count)
         if not all(physical for _, physical, _ in runs):
             return None
+        need_mutable(seen)
         inode = tx.edit_inode(state)
-        clear_privileges(inode)
+        self.drop_privileges(tx, state, inode, kill=kill)
         self.touch(inode)
 
         def forget_clean() -> None:

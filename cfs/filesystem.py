@@ -26,9 +26,10 @@ from cfs.errors import FsError
 from cfs.files import Files
 from cfs.inodes import Inodes
 from cfs.lock_names import MOUNT_LOCK, inode_lock_name, open_lock_name
-from cfs.names import Names
+from cfs.names import Birth, Names
 from cfs.nodes import InodeNode
 from cfs.orphans import Orphans, adopt
+from cfs.renames import Renames
 from cfs.seams import Environment, Event
 from cfs.transaction import READER, Missing
 from cluster.device import BlockDevice, Buffer
@@ -49,6 +50,7 @@ class FileSystem:
         self.root_ino = core.superblock.root_ino
         self.orphans: Orphans
         self.names: Names
+        self.renames: Renames
         self.inodes: Inodes
         self._mount_lock = mount_lock
         self._closing = False
@@ -93,6 +95,7 @@ class FileSystem:
             core.attach(journal)
             self.orphans = Orphans(core, self.files, journal.slot, journal.first_block)
             self.names = Names(core, self.files, self.orphans)
+            self.renames = Renames(core, self.names)
             self.inodes = Inodes(core, self.files, self.orphans)
             await self.orphans.load()
             for slot, place in free:
@@ -206,12 +209,13 @@ class FileSystem:
         return await self.files.read(self.core.state(ino), offset, size)
 
     async def write_held(
-        self, ino: int, offset: int, data: Buffer, *, laundered: bool = False
+        self, ino: int, offset: int, data: Buffer, *, laundered: bool = False, kill: bool = True
     ) -> int:
         """The caller holds the inode's lock in EX. `laundered`: the kernel writes back a page of a
-        shared mapping; it is only buffered, never refused, and clipped at the end of file."""
+        shared mapping; it is only buffered, never refused, and clipped at the end of file. `kill`:
+        the writer may not keep set-user-id and set-group-id."""
         state = self.core.state(ino)
-        _, length = await self.files.write(state, offset, data, laundered=laundered)
+        _, length = await self.files.write(state, offset, data, laundered=laundered, kill=kill)
         return len(data) if laundered else length
 
     async def reserve_held(self, ino: int, offset: int, size: int) -> None:
@@ -263,13 +267,21 @@ class FileSystem:
         """The names of all attributes, at most `XATTR_LIST_BYTES_MAX` with a zero byte each."""
         return await self.inodes.listxattr(self.core.state(ino))
 
-    async def setxattr(self, ino: int, name: bytes, value: bytes, flags: int = 0) -> None:
-        """Make (XATTR_CREATE), replace (XATTR_REPLACE) or do either. Raises EEXIST, ENODATA."""
-        await self.inodes.setxattr(self.core.state(ino), name, value, flags)
+    async def setxattr(
+        self, ino: int, name: bytes, value: bytes, flags: int = 0, *, kill_group_id: bool = False
+    ) -> None:
+        """Make (XATTR_CREATE), replace (XATTR_REPLACE) or do either. Raises EEXIST, ENODATA. An
+        access control list changes the mode; with `kill_group_id` set-group-id goes as well."""
+        state = self.core.state(ino)
+        await self.inodes.setxattr(state, name, value, flags, kill_group_id=kill_group_id)
 
     async def removexattr(self, ino: int, name: bytes) -> None:
         """Raises ENODATA."""
         await self.inodes.removexattr(self.core.state(ino), name)
+
+    async def set_flags(self, ino: int, flags: int, mask: int) -> None:
+        """Set the flags (`FLAG_...`) in `mask` as in `flags`. EOPNOTSUPP for unknown ones."""
+        await self.inodes.set_flags(self.core.state(ino), flags, mask)
 
     # -- names -----------------------------------------------------------------------------------
 
@@ -277,12 +289,16 @@ class FileSystem:
         """ "." and ".." are understood."""
         return await self.names.lookup(parent, name)
 
-    async def create(self, parent: int, name: bytes, mode: int, uid: int, gid: int) -> Attributes:
-        """Make a regular file; EEXIST if the name is there."""
-        return await self.names.make(parent, name, stat.S_IFREG | mode & 0o7777, (uid, gid))
+    async def create(
+        self, parent: int, name: bytes, mode: int, uid: int, gid: int, umask: int = 0
+    ) -> Attributes:
+        """Make a regular file; EEXIST if the name is there. A default access control list of the
+        directory takes the place of `umask`."""
+        birth = Birth(stat.S_IFREG | mode & 0o7777, uid, gid, umask)
+        return await self.names.make(parent, name, birth)
 
     async def mknod(
-        self, parent: int, name: bytes, mode: int, uid: int, gid: int, rdev: int
+        self, parent: int, name: bytes, mode: int, uid: int, gid: int, rdev: int, umask: int = 0
     ) -> Attributes:
         """Make a node of the type that `mode` says."""
         kind = stat.S_IFMT(mode) or stat.S_IFREG
@@ -292,10 +308,28 @@ class FileSystem:
         def content(inode: InodeNode) -> None:
             inode.rdev = rdev if kind in (stat.S_IFBLK, stat.S_IFCHR) else 0
 
-        return await self.names.make(parent, name, kind | mode & 0o7777, (uid, gid), content)
+        birth = Birth(kind | mode & 0o7777, uid, gid, umask)
+        return await self.names.make(parent, name, birth, content)
 
-    async def mkdir(self, parent: int, name: bytes, mode: int, uid: int, gid: int) -> Attributes:
-        return await self.names.make(parent, name, stat.S_IFDIR | mode & 0o7777, (uid, gid))
+    async def mkdir(
+        self, parent: int, name: bytes, mode: int, uid: int, gid: int, umask: int = 0
+    ) -> Attributes:
+        birth = Birth(stat.S_IFDIR | mode & 0o7777, uid, gid, umask)
+        return await self.names.make(parent, name, birth)
+
+    async def tmpfile(
+        self, parent: int, mode: int, uid: int, gid: int, umask: int = 0, *, linkable: bool = True
+    ) -> Attributes:
+        """Make a regular file without a name, open (`close_ref`), that goes with its last handle
+        unless `link` has given it a name."""
+        birth = Birth(stat.S_IFREG | mode & 0o7777, uid, gid, umask)
+        made = await self.names.make_nameless(parent, birth, linkable=linkable)
+        try:
+            await self.open_ref(made.ino)
+        except BaseException:
+            self.orphans.reap_soon(made.ino)
+            raise
+        return made
 
     async def symlink(
         self, parent: int, name: bytes, target: bytes, uid: int, gid: int
@@ -315,8 +349,8 @@ class FileSystem:
     async def rename(
         self, parent: int, name: bytes, new_parent: int, new_name: bytes, flags: int = 0
     ) -> None:
-        """`flags`: 0 or RENAME_NOREPLACE; others are EINVAL."""
-        await self.names.rename((parent, name, new_parent, new_name), flags)
+        """`flags`: 0, RENAME_NOREPLACE or RENAME_EXCHANGE; others are EINVAL."""
+        await self.renames.rename((parent, name, new_parent, new_name), flags)
 
     async def readdir(self, ino: int, cookie: int, limit: int) -> list[DirEntry]:
         """Entries with a cookie greater than `cookie` in the order of their cookies (0: from the
@@ -342,18 +376,20 @@ class FileSystem:
         append: bool = False,
         sync: bool = False,
         direct: bool = False,
+        kill: bool = True,
     ) -> int:
         """Write all or nothing. `append`: at the true end of file whatever `offset` says (the
         kernel is told through `KernelCache.changed` when they differ). `sync`: durable before it
-        returns. `direct`: past the write-behind buffer."""
+        returns. `direct`: past the write-behind buffer. `kill`: the writer may not keep set-user-id
+        and set-group-id."""
         state = self.core.state(ino)
         at = None if append else offset
         await state.hold(Mode.EX)
         try:
             if direct:
-                done, length = await self.files.write_direct(state, at, data)
+                done, length = await self.files.write_direct(state, at, data, kill=kill)
             else:
-                done, length = await self.files.write(state, at, data)
+                done, length = await self.files.write(state, at, data, kill=kill)
             if sync:
                 await self.files.sync(state, datasync=True)
         finally:

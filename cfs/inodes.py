@@ -6,16 +6,23 @@ import errno
 import stat
 from collections.abc import Callable
 
-from cfs import xattr
-from cfs.attributes import BLOCK_BYTES, NOW, Attributes, SetAttributes
+from cfs import acl, xattr
+from cfs.attributes import (
+    BLOCK_BYTES,
+    FLAGS_SETTABLE,
+    NOW,
+    Attributes,
+    SetAttributes,
+)
 from cfs.cache import InodeState
 from cfs.core import Core
 from cfs.errors import FsError
-from cfs.files import Files, clear_privileges, need_regular
+from cfs.files import Files, need_regular
 from cfs.nodes import InodeNode
 from cfs.orphans import Orphans
+from cfs.protection import need_mutable, need_unprotected
 from cfs.transaction import READER, Tx
-from cfs.xattr import XattrEditor
+from cfs.xattr import ACCESS_ACL, DEFAULT_ACL, XattrEditor
 from cluster.locks import Mode
 
 
@@ -40,24 +47,23 @@ class Inodes:
     def _setattr_body(
         self, tx: Tx, state: InodeState, changes: SetAttributes
     ) -> tuple[bool, Attributes]:
-        inode = tx.inode(state)
-        if changes.size is not None:
-            need_regular(inode)
+        self._need_settable(tx.inode(state), changes)
         inode = tx.edit_inode(state)
         done = True
         if changes.size is not None:
             done = self.files.set_size(tx, state, inode, changes.size)
             if not done:
                 self.orphans.add(tx, inode.block)
-            clear_privileges(inode)
+            self.files.drop_privileges(tx, state, inode, kill=changes.kill_privileges)
             self.files.touch(inode)
         if changes.mode is not None:
             inode.mode = stat.S_IFMT(inode.mode) | changes.mode & 0o7777
+            self._mode_into_acl(tx, state, inode)
         if changes.uid is not None or changes.gid is not None:
             inode.uid = inode.uid if changes.uid is None else changes.uid
             inode.gid = inode.gid if changes.gid is None else changes.gid
-            if not inode.is_directory and changes.mode is None:
-                clear_privileges(inode)
+            if not inode.is_directory:
+                self.files.drop_privileges(tx, state, inode, kill=changes.mode is None)
         now = self.core.now(inode.ctime_ns)
         if changes.atime_ns is not None:
             inode.atime_ns = now if changes.atime_ns == NOW else changes.atime_ns
@@ -66,6 +72,28 @@ class Inodes:
         inode.ctime_ns = now if changes.ctime_ns in (None, NOW) else changes.ctime_ns or now
         inode.counter += 1
         return done, inode.attributes()
+
+    @staticmethod
+    def _need_settable(inode: InodeNode, changes: SetAttributes) -> None:
+        need_mutable(inode)
+        if changes.size is not None:
+            need_regular(inode)
+        if any(
+            field not in (None, NOW)
+            for field in (
+                changes.size, changes.mode, changes.uid, changes.gid, changes.atime_ns,
+                changes.mtime_ns,
+            )
+        ):  # fmt: skip
+            need_unprotected(inode)
+
+    def _mode_into_acl(self, tx: Tx, state: InodeState, inode: InodeNode) -> None:
+        if inode.xattrs is None:
+            return
+        editor = XattrEditor(tx, state, inode, self.core.space)
+        value = editor.get(ACCESS_ACL)
+        if value is not None:
+            editor.set(ACCESS_ACL, acl.encode(acl.with_mode(acl.parse(value), inode.mode)))
 
     def _cut_more(self, tx: Tx, state: InodeState) -> bool:
         """The next step of a cut that one transaction could not do."""
@@ -96,15 +124,54 @@ class Inodes:
     async def listxattr(self, state: InodeState) -> list[bytes]:
         await state.hold(Mode.PR)
         try:
-            return await self.core.see(
-                lambda: xattr.names(READER, state, READER.inode(state))
-            )
+            return await self.core.see(lambda: xattr.names(READER, state, READER.inode(state)))
         finally:
             state.release(Mode.PR)
 
-    async def setxattr(self, state: InodeState, name: bytes, value: bytes, flags: int) -> None:
+    async def setxattr(
+        self,
+        state: InodeState,
+        name: bytes,
+        value: bytes,
+        flags: int = 0,
+        *,
+        kill_group_id: bool = False,
+    ) -> None:
+        """`kill_group_id`: who sets this access list may not keep the set-group-id bit."""
         xattr.need_name(name)
-        await self._change(state, lambda editor: editor.set(name, value, flags))
+        if name not in (ACCESS_ACL, DEFAULT_ACL):
+            await self._change(state, lambda editor: editor.set(name, value, flags))
+            return
+        entries = acl.parse(value)
+        if name == ACCESS_ACL:
+            await self._change(
+                state, lambda editor: self._set_access(editor, entries, kill_group_id)
+            )
+        else:
+            await self._change(state, lambda editor: self._set_default(editor, entries))
+
+    @staticmethod
+    def _set_access(editor: XattrEditor, entries: acl.Acl, kill_group_id: bool) -> None:
+        inode = editor.inode
+        if stat.S_ISLNK(inode.mode):
+            raise FsError(errno.EOPNOTSUPP)
+        if entries:
+            inode.mode = inode.mode & ~0o777 | acl.permission_bits(entries)
+            if kill_group_id:
+                inode.mode &= ~stat.S_ISGID
+        if acl.is_minimal(entries):
+            editor.remove(ACCESS_ACL)
+        else:
+            editor.set(ACCESS_ACL, acl.encode(entries))
+
+    @staticmethod
+    def _set_default(editor: XattrEditor, entries: acl.Acl) -> None:
+        if not entries:
+            editor.remove(DEFAULT_ACL)
+        elif not editor.inode.is_directory:
+            raise FsError(errno.EACCES)
+        else:
+            editor.set(DEFAULT_ACL, acl.encode(entries))
 
     async def removexattr(self, state: InodeState, name: bytes) -> None:
         xattr.need_name(name)
@@ -125,8 +192,30 @@ class Inodes:
     def _change_body(
         self, tx: Tx, state: InodeState, change: Callable[[XattrEditor], None]
     ) -> None:
+        need_unprotected(tx.inode(state))
         inode = tx.edit_inode(state)
         change(XattrEditor(tx, state, inode, self.core.space))
+        self.changed(inode)
+
+    # -- flags -----------------------------------------------------------------------------------
+
+    async def set_flags(self, state: InodeState, flags: int, mask: int) -> None:
+        """Change the flags in `mask`. EOPNOTSUPP for a flag that is not known."""
+        if flags & ~FLAGS_SETTABLE:
+            raise FsError(errno.EOPNOTSUPP)
+        await state.hold(Mode.EX)
+        try:
+            await self.core.run(lambda tx: self._flags_body(tx, state, flags, mask))
+        finally:
+            state.release(Mode.EX)
+
+    def _flags_body(self, tx: Tx, state: InodeState, flags: int, mask: int) -> None:
+        mask &= FLAGS_SETTABLE
+        seen = tx.inode(state)
+        if seen.flags & mask == flags & mask:
+            return
+        inode = tx.edit_inode(state)
+        inode.flags = inode.flags & ~mask | flags & mask
         self.changed(inode)
 
     def changed(self, inode: InodeNode) -> None:

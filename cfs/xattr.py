@@ -30,6 +30,7 @@ REPLACE = 2
 PREFIXES = (b"user.", b"trusted.", b"security.")
 ACCESS_ACL = b"system.posix_acl_access"
 DEFAULT_ACL = b"system.posix_acl_default"
+CAPABILITY = b"security.capability"
 
 
 def need_name(name: bytes) -> None:

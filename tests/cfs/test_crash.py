@@ -46,6 +46,7 @@ def random_step(rng: random.Random) -> tuple[object, ...]:
 
     kind = rng.choice(
         ["create", "create", "mkdir", "symlink", "link", "unlink", "rmdir", "rename", "rename"]
+        + ["exchange"]
         + ["append"] * 6
         + ["sync"] * 2
     )
@@ -55,7 +56,7 @@ def random_step(rng: random.Random) -> tuple[object, ...]:
         return (kind, path(), rng.choice([10, 1000, 4096, 9000, 30_000]))
     if kind == "symlink":
         return (kind, path(), rng.randbytes(20).hex().encode())
-    if kind in ("link", "rename"):
+    if kind in ("link", "rename", "exchange"):
         return (kind, path(), path())
     return (kind, path())
 

@@ -8,7 +8,7 @@ import trio
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cfs.attributes import MountOptions, SetAttributes
+from cfs.attributes import RENAME_EXCHANGE, MountOptions, SetAttributes
 from cfs.errors import FsError
 from cfs.filesystem import FileSystem
 from tests.cfs.harness import QUIET, fsck, make_device, mounted, tree_of
@@ -27,6 +27,7 @@ operations = st.one_of(
     st.tuples(st.just("unlink"), paths),
     st.tuples(st.just("rmdir"), paths),
     st.tuples(st.just("rename"), paths, paths),
+    st.tuples(st.just("exchange"), paths, paths),
     st.tuples(st.just("write"), paths, offsets, sizes, st.booleans()),
     st.tuples(st.just("append"), paths, sizes),
     st.tuples(st.just("truncate"), paths, offsets),
@@ -116,6 +117,15 @@ class Model:
         del self.parent(path).children[path[-1]]
         parent.children[new[-1]] = entry
 
+    def exchange(self, path: Path, new: Path) -> None:
+        entry, other = self.at(path), self.at(new)
+        if entry is other:
+            return
+        if path == new[: len(path)] or new == path[: len(new)]:
+            raise Refused
+        self.parent(path).children[path[-1]] = other
+        self.parent(new).children[new[-1]] = entry
+
     def file(self, path: Path) -> Entry:
         entry = self.at(path)
         if entry.kind != "file":
@@ -204,7 +214,8 @@ async def apply(fs: FileSystem, kind: str, *how: object) -> None:
         await fs.rmdir(parent, path[-1])
     else:
         new = rest[0]  # type: ignore[assignment]
-        await fs.rename(parent, path[-1], await resolve(fs, new[:-1]), new[-1])
+        flags = RENAME_EXCHANGE if kind == "exchange" else 0
+        await fs.rename(parent, path[-1], await resolve(fs, new[:-1]), new[-1], flags)
 
 
 async def both(fs: FileSystem, model: Model, operation: tuple[object, ...]) -> None:
