@@ -42,10 +42,12 @@ class GroupState(Covered):
     `durable` is the map as it is certainly on the disk: a block that is FREEING in both may be used
     again. Only images from the last sweep on count (`swept_change`): an older one may show a block
     as FREEING in an earlier life of it. `believed_free`: a guess for groups of other mounts.
+    `damaged`: the block could not be read under this grant of the lock; nothing is taken from the
+    group or given back to it.
     """
 
     __slots__ = (
-        "believed_free", "block", "data_hint", "durable", "meta_hint", "swept_change",
+        "believed_free", "block", "damaged", "data_hint", "durable", "meta_hint", "swept_change",
     )  # fmt: skip
     lock: CachedLock
 
@@ -54,6 +56,7 @@ class GroupState(Covered):
         self.block = block
         self.durable: bytes | None = None
         self.believed_free = -1
+        self.damaged = False
         self.swept_change = 0
         self.meta_hint = 0
         self.data_hint = 0
@@ -67,6 +70,7 @@ class GroupState(Covered):
     def clear(self) -> None:
         self.nodes.clear()
         self.durable = None
+        self.damaged = False
 
 
 class InodeState(Covered):

@@ -13,13 +13,15 @@ from typing import TypeVar
 
 from cfs.attributes import BLOCK_BYTES, MountOptions
 from cfs.cache import Covered, GroupState, InodeState, InodeTable
+from cfs.damage import DamageLog, Versions, owner_of
 from cfs.errors import CorruptionError, FsError
 from cfs.format import SUPERBLOCK_BLOCK, Kind, Superblock, decode_superblock_untrusted
 from cfs.format import open_block_untrusted as open_block
 from cfs.journal import FlushCounter, Journal
 from cfs.lock_names import CONTROL_LOCK, number_of
-from cfs.nodes import GroupNode, InodeNode, SlotsNode, decode_node_untrusted
+from cfs.nodes import BlockState, GroupNode, InodeNode, Node, SlotsNode, decode_node_untrusted
 from cfs.pages import DirtyPages
+from cfs.sanity import check_node_untrusted
 from cfs.seams import Environment, Event
 from cfs.space import Space
 from cfs.transaction import Missing, NeedGroup, NeedSpace, NeedWait, Tx
@@ -59,6 +61,8 @@ class Core:
         self.pages = DirtyPages(self.counter, self.runtime, options)
         self._journal: Journal | None = None
         self.error: BaseException | None = None
+        self.damage = DamageLog(environment.damaged, self.runtime.now_ns)
+        self.versions = Versions()
         self.cold: set[int] = set()
         self._refilling = False
         self._filling: Event | None = None
@@ -98,6 +102,8 @@ class Core:
                 return body()
             except Missing as missing:
                 await self.load(missing)
+            except CorruptionError as error:
+                raise self.damaged(error) from error
 
     async def run(self, body: Callable[[Tx], T]) -> T:
         """Run a changing body and apply its changes; the caller holds the inode locks in EX."""
@@ -129,6 +135,8 @@ class Core:
                 except NeedWait as need:
                     tx.close()
                     await need.wait()
+                except CorruptionError as error:
+                    raise self.damaged(error) from error
                 finally:
                     tx.close()
         finally:
@@ -168,6 +176,9 @@ class Core:
             await covered.lock.hold(Mode.EX)
             try:
                 await self._load(covered, block, missing.kinds)
+            except FsError:
+                covered.damaged = True  # Space is found elsewhere; frees are put off or refused.
+                covered.believed_free = 0
             finally:
                 covered.lock.release(Mode.EX)
             return
@@ -189,19 +200,18 @@ class Core:
             event.set()
 
     async def _read_node(self, covered: Covered, block: int, kinds: tuple[Kind, ...]) -> None:
-        stale = isinstance(covered, InodeState) and block == covered.number
         try:
             if block >= self.superblock.total_blocks:
                 await self.refresh_superblock()
             if block >= self.superblock.total_blocks:
                 raise CorruptionError(f"block {block} is beyond the end")
             data = await self.device.read(block * BLOCK_BYTES, BLOCK_BYTES)
-            header = open_block(self.fs, block, data)
-            if header.kind not in kinds or header.owner != covered.number:
-                raise CorruptionError(f"block {block} holds something else")
-            node = decode_node_untrusted(header, data)
+            node = await self._verify(covered, block, kinds, data)
         except CorruptionError as error:
-            raise FsError(errno.ESTALE if stale else errno.EIO, error.message) from error
+            own = isinstance(covered, InodeState) and block == covered.number
+            if own and not await self._is_metadata(block):
+                raise FsError(errno.ESTALE, error.message) from error
+            raise self.damaged(error, block, owner_of(covered, block)) from error
         except DeviceError as error:
             raise FsError(errno.EIO, error.message) from error
         if isinstance(node, InodeNode) and not node.mode:
@@ -212,6 +222,50 @@ class Core:
                 assert isinstance(covered, GroupState)
                 self.space.loaded(covered, node)
 
+    async def _verify(
+        self, covered: Covered, block: int, kinds: tuple[Kind, ...], data: bytes
+    ) -> Node:
+        """The node in a block, if it is whole, this one, of its owner, the newest, and sensible."""
+        header = open_block(self.fs, block, data)
+        if header.kind not in kinds or header.owner != covered.number:
+            raise CorruptionError(f"block {block} holds something else")
+        if self.versions.is_stale(header):
+            raise CorruptionError(f"block {block} is older than it was: a write to it was lost")
+        node = decode_node_untrusted(header, data)
+        try:
+            check_node_untrusted(node, self.superblock)
+        except CorruptionError:
+            # Another mount may have grown the file system: then it makes sense after all.
+            await self.refresh_superblock()
+            check_node_untrusted(node, self.superblock)
+        self.versions.note(node)
+        return node
+
+    async def _is_metadata(self, block: int) -> bool:
+        """Whether the map says that a block holds metadata. A block that was an inode once may hold
+        anything now; a block that is in use as metadata and is none is damaged. A map that says
+        META in its place is true (rule 3 of `cfs.journal`), so no lock is needed."""
+        if block >= self.superblock.total_blocks:
+            return False
+        group = self.space.groups[self.superblock.group_of(block)]
+        node = group.node
+        if node is None:
+            data = await self.device.read(group.block * BLOCK_BYTES, BLOCK_BYTES)
+            try:
+                found = decode_node_untrusted(open_block(self.fs, group.block, data), data)
+            except CorruptionError:
+                return True
+            if not isinstance(found, GroupNode):
+                return True
+            node = found
+        index = block % self.superblock.group_blocks
+        return index < len(node.states) and node.states[index] == BlockState.META
+
+    def damaged(self, error: CorruptionError, block: int = 0, owner: str = "") -> FsError:
+        """Tell of damage once; the error for who met it."""
+        self.damage.report(block or error.block, owner, error.message)
+        return FsError(errno.EIO, error.message)
+
     async def load_group(self, group: GroupState) -> GroupNode:
         """The group's block; the caller holds its lock."""
         await self._load(group, group.block, (Kind.GROUP,))
@@ -221,8 +275,14 @@ class Core:
 
     async def refresh_superblock(self) -> None:
         """See whether another mount has grown the file system."""
-        data = await self.device.read(SUPERBLOCK_BLOCK * BLOCK_BYTES, BLOCK_BYTES)
-        found = decode_superblock_untrusted(SUPERBLOCK_BLOCK, data)
+        found = self.superblock
+        for block in (SUPERBLOCK_BLOCK, self.superblock.backup_block):
+            data = await self.device.read(block * BLOCK_BYTES, BLOCK_BYTES)
+            try:
+                found = decode_superblock_untrusted(block, data)
+                break
+            except CorruptionError as error:
+                self.damaged(error, block, "the superblock")
         if found.version > self.superblock.version:
             self.superblock = found
             self.space.extend(found)
@@ -240,7 +300,7 @@ class Core:
 
     async def more_space(self, blocks: int, rounds: int) -> None:
         """Get a group with room, or raise ENOSPC. No group lock is held by the caller."""
-        if any(group.node is None for group in self.space.mine.values()):
+        if any(g.node is None and not g.damaged for g in self.space.mine.values()):
             for group in list(self.space.mine.values()):
                 await self.load(Missing(group, group.block, (Kind.GROUP,)))
             if any(self.space.available(group) for group in self.space.mine.values()):
@@ -275,6 +335,10 @@ class Core:
             room = self.space.available(group)
             group.believed_free = node.free + node.freeing
             return bool(room)
+        except FsError:
+            group.damaged = True
+            group.believed_free = 0
+            return False
         finally:
             group.lock.release(Mode.EX)
 

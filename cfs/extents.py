@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from cfs import tree
+from cfs.errors import CorruptionError
 from cfs.nodes import InodeNode
 from cfs.transaction import Reader
 
@@ -74,7 +75,8 @@ def insert(editor: tree.TreeEditor, logical: int, physical: int, count: int) -> 
         assert isinstance(value, tuple)
         assert len(value) == 2
         length = value[1]
-        assert start + length <= logical, "an extent is put over another one"
+        if start + length > logical:
+            raise CorruptionError(f"extents of inode {inode.block} overlap", block=inode.block)
         if start + length == logical and value[0] + length == physical:
             editor.replace(start, (value[0], length + count))
             return

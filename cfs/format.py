@@ -55,8 +55,10 @@ SLOT_TABLE_BLOCK = 17
 FIRST_GROUP_BLOCK = 18
 GROUP_BLOCKS_MAX = 15872
 GROUP_BLOCKS_MIN = 256
+GROUP_BLOCKS_STEP = 64
 DEVICE_BLOCKS_MIN = 1024
 SLOTS_MAX = 64
+TOTAL_BLOCKS_END = 1 << 48
 
 COOKIE_FIRST = 3
 HASH_SHIFT = 16
@@ -212,6 +214,11 @@ def decode_superblock_untrusted(number: int, block: bytes) -> Superblock:
     )
     if fields[3] != BLOCK_BYTES or found.features_incompatible:
         raise CorruptionError("this file system uses features that this version does not know")
-    if not GROUP_BLOCKS_MIN <= found.group_blocks <= GROUP_BLOCKS_MAX:
+    size = found.group_blocks
+    if not GROUP_BLOCKS_MIN <= size <= GROUP_BLOCKS_MAX or size % GROUP_BLOCKS_STEP:
         raise CorruptionError("the superblock makes no sense: group size")
+    if not found.group_blocks <= found.total_blocks < TOTAL_BLOCKS_END:
+        raise CorruptionError("the superblock makes no sense: number of blocks")
+    if not FIRST_GROUP_BLOCK < found.root_ino < found.total_blocks:
+        raise CorruptionError("the superblock makes no sense: root directory")
     return found

@@ -92,9 +92,7 @@ def encode_header(fs: int, header: JournalHeader, first_block: int) -> tuple[int
     )  # fmt: skip
     copies = []
     for block in range(first, first + HEADER_COPIES):
-        sealed = Header(
-            Kind.JOURNAL_HEADER, block, header.slot, 0, header.change, header.sequence
-        )
+        sealed = Header(Kind.JOURNAL_HEADER, block, header.slot, 0, header.change, header.sequence)
         copies.append(seal_block(fs, sealed, body))
     return first, b"".join(copies)
 
@@ -110,9 +108,7 @@ def decode_header_copy_untrusted(fs: int, number: int, block: bytes) -> JournalH
     if state > 1 or blocks < JOURNAL_BLOCKS_MIN or header.owner >= SLOTS_MAX:
         raise CorruptionError(f"the journal header in block {number} makes no sense")
     owner = Instance(NodeId(node), Incarnation(incarnation), InstanceNo(instance))
-    return JournalHeader(
-        header.owner, bool(state), owner, tail, sequence, header.change, blocks
-    )
+    return JournalHeader(header.owner, bool(state), owner, tail, sequence, header.change, blocks)
 
 
 def decode_header_untrusted(fs: int, first_block: int, blocks: bytes) -> JournalHeader:

@@ -12,6 +12,7 @@ from cfs.format import (
     FIRST_GROUP_BLOCK,
     GROUP_BLOCKS_MAX,
     GROUP_BLOCKS_MIN,
+    GROUP_BLOCKS_STEP,
     SLOT_TABLE_BLOCK,
     SLOTS_MAX,
     SUPERBLOCK_BLOCK,
@@ -46,7 +47,7 @@ def choose_group_blocks(blocks: int) -> int:
     wanted = max(blocks // GROUPS_WANTED, GROUP_BLOCKS_MIN)
     if blocks >= GROUP_BLOCKS_MAX * 4:
         wanted = GROUP_BLOCKS_MAX
-    return min(wanted - wanted % 64, GROUP_BLOCKS_MAX)
+    return min(wanted - wanted % GROUP_BLOCKS_STEP, GROUP_BLOCKS_MAX)
 
 
 def choose_journal_blocks(blocks: int, group_blocks: int, journals: int, asked: int) -> int:
@@ -71,6 +72,9 @@ def plan(device_blocks: int, choices: Choices) -> list[tuple[int, Buffer]]:
     if len(choices.label.encode()) > 63:
         raise UsageError("a label has at most 63 bytes")
     group_blocks = choices.group_blocks or choose_group_blocks(device_blocks)
+    most = min(GROUP_BLOCKS_MAX, device_blocks)
+    if not GROUP_BLOCKS_MIN <= group_blocks <= most or group_blocks % GROUP_BLOCKS_STEP:
+        raise UsageError(f"a group has a multiple of {GROUP_BLOCKS_STEP} blocks, at most {most}")
     total = usable_blocks(device_blocks, group_blocks)
     superblock = Superblock(
         uuid=choices.uuid,

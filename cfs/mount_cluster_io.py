@@ -148,7 +148,7 @@ class ClusterBackend:
             self._mesh = mesh
             async with join(mesh, self._group) as locks:
                 self.locks = locks
-                locks.on_recovered = lambda: self._tell(
+                locks.on_recovered = lambda: self.tell(
                     "locks.recovered", "what the dead had mastered is rebuilt"
                 )
                 locks.cache.runtime = InterruptibleRuntime(locks.cache.runtime, self.waits)
@@ -203,17 +203,17 @@ class ClusterBackend:
         except CorruptionError as error:
             # What it had locked stays locked; all else goes on. Nothing may be released unreplayed.
             log.error("the journal of %s is damaged: %s", dead, error)
-            self._tell("journal.damaged", f"{dead} is not replayed: {error}; fsck.cfs")
+            self.tell("journal.damaged", f"{dead} is not replayed: {error}; fsck.cfs")
             return
         except StackError as error:
             log.error("the replay for %s failed: %s", dead, error)
             self._recovery.failed(dead)
             raise
         log.info("replayed %d journals of %s", count, dead)
-        self._tell("journal.replayed", f"{count} journals of {dead}", journals=count)
+        self.tell("journal.replayed", f"{count} journals of {dead}", journals=count)
         self._perform(self._recovery.done(dead))
 
-    def _tell(self, name: str, text: str, **fields: int) -> None:
+    def tell(self, name: str, text: str, **fields: int) -> None:
         """A line in the node's event stream."""
         self._nursery.start_soon(self._note, {"name": name, "text": text, "fields": fields})
 

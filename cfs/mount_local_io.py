@@ -48,6 +48,9 @@ class LocalBackend:
         """The image is locked, so every other owner is gone."""
         return instance != self.owner
 
+    def tell(self, name: str, text: str, **fields: int) -> None:
+        """There is no event stream."""
+
     async def mounted(self, mount: object) -> None:
         """Nobody to tell."""
 

@@ -68,6 +68,10 @@ class Backend(Protocol):
 
     def is_barred(self, instance: Instance) -> bool: ...
 
+    def tell(self, name: str, text: str, **fields: int) -> None:
+        """A line in the node's event stream, if there is one. Synchronous; must not raise."""
+        ...
+
     async def mounted(self, mount: Mount) -> None:
         """The kernel has the mount: put it under guard. Nothing is answered yet."""
         ...
@@ -114,6 +118,11 @@ class MountEnvironment:
         self.kernel = bridge
         self.owner = backend.owner
         self.is_barred = backend.is_barred
+        self._tell = backend.tell
+
+    def damaged(self, block: int, text: str) -> None:
+        log.error(text)
+        self._tell("fs.damaged", text, block=block)
 
     def wall_clock_ns(self) -> int:
         return time.time_ns()
@@ -165,6 +174,7 @@ class Mount:
             "revoke_detours": caches.detours,
             "inodes": len(caches.inodes),
             "handles": len(self.operations.handles),
+            "damage_met": self.operations.fs.core.damage.count,
         }
 
     async def query(self, verb: str, params: dict[str, Any]) -> Any:

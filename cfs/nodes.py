@@ -72,6 +72,7 @@ XATTR_ROOT = struct.Struct("<HH")
 XATTR_ROOT_BYTES_MAX = XATTR_ROOM_BYTES - XATTR_ROOT.size
 XATTR_ENTRY = struct.Struct("<QBBI")
 VALUE_BYTES = BLOCK_BYTES - HEADER_BYTES
+LEVELS_MAX = 8
 ORPHANS_OFFSET = 72
 ORPHANS_PER_BLOCK = (BLOCK_BYTES - ORPHANS_OFFSET) // 8
 _U64 = struct.Struct("<Q")
@@ -162,7 +163,10 @@ def encode_tree(tree: Tree) -> bytes:
 
 
 def decode_tree_untrusted(kind: Kind, level: int, count: int, data: bytes) -> Tree:
-    """Raises CorruptionError unless keys rise and all entries are whole."""
+    """Raises CorruptionError unless keys rise and all entries are whole. What they say is another
+    matter (`cfs.sanity`)."""
+    if level >= LEVELS_MAX:
+        raise CorruptionError("a tree block stands at an impossible level")
     keys: list[int] = []
     values: list[Value] = []
     try:

@@ -15,12 +15,18 @@ from collections import deque
 from cfs.attributes import BLOCK_BYTES
 from cfs.cache import Covered, InodeState
 from cfs.core import Core
-from cfs.errors import FsError
+from cfs.errors import CorruptionError, FsError
 from cfs.files import Files
-from cfs.format import Kind
+from cfs.format import Kind, open_block_untrusted
 from cfs.journal_format import HEADER_BLOCKS, ORPHAN_BLOCKS
 from cfs.lock_names import inode_lock_name, open_lock_name
-from cfs.nodes import ORPHANS_PER_BLOCK, InodeNode, OrphanNode
+from cfs.nodes import (
+    ORPHANS_PER_BLOCK,
+    InodeNode,
+    OrphanNode,
+    Xattr,
+    decode_node_untrusted,
+)
 from cfs.transaction import Tx
 from cfs.xattr import XattrEditor
 from cluster.errors import BarredError
@@ -103,6 +109,7 @@ class Orphans:
         """The transaction's clone lost its last name. `alone`: its open lock is held in EX, so it
         is freed at once if that is little work."""
         little = all(root is None or not root.level for root in (inode.root, inode.xattrs))
+        little = little and not self._must_wait(inode)
         if alone and little and self._empty(tx, state, inode):
             self.free_inode(tx, inode)
             return
@@ -114,6 +121,19 @@ class Orphans:
         if inode.is_regular and not self.files.cut(tx, state, inode, 0):
             return False
         return inode.xattrs is None or XattrEditor(tx, state, inode, self.core.space).cut()
+
+    def _must_wait(self, inode: InodeNode) -> bool:
+        """Some of its blocks cannot be given back while their group is damaged: the inode stays in
+        the list until that is repaired."""
+        space = self.core.space
+        length = space.superblock.group_blocks
+        blocks = [inode.block]
+        if inode.root is not None and not inode.is_directory:
+            blocks += [value[0] for value in inode.root.values if isinstance(value, tuple)]
+        if inode.xattrs is not None:
+            for value in inode.xattrs.values:
+                blocks += value.blocks if isinstance(value, Xattr) else ()
+        return any(space.groups[block // length].damaged for block in blocks)
 
     def free_inode(self, tx: Tx, inode: InodeNode) -> None:
         """The inode has no blocks left but its own."""
@@ -220,19 +240,20 @@ class Orphans:
 
 
 async def read_orphans(core: Core, slot: int, first: int) -> list[OrphanNode]:
-    """The orphan blocks of a slot as they are on the disk."""
-    from cfs.format import open_block_untrusted
-    from cfs.nodes import decode_node_untrusted
-
+    """The orphan blocks of a slot as they are on the disk. A damaged one is left out: what stands
+    in it takes space until fsck has seen it, and nothing else suffers."""
     data = await core.device.read(first * BLOCK_BYTES, ORPHAN_BLOCKS * BLOCK_BYTES)
     result = []
     for index in range(ORPHAN_BLOCKS):
         block = data[index * BLOCK_BYTES : (index + 1) * BLOCK_BYTES]
-        header = open_block_untrusted(core.fs, first + index, block)
-        node = decode_node_untrusted(header, block)
-        if not isinstance(node, OrphanNode) or node.owner != slot:
-            raise FsError(errno.EIO, f"block {first + index} is no orphan list")
-        result.append(node)
+        try:
+            header = open_block_untrusted(core.fs, first + index, block)
+            node = decode_node_untrusted(header, block)
+            if not isinstance(node, OrphanNode) or node.owner != slot:
+                raise CorruptionError(f"block {first + index} holds something else")
+            result.append(node)
+        except CorruptionError as error:
+            core.damaged(error, first + index, f"the list of unlinked files of journal {slot}")
     return result
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Awaitable, Callable
 
@@ -9,6 +10,8 @@ import trio
 
 from cfs.seams import Event, KernelCache, NoKernel, Runtime
 from cluster.ids import Incarnation, Instance, InstanceNo, NodeId
+
+log = logging.getLogger("cfs")
 
 TOOL = Instance(NodeId(0), Incarnation(0), InstanceNo(1))
 
@@ -51,6 +54,9 @@ class TrioEnvironment:
 
     def wall_clock_ns(self) -> int:
         return time.time_ns()
+
+    def damaged(self, block: int, text: str) -> None:
+        log.error(text)
 
     def is_barred(self, instance: Instance) -> bool:
         return self._is_barred(instance)

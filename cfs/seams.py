@@ -110,6 +110,11 @@ class Environment(Protocol):
         """CLOCK_REALTIME, for time stamps only."""
         ...
 
+    def damaged(self, block: int, text: str) -> None:
+        """Tell people of a damaged block: one line for the log and the event stream. Synchronous,
+        rarely called (`cfs.damage` bounds it); must not raise."""
+        ...
+
     def is_barred(self, instance: Instance) -> bool:
         """True when `instance` cannot write any more and nobody else will replay its journal: it is
         neither a member of the group nor in the group's list of the dead."""

@@ -10,11 +10,10 @@ the replayer sees maps that stand still.
 
 from __future__ import annotations
 
-import errno
 from collections import deque
 
 from cfs.cache import GroupState, InodeState
-from cfs.errors import FsError
+from cfs.errors import CorruptionError
 from cfs.format import Superblock
 from cfs.lock_names import group_lock_name
 from cfs.nodes import BlockState, GroupNode, InodeNode
@@ -89,6 +88,8 @@ class Space:
     def available(self, group: GroupState) -> int:
         """How many blocks the group can give now."""
         node = group.node
+        if group.damaged:
+            return 0
         if node is None:
             return max(group.believed_free, 0)
         if node.freeing and group.durable is not None and not self.recovering:
@@ -97,6 +98,8 @@ class Space:
 
     def open(self, tx: Tx, group: GroupState) -> GroupNode | None:
         """The group for an allocation, or None if its lock cannot be held at once."""
+        if group.damaged:
+            return None
         try:
             node = tx.group(group)
         except NeedGroup:
@@ -214,9 +217,11 @@ class Space:
         node = tx.group(group)
         index = block % length
         run = node.states[index : index + count]
-        assert len(run) == count, "freed beyond the group"
-        if run.count(BlockState.FREE) or run.count(BlockState.FREEING):
-            raise FsError(errno.EIO, f"block {block} is freed twice")
+        if len(run) != count or run.count(BlockState.FREE) or run.count(BlockState.FREEING):
+            raise CorruptionError(
+                f"blocks {block}+{count} are in use but free in the map of group {group.number}",
+                block=group.block,
+            )
         node.states[index : index + count] = bytes((BlockState.FREEING,)) * count
         node.freeing += count
 

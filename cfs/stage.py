@@ -7,6 +7,7 @@ write that makes the journal free.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 
 from cfs import journal_format
@@ -14,13 +15,17 @@ from cfs.attributes import BLOCK_BYTES
 from cfs.core import Core
 from cfs.errors import CorruptionError, FsError
 from cfs.format import (
+    FIRST_GROUP_BLOCK,
     GROUP_BLOCKS_MAX,
+    GROUP_BLOCKS_MIN,
+    GROUP_BLOCKS_STEP,
     SLOT_TABLE_BLOCK,
     SLOTS_MAX,
     SUPERBLOCK_BLOCK,
     Kind,
     Superblock,
     decode_superblock_untrusted,
+    open_block_untrusted,
 )
 from cfs.journal import Journal
 from cfs.journal_format import (
@@ -30,7 +35,14 @@ from cfs.journal_format import (
     ORPHAN_BLOCKS,
     JournalHeader,
 )
-from cfs.nodes import ORPHANS_PER_BLOCK, BlockState, GroupNode, OrphanNode, SlotsNode
+from cfs.nodes import (
+    ORPHANS_PER_BLOCK,
+    BlockState,
+    GroupNode,
+    OrphanNode,
+    SlotsNode,
+    decode_node_untrusted,
+)
 from cfs.orphans import Orphans, adopt
 from cfs.replay import Replayed, Replayer
 from cfs.transaction import NeedSpace, Tx
@@ -50,15 +62,48 @@ async def read_superblock(device: BlockDevice) -> Superblock:
     try:
         return decode_superblock_untrusted(SUPERBLOCK_BLOCK, data)
     except CorruptionError as error:
-        blocks = device.size_bytes // BLOCK_BYTES
-        size = min(GROUP_BLOCKS_MAX, blocks)
-        while size >= 1024:
-            copy = await device.read((size - 1) * BLOCK_BYTES, BLOCK_BYTES)
-            try:
-                return decode_superblock_untrusted(size - 1, copy)
-            except CorruptionError:
-                size = 1 << ((size - 1).bit_length() - 1)
-        raise error
+        found = await find_superblock_copy(device)
+        if found is None:
+            raise error
+        return found
+
+
+async def find_superblock_copy(device: BlockDevice) -> Superblock | None:
+    """The copy, found without the superblock: it is in the last block of group 0, whose size is a
+    multiple of `GROUP_BLOCKS_STEP`. What only looks like one (the copy of a file system that was
+    here before, a file's content) does not fit the slot table and the groups."""
+    blocks = device.size_bytes // BLOCK_BYTES
+    last = min(GROUP_BLOCKS_MAX, blocks)
+    sizes = range(GROUP_BLOCKS_MIN, last + 1, GROUP_BLOCKS_STEP)
+    ranges = [((size - 1) * BLOCK_BYTES, BLOCK_BYTES) for size in sizes]
+    best: Superblock | None = None
+    for size, data in zip(sizes, await device.read_many(ranges), strict=True):
+        try:
+            found = decode_superblock_untrusted(size - 1, data)
+        except CorruptionError:
+            continue
+        newer = best is None or (found.version, found.created_ns) > (best.version, best.created_ns)
+        if found.group_blocks == size and newer and await _fits(device, found):
+            best = found
+    return best
+
+
+async def _fits(device: BlockDevice, superblock: Superblock) -> bool:
+    """Whether other structures are where a superblock says that they are."""
+    places = {SLOT_TABLE_BLOCK: (Kind.SLOTS, 0), FIRST_GROUP_BLOCK: (Kind.GROUP, 0)}
+    if superblock.group_count > 1:
+        places[superblock.group_block(1)] = (Kind.GROUP, 1)
+    fitting = 0
+    for block, expected in places.items():
+        if (block + 1) * BLOCK_BYTES > device.size_bytes:
+            return False
+        data = await device.read(block * BLOCK_BYTES, BLOCK_BYTES)
+        try:
+            header = open_block_untrusted(superblock.fs, block, data)
+        except CorruptionError:
+            continue
+        fitting += (header.kind, header.owner) == expected
+    return fitting * 2 > len(places)
 
 
 def format_journal(fs: int, slot: int, place: tuple[int, int]) -> list[tuple[int, Buffer]]:
@@ -144,20 +189,17 @@ async def journals_of(
 
 async def recover(core: Core, orphans: Orphans, dead: Instance) -> list[Replayed]:
     """Replay the journals of a dead instance and take its orphans over."""
+    await core.refresh_superblock()  # the dead one may have grown the file system
     replayer = Replayer(core.device, core.superblock)
     done = []
     for place, header in await journals_of(core.device, replayer, core.fs, dead):
         done.append(await replayer.replay(place, header))
         await adopt(core, orphans, header.slot, place[0])
         await replayer.finish(place, header)
-    await core.refresh_superblock()
     return done
 
 
 def _places(fs: int, data: bytes) -> list[tuple[int, int]]:
-    from cfs.format import open_block_untrusted
-    from cfs.nodes import decode_node_untrusted
-
     node = decode_node_untrusted(open_block_untrusted(fs, SLOT_TABLE_BLOCK, data), data)
     if not isinstance(node, SlotsNode):
         raise FsError(errno.EIO, "the slot table is damaged")
@@ -173,8 +215,9 @@ async def ensure_free_slot(core: Core) -> bool:
         slots = await core.slots()
         replayer = Replayer(core.device, core.superblock)
         for place in slots.journals:
-            if not (await replayer.header(place)).in_use:
-                return False
+            with contextlib.suppress(CorruptionError):  # told by whoever needs that journal
+                if not (await replayer.header(place)).in_use:
+                    return False
         if len(slots.journals) >= SLOTS_MAX:
             return False
         await add_journal(core, slots)
@@ -289,18 +332,28 @@ async def describe_journals(core: Core) -> list[dict[str, object]]:
     data = await core.device.read(SLOT_TABLE_BLOCK * BLOCK_BYTES, BLOCK_BYTES)
     replayer = Replayer(core.device, core.superblock)
     result: list[dict[str, object]] = []
-    for place in _places(core.fs, data):
-        header = await replayer.header(place)
-        result.append(
-            {
-                "slot": header.slot,
-                "block": place[0],
-                "blocks": place[1],
-                "log_blocks": place[1] - LOG_OFFSET,
-                "state": "in use" if header.in_use else "free",
-                "owner": str(header.owner) if header.in_use else "",
-                "mine": header.slot == core.journal.slot,
-                "sequence": header.sequence,
-            }
-        )
+    for slot, place in enumerate(_places(core.fs, data)):
+        try:
+            header = await replayer.header(place)
+        except CorruptionError:
+            header = JournalHeader(slot, False, NOBODY, 0, 0, 0, place[1])
+            result.append(_describe(header, place, "damaged", mine=False))
+            continue
+        state = "in use" if header.in_use else "free"
+        result.append(_describe(header, place, state, mine=header.slot == core.journal.slot))
     return result
+
+
+def _describe(
+    header: JournalHeader, place: tuple[int, int], state: str, *, mine: bool
+) -> dict[str, object]:
+    return {
+        "slot": header.slot,
+        "block": place[0],
+        "blocks": place[1],
+        "log_blocks": place[1] - LOG_OFFSET,
+        "state": state,
+        "owner": str(header.owner) if header.in_use else "",
+        "mine": mine,
+        "sequence": header.sequence,
+    }

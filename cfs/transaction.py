@@ -16,7 +16,7 @@ import errno
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, TypeVar
 
-from cfs.errors import FsError
+from cfs.errors import CorruptionError, FsError
 from cfs.format import Kind
 from cfs.nodes import GroupNode, InodeNode, Node, TreeNode
 from cluster.locks import CachedLock, Mode
@@ -163,6 +163,8 @@ class Tx(Reader):
     def group(self, state: GroupState) -> GroupNode:
         """A group's block for a change; its lock stays held until the transaction has ended."""
         number = state.number
+        if state.damaged:
+            raise FsError(errno.EIO, f"allocation group {number} is damaged")
         if number not in self._groups_held:
             if not state.lock.try_hold(Mode.EX):
                 raise NeedGroup(number)
@@ -177,7 +179,13 @@ class Tx(Reader):
         self._after.append(action)
 
     def apply(self) -> None:
-        """Make the changes visible."""
+        """Make the changes visible. Raises CorruptionError if an inode would count less than
+        nothing: it had a wrong count on the disk, and no journal could hold it."""
+        for _, node in self._nodes.values():
+            if isinstance(node, InodeNode) and (node.nlink < 0 or node.blocks < 0):
+                raise CorruptionError(
+                    f"inode {node.block} counts too few links or blocks", block=node.block
+                )
         for block, covered in self._dropped.items():
             covered.nodes.pop(block, None)
             if block not in self._nodes:

@@ -20,8 +20,6 @@ from cfs.transaction import Reader, Tx
 if TYPE_CHECKING:
     from cfs.cache import Covered
 
-LEVELS_MAX = 8
-
 
 class Rooted(Protocol):
     """What a tree hangs on: an inode with its names or extents, or its extended attributes."""
@@ -76,8 +74,17 @@ def _child(reader: Reader, covered: Covered, inode: Rooted, tree: Tree, position
     block = tree.values[position]
     assert isinstance(block, int)
     child = reader.tree(covered, block, inode.tree_kind).tree
-    if child.level != tree.level - 1 or child.level >= LEVELS_MAX:
-        raise CorruptionError(f"block {block} stands at a wrong level of inode {inode.block}")
+    if child.level != tree.level - 1 or not child.keys:
+        raise CorruptionError(
+            f"block {block} stands at a wrong level of inode {inode.block}", block=block
+        )
+    above, keys = tree.keys, child.keys
+    if (position and keys[0] < above[position]) or (
+        position + 1 < len(above) and keys[-1] >= above[position + 1]
+    ):
+        raise CorruptionError(
+            f"block {block} of inode {inode.block} holds keys of another place", block=block
+        )
     return child
 
 

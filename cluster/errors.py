@@ -108,7 +108,11 @@ class AuthenticationError(ProtocolError):
 
 
 class CorruptionError(StackError):
-    """Stored bytes fail their checksum or make no sense."""
+    """Stored bytes fail their checksum or make no sense. `block` names them if that is known."""
+
+    def __init__(self, message: str, *, hint: str = "", block: int = 0) -> None:
+        super().__init__(message, hint=hint)
+        self.block = block
 
     exit_code = EXIT_DAMAGED
 

@@ -50,6 +50,8 @@ class EventName(enum.StrEnum):
     GROUP_RELEASED = "group.released"
     LOCKS_RECOVERED = "locks.recovered"
     JOURNAL_REPLAYED = "journal.replayed"
+    JOURNAL_DAMAGED = "journal.damaged"
+    FS_DAMAGED = "fs.damaged"
     VOLUME_CHANGED = "volume.changed"
     VOLUME_SUSPENDED = "volume.suspended"
     VOLUME_RESUMED = "volume.resumed"
