@@ -274,15 +274,18 @@ class Core:
         return node
 
     async def refresh_superblock(self) -> None:
-        """See whether another mount has grown the file system."""
+        """See whether another mount has grown the file system: what the newer copy says."""
+        places = (SUPERBLOCK_BLOCK, self.superblock.backup_block)
+        ranges = [(block * BLOCK_BYTES, BLOCK_BYTES) for block in places]
         found = self.superblock
-        for block in (SUPERBLOCK_BLOCK, self.superblock.backup_block):
-            data = await self.device.read(block * BLOCK_BYTES, BLOCK_BYTES)
+        for block, data in zip(places, await self.device.read_many(ranges), strict=True):
             try:
-                found = decode_superblock_untrusted(block, data)
-                break
+                copy = decode_superblock_untrusted(block, data)
             except CorruptionError as error:
-                self.damaged(error, block, "the superblock")
+                self.damaged(error, block, "a copy of the superblock")
+                continue
+            if copy.uuid == found.uuid and copy.version > found.version:
+                found = copy
         if found.version > self.superblock.version:
             self.superblock = found
             self.space.extend(found)

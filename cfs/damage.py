@@ -10,10 +10,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from cfs.cache import Covered, GroupState, InodeState
+from cfs.errors import REMEDY
 from cfs.format import Header
 from cfs.nodes import Node
 
-REMEDY = "unmount it on every node, then run fsck.cfs --repair"
 REPEAT_NS = 600 * 1_000_000_000
 WINDOW_NS = 10 * 1_000_000_000
 LINES_MAX = 20

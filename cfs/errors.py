@@ -6,7 +6,9 @@ import errno as _errno
 
 from cluster.errors import CorruptionError
 
-__all__ = ["CorruptionError", "FsError"]
+__all__ = ["REMEDY", "CorruptionError", "FsError"]
+
+REMEDY = "unmount it on every node, then run fsck.cfs --repair"
 
 
 class FsError(Exception):

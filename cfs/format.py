@@ -126,6 +126,15 @@ def open_block_untrusted(fs: int, number: int, block: bytes) -> Header:
     return Header(kind, own, owner, generation, change, sequence)
 
 
+def is_whole(fs: int, number: int, block: bytes) -> bool:
+    """Whether a block is a metadata block of this file system in its place."""
+    try:
+        open_block_untrusted(fs, number, block)
+    except CorruptionError:
+        return False
+    return True
+
+
 _SUPER = struct.Struct("<16s64s16sIIQQQQQQq")
 
 

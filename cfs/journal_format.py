@@ -37,9 +37,11 @@ import struct
 import msgspec
 
 from cfs.attributes import BLOCK_BYTES
-from cfs.errors import CorruptionError
+from cfs.errors import REMEDY, CorruptionError
 from cfs.format import (
+    HEADER,
     HEADER_BYTES,
+    MAGIC,
     SLOTS_MAX,
     Header,
     Kind,
@@ -105,10 +107,24 @@ def decode_header_copy_untrusted(fs: int, number: int, block: bytes) -> JournalH
     state, blocks, node, incarnation, instance, tail, sequence = _HEADER.unpack_from(
         block, HEADER_BYTES
     )
-    if state > 1 or blocks < JOURNAL_BLOCKS_MIN or header.owner >= SLOTS_MAX:
+    sensible = state <= 1 and blocks >= JOURNAL_BLOCKS_MIN and header.owner < SLOTS_MAX
+    if not sensible or tail >> 62 or sequence >> 48 or header.change >> 62:
         raise CorruptionError(f"the journal header in block {number} makes no sense")
     owner = Instance(NodeId(node), Incarnation(incarnation), InstanceNo(instance))
     return JournalHeader(header.owner, bool(state), owner, tail, sequence, header.change, blocks)
+
+
+def unreadable_copies(fs: int, first_block: int, blocks: bytes) -> list[int]:
+    """The header blocks of a journal that cannot be read; if it has lost no pair, its state is
+    known all the same."""
+    result = []
+    for index in range(HEADER_BLOCKS):
+        block = blocks[index * BLOCK_BYTES : (index + 1) * BLOCK_BYTES]
+        try:
+            decode_header_copy_untrusted(fs, first_block + index, block)
+        except CorruptionError:
+            result.append(first_block + index)
+    return result
 
 
 def decode_header_untrusted(fs: int, first_block: int, blocks: bytes) -> JournalHeader:
@@ -123,10 +139,18 @@ def decode_header_untrusted(fs: int, first_block: int, blocks: bytes) -> Journal
         if not copies:
             raise CorruptionError(
                 f"the journal at block {first_block} has lost the headers in blocks "
-                f"{first_block + turn * HEADER_COPIES} and the next"
+                f"{first_block + turn * HEADER_COPIES} and the next",
+                hint=REMEDY,
             )
         turns.append(max(copies, key=lambda copy: copy.change))
     return max(turns, key=lambda copy: copy.change)
+
+
+def commit_sequence(block: bytes, number: int, slot: int) -> int:
+    """The sequence of what looks like a commit block of a slot's log at its place; else -1."""
+    magic, kind, _, _, _, own, owner, _, _, sequence, _ = HEADER.unpack_from(block)
+    fits = (magic, kind, own, owner) == (MAGIC, Kind.JOURNAL_COMMIT, number, slot)
+    return int(sequence) if fits else -1
 
 
 def commit_parts(items: int) -> int:

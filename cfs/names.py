@@ -26,7 +26,7 @@ from cfs.attributes import (
 )
 from cfs.cache import InodeState, hold_all, release_all
 from cfs.core import Core
-from cfs.errors import FsError
+from cfs.errors import CorruptionError, FsError
 from cfs.files import Files
 from cfs.lock_names import open_lock_name
 from cfs.nodes import InodeNode, Tree
@@ -122,7 +122,7 @@ class Names:
                     return READER.inode(child).attributes()
                 if child.try_hold(Mode.PR):
                     try:
-                        return await core.see(lambda s=child: READER.inode(s).attributes())  # type: ignore[misc]
+                        return await self._named(pstate, name, child)
                     finally:
                         child.release(Mode.PR)
             finally:
@@ -131,16 +131,34 @@ class Names:
             await hold_all(both)
             try:
                 if await core.see(lambda: self._child(READER, pstate, name)) == child.ino:
-                    return await core.see(lambda s=child: READER.inode(s).attributes())  # type: ignore[misc]
+                    return await self._named(pstate, name, child)
             finally:
                 release_all(both)
+
+    async def _named(self, pstate: InodeState, name: bytes, child: InodeState) -> Attributes:
+        """The inode that a name leads to. Both are held, so it is there or the name is damage."""
+        core = self.core
+        try:
+            return await core.see(lambda: READER.inode(child).attributes())
+        except FsError as error:
+            if error.errno != errno.ESTALE or name in (b".", b".."):
+                raise
+            text = f"{name!r} in directory {pstate.ino} leads to block {child.ino}, no inode"
+            raise core.damaged(CorruptionError(text, block=child.ino)) from error
 
     async def readdir(self, ino: int, cookie: int, limit: int) -> list[DirEntry]:
         core = self.core
         state = core.state(ino)
         await state.hold(Mode.PR)
         try:
-            return await core.see(lambda: self._entries(state, cookie, limit))
+            while True:
+                try:
+                    return await core.see(lambda n=limit: self._entries(state, cookie, n))  # type: ignore[misc]
+                except FsError as error:
+                    # The names before a damaged block are told; EIO stands where it begins.
+                    if error.errno != errno.EIO or limit <= 1:
+                        raise
+                    limit //= 2
         finally:
             state.release(Mode.PR)
 

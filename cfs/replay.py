@@ -24,12 +24,13 @@ import msgspec
 
 from cfs import journal_format
 from cfs.attributes import BLOCK_BYTES
-from cfs.errors import CorruptionError
+from cfs.errors import REMEDY, CorruptionError
 from cfs.format import (
     SLOT_TABLE_BLOCK,
     Header,
     Kind,
     Superblock,
+    is_whole,
     open_block_untrusted,
 )
 from cfs.journal import joined
@@ -40,9 +41,11 @@ from cfs.journal_format import (
     Item,
     JournalHeader,
     commit_parts,
+    commit_sequence,
     decode_commit_untrusted,
     decode_header_untrusted,
     image_is_whole,
+    unreadable_copies,
 )
 from cfs.nodes import BlockState, GroupNode, SlotsNode, decode_node_untrusted
 from cluster.device import BlockDevice, Buffer
@@ -50,6 +53,9 @@ from cluster.device import BlockDevice, Buffer
 SEQUENCE_GAP = 1024
 """A replayed journal goes on so much later: what a torn transaction left never fits."""
 READ_BLOCKS_MAX = 256
+TRANSACTION_SHARE = 4
+TRANSACTION_SLACK = 256
+"""A transaction takes at most a quarter of the log and what one operation adds (`Journal`)."""
 
 Image = tuple[Header, bytes]
 
@@ -95,7 +101,9 @@ class LogReader:
 async def read_log(
     fs: int, log: LogReader, header: JournalHeader
 ) -> tuple[dict[int, Image], int, int]:
-    """The newest image of each block in the log: (images, head position, transactions)."""
+    """The newest image of each block in the log: (images, head position, transactions). Raises
+    CorruptionError if a transaction in the middle cannot be read: what was acknowledged after it
+    would be lost."""
     images: dict[int, Image] = {}
     position, sequence = header.tail, header.sequence
     count = 0
@@ -113,7 +121,28 @@ async def read_log(
         position += length
         sequence += 1
         count += 1
+    await _need_end(fs, log, header, position, sequence)
     return images, position, count
+
+
+async def _need_end(
+    fs: int, log: LogReader, header: JournalHeader, position: int, sequence: int
+) -> None:
+    """Raises CorruptionError if the log goes on behind `position`: a transaction is written only
+    when the one before it is durable, so if a later one is there, this one was whole. (Of the last
+    one nobody can tell whether it rotted or was never written to the end.)"""
+    reach = log.length // TRANSACTION_SHARE + TRANSACTION_SLACK
+    for at in range(position + 1, min(header.tail + log.length, position + reach)):
+        block, number = await log.read(at), log.number(at)
+        if commit_sequence(block, number, header.slot) <= sequence:
+            continue
+        if is_whole(fs, number, block):
+            raise CorruptionError(
+                f"block {log.number(position)} of journal {header.slot} is damaged: transaction "
+                f"{sequence} cannot be read, a later one is there",
+                hint=REMEDY,
+                block=log.number(position),
+            )
 
 
 async def _read_transaction(
@@ -162,6 +191,11 @@ class Replayer:
     async def header(self, place: tuple[int, int]) -> JournalHeader:
         data = await self.device.read(place[0] * BLOCK_BYTES, HEADER_BLOCKS * BLOCK_BYTES)
         return decode_header_untrusted(self.fs, place[0], data)
+
+    async def unreadable_copies(self, place: tuple[int, int]) -> list[int]:
+        """Header blocks of a journal that rot while their twins are whole."""
+        data = await self.device.read(place[0] * BLOCK_BYTES, HEADER_BLOCKS * BLOCK_BYTES)
+        return unreadable_copies(self.fs, place[0], data)
 
     async def replay(self, place: tuple[int, int], header: JournalHeader) -> Replayed:
         """Bring every block of the journal up to date, flushed. The header stays as it is: the
@@ -220,12 +254,14 @@ class Replayer:
         """The images of blocks that hold metadata as far as the maps say."""
         areas = await self._journal_areas(images)
         others = {b: image for b, image in images.items() if image[0].kind != Kind.GROUP}
+        if others and max(others) >= self.superblock.total_blocks:
+            raise CorruptionError(f"a journal has an image of block {max(others)}, beyond the end")
         maps = await self._maps({self.superblock.group_of(block) for block in others}, newer_maps)
         result: dict[int, Image] = {}
         for block, image in others.items():
             number, index = divmod(block, self.superblock.group_blocks)
-            states = maps.get(number)
-            if states is None or index >= len(states):
+            states = maps[number]
+            if index >= len(states):
                 continue
             if states[index] not in (BlockState.META, BlockState.FREEING):
                 continue
@@ -239,19 +275,45 @@ class Replayer:
         return result
 
     async def _maps(self, groups: set[int], newer: dict[int, Image]) -> dict[int, bytearray]:
+        """The maps of groups. Raises CorruptionError if one is damaged: without it nobody knows
+        which images may be applied."""
         blocks = {self.superblock.group_block(g): g for g in groups}
         result: dict[int, bytearray] = {}
         for block, data in (await self._read(list(blocks))).items():
             image = newer.get(block)
+            states = self._states(block, data if image is None else image[1])
+            if states is None:
+                states = await self._map_elsewhere(block)
+            if states is None:
+                raise CorruptionError(
+                    f"block {block} (allocation group {blocks[block]}) is damaged: a journal with "
+                    "images for the group cannot be replayed",
+                    hint=REMEDY,
+                    block=block,
+                )
+            result[blocks[block]] = states
+        return result
+
+    def _states(self, block: int, data: bytes) -> bytearray | None:
+        try:
+            node = decode_node_untrusted(open_block_untrusted(self.fs, block, data), data)
+        except CorruptionError:
+            return None
+        return node.states if isinstance(node, GroupNode) else None
+
+    async def _map_elsewhere(self, block: int) -> bytearray | None:
+        """A map that is torn in its place stands whole in the journal of whoever was writing it."""
+        best: Image | None = None
+        for place in await self._journal_areas({}):
             try:
-                source = data if image is None else image[1]
-                header = open_block_untrusted(self.fs, block, source)
-                node = decode_node_untrusted(header, source)
+                header = await self.header(place)
+                log = LogReader(self.device, *place)
+                image = (await read_log(self.fs, log, header))[0].get(block)
             except CorruptionError:
                 continue
-            if isinstance(node, GroupNode):
-                result[blocks[block]] = node.states
-        return result
+            if image and (best is None or _version(image[0]) > _version(best[0])):
+                best = image
+        return None if best is None else self._states(block, best[1])
 
     async def _journal_areas(self, images: dict[int, Image]) -> list[tuple[int, int]]:
         data = await self.device.read(SLOT_TABLE_BLOCK * BLOCK_BYTES, BLOCK_BYTES)

@@ -9,12 +9,22 @@ from __future__ import annotations
 
 import itertools
 import stat
+from collections.abc import Iterable
 
 from cfs.attributes import FILE_BYTES_MAX, SYMLINK_BYTES_MAX
 from cfs.errors import CorruptionError
 from cfs.format import COOKIE_FIRST, FIRST_GROUP_BLOCK, Superblock
 from cfs.journal_format import JOURNAL_BLOCKS_MIN
-from cfs.nodes import BlockState, GroupNode, InodeNode, Node, SlotsNode, Tree, TreeNode
+from cfs.nodes import (
+    BlockState,
+    GroupNode,
+    InodeNode,
+    Node,
+    SlotsNode,
+    Tree,
+    TreeNode,
+    Xattr,
+)
 
 COUNTER_MAX = 1 << 62
 """No honest counter or time stamp comes near: what is higher would overflow in a later change."""
@@ -73,7 +83,11 @@ def _inode_fault(node: InodeNode, superblock: Superblock) -> str:
         return "more bytes than the size of the file"
     elif stat.S_ISLNK(mode) and not 0 < len(node.data) == node.size <= SYMLINK_BYTES_MAX:
         return "the length of a symbolic link"
-    return "" if root is None else tree_fault(root, superblock)
+    for tree in (root, node.xattrs):
+        fault = "" if tree is None else tree_fault(tree, superblock)
+        if fault:
+            return fault
+    return ""
 
 
 def tree_fault(tree: Tree, superblock: Superblock) -> str:
@@ -84,14 +98,30 @@ def tree_fault(tree: Tree, superblock: Superblock) -> str:
         return "an index without children" if tree.level else ""
     first = tree.values[0]
     if isinstance(first, int):
-        total = superblock.total_blocks
-        for child in tree.values:
-            if not FIRST_GROUP_BLOCK < child < total:  # type: ignore[operator]
-                return f"a child in block {child!r}"
-        return ""
+        return _blocks_fault([child for child in tree.values if isinstance(child, int)], superblock)
+    if isinstance(first, Xattr):
+        return _xattrs_fault(tree, superblock)
     if len(first) == 2:
         return _extents_fault(tree, superblock)
     return _names_fault(tree)
+
+
+def _blocks_fault(blocks: Iterable[int], superblock: Superblock) -> str:
+    for block in blocks:
+        if not FIRST_GROUP_BLOCK < block < superblock.total_blocks:
+            return f"it points to block {block}"
+    return ""
+
+
+def _xattrs_fault(tree: Tree, superblock: Superblock) -> str:
+    for value in tree.values:
+        assert isinstance(value, Xattr)
+        fault = _blocks_fault(value.blocks, superblock)
+        if fault:
+            return fault
+        if b"\0" in value.name:
+            return f"the impossible attribute name {value.name!r}"
+    return ""
 
 
 def _extents_fault(tree: Tree, superblock: Superblock) -> str:
@@ -99,6 +129,7 @@ def _extents_fault(tree: Tree, superblock: Superblock) -> str:
     end = 0
     for logical, value in zip(tree.keys, tree.values, strict=True):
         assert isinstance(value, tuple)
+        assert len(value) == 2
         physical, count = value[0], value[1]
         if logical < end:
             return "extents that overlap"

@@ -13,7 +13,7 @@ import errno
 from cfs import journal_format
 from cfs.attributes import BLOCK_BYTES
 from cfs.core import Core
-from cfs.errors import CorruptionError, FsError
+from cfs.errors import REMEDY, CorruptionError, FsError
 from cfs.format import (
     FIRST_GROUP_BLOCK,
     GROUP_BLOCKS_MAX,
@@ -131,9 +131,15 @@ async def begin(core: Core) -> tuple[Journal, list[tuple[int, tuple[int, int]]]]
     environment = core.environment
     chosen: tuple[JournalHeader, tuple[int, int]] | None = None
     free: list[tuple[int, tuple[int, int]]] = []
-    places = (await core.slots()).journals
+    try:
+        places = (await core.slots()).journals
+    except FsError as error:
+        raise CorruptionError(str(error), hint=REMEDY) from error
     for slot, place in enumerate(places):
         header = await replayer.header(place)
+        for block in await replayer.unreadable_copies(place):
+            rotten = CorruptionError(f"block {block} is no journal header", block=block)
+            core.damaged(rotten, block, f"a copy of the header of journal {slot}")
         if header.in_use and (
             header.owner == environment.owner or environment.is_barred(header.owner)
         ):

@@ -56,6 +56,11 @@ class Environment(TrioEnvironment):
     def __init__(self, runtime: TrioRuntime, owner: Instance, clock: Clock, **how: object) -> None:
         super().__init__(runtime, owner=owner, **how)  # type: ignore[arg-type]
         self._clock = clock
+        self.told: list[tuple[int, str]] = []
+        """Damage that was met: (block, line)."""
+
+    def damaged(self, block: int, text: str) -> None:
+        self.told.append((block, text))
 
     def wall_clock_ns(self) -> int:
         return self._clock.read()

@@ -1,0 +1,1 @@
+"""Damage that is planted on purpose: a populated file system, a table of classes, campaigns."""
