@@ -104,9 +104,10 @@ class GuardSession:
 
 
 async def attach(
-    path: str, instance: Instance, connection: int, mountpoint: str, fds: tuple[int, int]
+    path: str, instance: Instance, connection: int, mountpoint: str, fds: tuple[int, int, int]
 ) -> GuardSession:
-    """Put a mount under guard. `fds`: /dev/fuse of the session, the inode table."""
+    """Put a mount under guard. `fds`: /dev/fuse of the session, the inode table, the table of
+    unanswered requests."""
     sock = trio.socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     try:
         await sock.connect(path)

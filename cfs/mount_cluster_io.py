@@ -242,7 +242,7 @@ class ClusterBackend:
             self.granted.instance,
             session.minor,
             session.mountpoint,
-            (session.descriptor, self.table.descriptor),
+            (session.descriptor, self.table.descriptor, fuse.requests_fd()),
         )
         fuse.set_gate(self._guard.gate)
         # The guard does the same; this is for the day when it dies together with clusterd.

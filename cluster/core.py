@@ -184,7 +184,7 @@ class ClusterCore:
             case Received(source, message):
                 return self._received(now_ns, source, message)
             case Sighting():
-                return self._sighting(event)
+                return self._sighting(now_ns, event)
             case InstanceStarted(number):
                 self.membership.local.append(number)
             case InstanceEnded():
@@ -249,8 +249,8 @@ class ClusterCore:
             case _:
                 return self.proposer.step(now_ns, Received(source, message))
 
-    def _sighting(self, sighting: Sighting) -> list[Action]:
-        self.membership.sighting = sighting
+    def _sighting(self, now_ns: int, sighting: Sighting) -> list[Action]:
+        self.membership.take_sighting(now_ns, sighting)
         for peer in sighting.peers:
             for number in peer.purged:
                 self.silence.purged(Instance(peer.node, peer.incarnation, number))

@@ -60,7 +60,8 @@ class Membership:
         self.local: list[InstanceNo] = [InstanceNo(0)]
         self.dead_local: dict[InstanceNo, str] = {}
         self.reported: dict[Instance, list[InstanceNo]] = {}
-        self._start_ns = start_ns
+        self._listening_ns: int | None = None
+        """Since when the guard listens; a machine under load starts it late."""
         self._wish: Wish | None = None
         self._wish_ns = start_ns
         self._missing_ns: dict[tuple[int, int], int] = {}
@@ -76,6 +77,12 @@ class Membership:
     def quorate(self) -> bool:
         """Whether the register can be decided, as far as the echoes of the voters tell."""
         return self.admitted and is_quorum(self.state, self.sighting.voters)
+
+    def take_sighting(self, now_ns: int, sighting: Sighting) -> None:
+        """What the guard hears."""
+        self.sighting = sighting
+        if self._listening_ns is None:
+            self._listening_ns = now_ns
 
     def behind(self) -> bool:
         """Whether a peer knows a newer value."""
@@ -255,7 +262,8 @@ class Membership:
     def _all_dead(self, now_ns: int) -> bool:
         """Nobody whom the register admits can be alive (a cold start)."""
         heard = {int(peer.node): peer for peer in self.sighting.peers}
-        waited = now_ns - self._start_ns >= self.timing.dead_ms * MS
+        since_ns = now_ns if self._listening_ns is None else self._listening_ns
+        waited = now_ns - since_ns >= self.timing.dead_ms * MS
         for member in self.state.members:
             if member.node == self.me:
                 continue
@@ -276,7 +284,8 @@ class Membership:
         if not self._differs():
             return None
         if not self.admitted:
-            return max(self._ripe_ns(), self._start_ns + self.timing.dead_ms * MS)
+            since_ns = self._wish_ns if self._listening_ns is None else self._listening_ns
+            return max(self._ripe_ns(), since_ns + self.timing.dead_ms * MS)
         return self._ripe_ns()
 
 

@@ -29,6 +29,8 @@ MINOR_PRUNE = 45
 
 PRUNE_MAX = 4096
 """Inodes in one PRUNE."""
+SWEEP_SLOTS = 64
+"""Threads of one `InodeSweep`."""
 
 
 def invalidate_inode(descriptor: int, inode: int, offset: int = 0, length: int = 0) -> int:
@@ -84,11 +86,22 @@ class InodeSweep:
         self._inodes = ffi.from_buffer("uint64_t[]", inodes)
         self._state = ffi.new("struct native_sweep *")
 
-    def run(self) -> int:
-        """Invalidate until nothing is left to take; 0 or the first fatal errno of any thread."""
+    def run(self, slot: int = 0) -> int:
+        """Invalidate until nothing is left to take; 0 or the first fatal errno of any thread.
+        Each thread needs a `slot` of its own below `SWEEP_SLOTS`."""
+        count = len(self._inodes)
         return int(
-            lib.native_notify_sweep(self._descriptor, self._inodes, len(self._inodes), self._state)
+            lib.native_notify_sweep(self._descriptor, self._inodes, count, self._state, slot)
         )
+
+    def at(self, slot: int) -> int:
+        """The inode that the thread of a slot is busy with; 0: none."""
+        return int(lib.native_notify_sweep_at(self._state, slot))
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether every row has been taken by some thread."""
+        return int(lib.native_notify_sweep_taken(self._state)) >= len(self._inodes)
 
     @property
     def done(self) -> int:

@@ -8,6 +8,7 @@ WRITE (an invalidation of those would wait; they hold no valid data).
 |---|---|
 | 0 | u64 rows in use: all rows at and above this number are free |
 | 8 | u64 number of unanswered requests |
+| 16 | u64 rises before a message is read and again when it is listed: odd in between |
 | 64 | rows of 64 bytes |
 
 | offset | row |
@@ -161,6 +162,16 @@ class PendingRequest(NamedTuple):
     answered: bool
     """Its answer is kept because the gate is closed."""
 
+    @property
+    def past_cache(self) -> bool:
+        """As of `Request`; only for a READ or WRITE."""
+        return bool(self.operation_flags & READ_LOCKOWNER)
+
+    @property
+    def laundered(self) -> bool:
+        """As of `Request`."""
+        return self.opcode == Opcode.WRITE and bool(self.operation_flags & WRITE_CACHE)
+
 
 _ROW = struct.Struct("<5Q6I")
 _UNIQUE = struct.Struct("<Q")
@@ -179,6 +190,11 @@ class RequestTable:
 
     def __len__(self) -> int:
         return int(_UNIQUE.unpack_from(self._map, 8)[0])
+
+    def complete(self) -> bool:
+        """Whether every message that this process has taken from the kernel is listed."""
+        listed = int(_UNIQUE.unpack_from(self._map, 0)[0]) < PENDING_MAX
+        return listed and not _UNIQUE.unpack_from(self._map, 16)[0] % 2
 
     def rows(self) -> list[PendingRequest]:
         """The requests that were unanswered all the time of this call, and some of the others."""

@@ -65,7 +65,8 @@ from node.guard_messages import (
     Settings,
     decode_to_guard,
 )
-from node.guard_mounts_io import Mount, MountSocket, sweep
+from node.guard_mounts_io import Mount, MountSocket
+from node.guard_sweep_io import Sweep
 
 MS = 1_000_000
 QUEUE_MAX = 4096
@@ -220,12 +221,13 @@ class Guard:
         mount.sock.close()
 
     def _start_sweep(self, number: InstanceNo, mount: Mount) -> None:
+        one = Sweep(mount.fuse_fd, mount.table_fd, mount.requests)
+
         def work() -> None:
-            gone = sweep(mount.fuse_fd, mount.table_fd)
+            gone = one.run()
             self._results.append((number, mount, gone))
             os.eventfd_write(self._wake, 1)
 
-        mount.sweeping = True
         threading.Thread(target=work, daemon=True, name=f"sweep-{number}").start()
 
     # --- input
@@ -235,7 +237,6 @@ class Guard:
             os.eventfd_read(self._wake)
         while self._results:
             number, mount, gone = self._results.popleft()
-            mount.swept()
             if self._mounts.get(number) is mount:
                 self._guard_step(guard.Swept(number, gone))
 

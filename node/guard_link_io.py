@@ -37,7 +37,7 @@ from node.guard_messages import (
     ToGuard,
     decode_from_guard,
 )
-from node.guard_mounts_io import sweep
+from node.guard_sweep_io import Sweep
 
 QUEUE_MAX = 4096
 READY_S = 20.0
@@ -58,10 +58,9 @@ class _Held:
     sweeper: threading.Thread | None = None
 
     def close(self) -> None:
-        """Give the descriptors back, unless a sweep still uses them: then they stay."""
-        if self.sweeper is None or not self.sweeper.is_alive():
-            os.close(self.fuse_fd)
-            os.close(self.table_fd)
+        """Give the descriptors back; a sweep has its own."""
+        os.close(self.fuse_fd)
+        os.close(self.table_fd)
 
 
 class GuardLink:
@@ -181,9 +180,8 @@ class GuardLink:
         held.gate.set_word(Word.BARRED)
         with contextlib.suppress(OSError):
             abort(self._connections, held.connection, held.fuse_fd)
-        held.sweeper = threading.Thread(
-            target=sweep, args=(held.fuse_fd, held.table_fd), daemon=True, name="sweep"
-        )
+        sweep = Sweep(held.fuse_fd, held.table_fd)
+        held.sweeper = threading.Thread(target=sweep.run, daemon=True, name="sweep")
         held.sweeper.start()
 
     async def _alive_loop(self) -> None:

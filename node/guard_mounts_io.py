@@ -1,8 +1,9 @@
-"""guard.sock: how mounts hand their descriptors to the guard, and the sweep of kernel caches.
+"""guard.sock: how mounts hand their descriptors to the guard.
 
 SOCK_SEQPACKET, JSON packets. The mount sends `{"attach": [node, incarnation, number],
-"connection": fuse minor, "mountpoint": path}` with two descriptors: /dev/fuse of its session, and
-a memfd of u64: word 0 is the count of slots, then inode numbers that the kernel knows (0: free).
+"connection": fuse minor, "mountpoint": path}` with three descriptors: /dev/fuse of its session; a
+memfd of u64: word 0 is the count of slots, then inode numbers that the kernel knows (0: free); the
+memfd of the table of unanswered requests (native/requests.py).
 The answer is `{"ok": true}` with the memfd of the lease page (native/gate.py), or
 `{"error": text}`. Later `{"detach": true}` says that it has unmounted; the end of the connection
 without it is the death of the mount process.
@@ -12,11 +13,9 @@ from __future__ import annotations
 
 import contextlib
 import json
-import mmap
 import os
 import socket
 import struct
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -25,43 +24,31 @@ import msgspec
 from cluster.errors import StackError
 from cluster.ids import Instance
 from native.gate import Gate, create_gate_memory
-from native.notify import InodeSweep, increment_epoch
+from native.requests import RequestTable
 from node.fuse_connection_io import abort, open_connections
 
 PACKET_BYTES_MAX = 1 << 16
-SWEEP_THREADS = 4
+FDS = 3
 WAITING_MAX = 64
 
 
 class Mount:
     """One attached mount: everything the guard holds of it."""
 
-    def __init__(self, sock: socket.socket, request: _Attach, fuse_fd: int, table_fd: int) -> None:
+    def __init__(self, sock: socket.socket, request: _Attach, fds: list[int]) -> None:
         self.sock = sock
         self.instance = request.attach
         self.connection = request.connection
         self.mountpoint = request.mountpoint
-        self.fuse_fd = fuse_fd
-        self.table_fd = table_fd
+        self.fuse_fd, self.table_fd, requests_fd = fds
+        self.requests = RequestTable(requests_fd)
+        os.close(requests_fd)
         self.lease_fd = create_gate_memory(f"lease-{request.attach.number}")
         self.gate = Gate.map(self.lease_fd)
-        self.sweeping = False
         self.detached = False
-        self._retired = False
 
     def retire(self) -> None:
-        """Give the descriptors back, but not under a sweep: their numbers could be used anew."""
-        self._retired = True
-        if not self.sweeping:
-            self._close()
-
-    def swept(self) -> None:
-        """The sweep has ended."""
-        self.sweeping = False
-        if self._retired:
-            self._close()
-
-    def _close(self) -> None:
+        """Give the descriptors back; a sweep has its own."""
         for fd in (self.fuse_fd, self.table_fd, self.lease_fd):
             os.close(fd)
 
@@ -111,11 +98,11 @@ class MountSocket:
             return None
         try:
             request = msgspec.json.decode(data, type=_Attach)
-            if len(fds) != 2 or len(self.waiting) >= WAITING_MAX:
-                raise ValueError("an attach needs two descriptors")
+            if len(fds) != FDS or len(self.waiting) >= WAITING_MAX:
+                raise ValueError("an attach needs three descriptors")
             for fd in fds:
                 os.set_inheritable(fd, False)
-            return Mount(sock, request, *fds)
+            return Mount(sock, request, fds)
         except (ValueError, msgspec.DecodeError) as error:
             for fd in fds:
                 os.close(fd)
@@ -154,28 +141,3 @@ class MountSocket:
         with contextlib.suppress(OSError):
             abort(self._connections, mount.connection, mount.fuse_fd)
 
-
-def sweep(fuse_fd: int, table_fd: int) -> bool:
-    """Invalidate every inode of the table, in several threads. True if the connection is gone."""
-    size = os.fstat(table_fd).st_size // 8 * 8
-    increment_epoch(fuse_fd)
-    if size <= 8:
-        return False
-    table = mmap.mmap(table_fd, size, prot=mmap.PROT_READ | mmap.PROT_WRITE)
-    used = min(int.from_bytes(table[:8], "little"), size // 8 - 1)
-    if used == 0:
-        return False
-    job = InodeSweep(fuse_fd, memoryview(table)[8 : 8 + 8 * used])
-    failed: list[int] = []
-
-    def work() -> None:
-        error = job.run()
-        if error:
-            failed.append(error)
-
-    threads = [threading.Thread(target=work, daemon=True) for _ in range(SWEEP_THREADS)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return bool(failed)

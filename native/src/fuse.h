@@ -42,6 +42,8 @@ enum { STATE_INTERRUPTED = 1, STATE_ANSWERED = 2 };
 
 /* fuse_requests.c */
 int requests_reset(void);
+/* Before a message is read, and again when it is listed. */
+void requests_reading(void);
 /* Parses a message and lists it; the result stays valid until the next one. */
 const struct fuse_current *requests_arrived(const void *message, size_t length);
 /* Both are 0 for an unknown unique. */

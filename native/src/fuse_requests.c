@@ -17,8 +17,8 @@
 #define NONE UINT32_MAX
 
 struct table {
-    _Atomic uint64_t rows_in_use, count;
-    uint64_t spare[6];
+    _Atomic uint64_t rows_in_use, count, reads;
+    uint64_t spare[5];
     struct pending_row rows[PENDING_MAX];
 };
 
@@ -220,6 +220,13 @@ static void parse(struct fuse_current *request, const void *body, size_t length)
     default:
         break;
     }
+}
+
+/* Around each read of a message: the number is odd while one may be read and not yet listed. */
+void requests_reading(void)
+{
+    if (table)
+        atomic_fetch_add(&table->reads, 1);
 }
 
 /* A whole message of the kernel was read. */

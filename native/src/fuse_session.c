@@ -59,7 +59,7 @@ static void note_init(const void *message, size_t length)
         info.offered |= (uint64_t)init.flags2 << 32;
 }
 
-static ssize_t session_read(int fd, void *buffer, size_t length, void *userdata)
+static ssize_t read_message(int fd, void *buffer, size_t length)
 {
     if (placeholder >= 0) { /* the first read: libfuse put the mounted descriptor in its place */
         close(placeholder);
@@ -83,6 +83,16 @@ static ssize_t session_read(int fd, void *buffer, size_t length, void *userdata)
         errno = EINTR;
         return -1;
     }
+    return result;
+}
+
+static ssize_t session_read(int fd, void *buffer, size_t length, void *userdata)
+{
+    requests_reading();
+    ssize_t result = read_message(fd, buffer, length);
+    int error = errno;
+    requests_reading();
+    errno = error;
     return result;
 }
 

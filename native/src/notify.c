@@ -72,16 +72,21 @@ int native_notify_prune(int fd, const uint64_t *inodes, size_t count)
     return send(fd, PRUNE, iov, 3);
 }
 
-int native_notify_sweep(int fd, const uint64_t *inodes, size_t count, struct native_sweep *sweep)
+int native_notify_sweep(int fd, const uint64_t *inodes, size_t count, struct native_sweep *sweep,
+                        unsigned slot)
 {
     int none = 0;
+    if (slot >= SWEEP_SLOTS)
+        return EINVAL;
     while (!atomic_load(&sweep->error)) {
         uint64_t index = atomic_fetch_add(&sweep->next, 1);
         if (index >= count)
             break;
         uint64_t inode = atomic_load_explicit((const _Atomic uint64_t *)&inodes[index],
                                               memory_order_relaxed);
+        atomic_store(&sweep->at[slot], inode);
         int error = inode ? native_notify_inode(fd, inode, 0, 0) : 0;
+        atomic_store(&sweep->at[slot], 0);
         if (error && error != ENOENT)
             atomic_compare_exchange_strong(&sweep->error, &none, error);
         else
@@ -90,7 +95,17 @@ int native_notify_sweep(int fd, const uint64_t *inodes, size_t count, struct nat
     return atomic_load(&sweep->error);
 }
 
+uint64_t native_notify_sweep_taken(struct native_sweep *sweep)
+{
+    return atomic_load(&sweep->next);
+}
+
 uint64_t native_notify_sweep_done(struct native_sweep *sweep)
 {
     return atomic_load(&sweep->done);
+}
+
+uint64_t native_notify_sweep_at(struct native_sweep *sweep, unsigned slot)
+{
+    return slot < SWEEP_SLOTS ? atomic_load(&sweep->at[slot]) : 0;
 }

@@ -170,12 +170,15 @@ def test_cold_start_waits_until_nobody_admitted_can_be_alive():
     core = Membership(1, 2, TIMING, decided({}), 0)
     core.adopt(0, decided({1: 1, 2: 1}))
     assert not core.was_admitted
-    assert proposals(core, [0, 999]) == [None, None]
-    assert proposals(core, [1200])[0].members == {1: 2}
+    # Nothing was heard so far because nobody listened: the guard starts late.
+    assert proposals(core, [0, 999, 5000]) == [None, None, None]
+    core.take_sighting(5100 * MS, sighting())
+    assert proposals(core, [5100, 6099]) == [None, None]
+    assert proposals(core, [6100])[0].members == {1: 2}
     core.sighting = sighting(witnessed=[(2, 1)])
-    assert proposals(core, [2000, 3000]) == [None, None]
+    assert proposals(core, [7000, 8000]) == [None, None]
     core.sighting = sighting(peer(2, incarnation=2))
-    assert proposals(core, [3001, 3200])[1].members == {1: 2, 2: 2}
+    assert proposals(core, [8001, 8200])[1].members == {1: 2, 2: 2}
 
 
 def test_a_node_that_is_not_admitted_waits_for_a_living_member():

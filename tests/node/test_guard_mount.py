@@ -1,6 +1,7 @@
 """The guard against a real FUSE mount: death, barring, lapse, and the death of clusterd."""
 
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ READ = "import os,sys; print(len(os.pread(os.open(sys.argv[1], os.O_RDONLY), 409
 HOLD = """
 import mmap, os, sys
 fd = os.open(sys.argv[1], os.O_RDONLY)
+os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
 print(len(os.pread(fd, 4096, 0)), flush=True)
 for _ in sys.stdin:
     try:
@@ -30,18 +32,24 @@ for _ in sys.stdin:
 class Holder:
     """A process that keeps the file open: lookups and opens do not protect it."""
 
-    def __init__(self, mount):
+    def __init__(self, mount, name="data"):
         self.process = subprocess.Popen(
-            [sys.executable, "-S", "-c", HOLD, str(mount.point / "data")],
+            [sys.executable, "-S", "-c", HOLD, str(mount.point / name)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         )  # fmt: skip
         mount.node.cluster.started.append(self.process)
         assert self.process.stdout.readline().strip() == "4096"
 
-    def read(self):
+    def ask(self):
         self.process.stdin.write("\n")
         self.process.stdin.flush()
+
+    def answer(self):
         return self.process.stdout.readline().strip()
+
+    def read(self):
+        self.ask()
+        return self.answer()
 
 
 class Mounted:
@@ -166,6 +174,62 @@ def test_lapsed_lease_empties_the_caches_and_comes_back(cluster, mounted):
     assert reader.communicate(timeout=30)[0].strip() == "4096"
     assert first.events("lease.renewed")
     assert not first.events("instance.purged")
+
+
+def spawn(mount, name, program):
+    """A program that opens a file of the mount as `fd`."""
+    code = f"import os,sys\nfd=os.open(sys.argv[1],os.O_RDWR)\n{program}"
+    process = subprocess.Popen(
+        [sys.executable, "-S", "-c", code, str(mount.point / name)],
+        stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    mount.node.cluster.started.append(process)
+    return process
+
+
+RANDOM = "os.posix_fadvise(fd,0,0,os.POSIX_FADV_RANDOM)\n"
+
+
+def test_lapse_goes_around_pages_of_unanswered_requests(cluster, mounted):
+    """Rule G3: pages locked by a READ and by a WRITE, and a page that a WRITE has not locked. The
+    mount is not aborted, everything cached is gone, and when the lease is back all are answered."""
+    first, second = cluster.up(2)
+    mount = mounted(first)
+    mount.warm()
+    holders = [Holder(mount, name) for name in ("data", "slow1", "slow2")]
+    before = mount.reads()
+    requests = [
+        spawn(mount, "slow1", f"{RANDOM}print(len(os.pread(fd,8192,40960)))"),
+        spawn(mount, "slow1", "print(os.pwrite(fd,b'y'*4096,53300))"),  # into pages without data
+        spawn(mount, "slow2", "print(os.pwrite(fd,b'y'*10,100))"),  # into the page that has data
+        spawn(mount, "slow2", "print(len(os.pread(fd,20000,40960)))"),  # with read-ahead
+    ]
+    wait_until(lambda: mount.reads() >= before + 2, "the reads have arrived")
+    for pid in (second.process.pid, second.guard):
+        os.kill(pid, signal.SIGSTOP)
+    wait_until(lambda: first.events("lease.lapsed"), "the lease lapses without the other voter")
+
+    def dropped(holder, reads):
+        """Asked again and again: it was served from the cache until a read reached the mount."""
+        while mount.reads() == reads:
+            if select.select([holder.process.stdout], [], [], 0.05)[0]:
+                assert holder.answer() == "4096"
+                holder.ask()
+        return True
+
+    for holder in holders:
+        reads = mount.reads()
+        holder.ask()
+        wait_until(lambda h=holder, r=reads: dropped(h, r), "its page is gone")
+    assert [process.poll() for process in requests] == [None] * 4
+    for pid in (second.guard, second.process.pid):
+        os.kill(pid, signal.SIGCONT)
+    Path(f"{mount.report}.go").touch()
+    answers = [process.communicate(timeout=30)[0].strip() for process in requests]
+    assert answers == ["8192", "4096", "10", "20000"]
+    assert [holder.answer() for holder in holders] == ["4096"] * 3
+    assert first.events("lease.renewed")
+    assert not first.events("instance.died")
 
 
 def test_death_of_the_guard_purges_all_mounts(cluster, mounted):

@@ -2,7 +2,8 @@
 
 usage: tiny_mount.py MOUNTPOINT REPORT    (CFS_RUN_DIR names the node)
 The file `data` holds 64 KiB; its pages stay in the kernel's cache. Each read that reaches this
-process adds a byte to REPORT.
+process adds a byte to REPORT. The files `slow1` and `slow2` are like it, but writes, and reads at
+and above SLOW_FROM, wait until the file REPORT.go exists.
 """
 
 import errno
@@ -19,8 +20,9 @@ from cfs.mount_system_io import mounted_minor
 from cluster.control_io import open_session
 from cluster.ids import Instance
 
-INODE = 2
+INODES = {b"data": 2, b"slow1": 3, b"slow2": 4}
 CONTENT = b"x" * 65536
+SLOW_FROM = 32768
 
 
 def attributes(inode):
@@ -40,9 +42,9 @@ class Tiny(pyfuse3.Operations):
         self.gate = None
 
     async def lookup(self, _parent, name, _context):
-        if name != b"data":
+        if name not in INODES:
             raise pyfuse3.FUSEError(errno.ENOENT)
-        return attributes(INODE)
+        return attributes(INODES[name])
 
     async def getattr(self, inode, _context):
         return attributes(inode)
@@ -50,24 +52,35 @@ class Tiny(pyfuse3.Operations):
     async def open(self, inode, _flags, _context):
         return pyfuse3.FileInfo(fh=inode, keep_cache=True)
 
-    async def read(self, _handle, offset, size):
+    async def read(self, handle, offset, size):
         with self.report.open("ab") as file:
             file.write(b"r")
+        if handle != INODES[b"data"] and offset + size > SLOW_FROM:
+            await self.released()
         return CONTENT[offset : offset + size]
+
+    async def write(self, _handle, _offset, data):
+        await self.released()
+        return len(data)
+
+    async def released(self):
+        while not Path(f"{self.report}.go").exists():
+            await trio.sleep(0.02)
 
 
 async def main(mountpoint, report):
     operations = Tiny(Path(report))
+    fuse.configure(fuse.Settings())
     pyfuse3.init(operations, mountpoint, {"fsname=tiny"} | set(pyfuse3.default_options))
     minor = mounted_minor(mountpoint)
     async with open_session(None, {}, lambda *_event: None) as session:
         granted = await session.call("instance.register", {"kind": "mount", "title": mountpoint})
         table = SharedInodeTable()
-        for inode in (1, INODE):
+        for inode in (1, *INODES.values()):
             table.add(inode)
         guarded = await attach(
             granted["guard_socket"], Instance(*granted["instance"]), minor, mountpoint,
-            (fuse.session_fd(), table.descriptor),
+            (fuse.session_fd(), table.descriptor, fuse.requests_fd()),
         )  # fmt: skip
         operations.gate = guarded.gate
         fuse.set_gate(guarded.gate)
