@@ -224,7 +224,7 @@ def test_lapse_goes_around_pages_of_unanswered_requests(cluster, mounted):
     assert [process.poll() for process in requests] == [None] * 4
     for pid in (second.guard, second.process.pid):
         os.kill(pid, signal.SIGCONT)
-    Path(f"{mount.report}.go").touch()
+    mount.process.send_signal(signal.SIGUSR1)
     answers = [process.communicate(timeout=30)[0].strip() for process in requests]
     assert answers == ["8192", "4096", "10", "20000"]
     assert [holder.answer() for holder in holders] == ["4096"] * 3

@@ -3,11 +3,12 @@
 usage: tiny_mount.py MOUNTPOINT REPORT    (CFS_RUN_DIR names the node)
 The file `data` holds 64 KiB; its pages stay in the kernel's cache. Each read that reaches this
 process adds a byte to REPORT. The files `slow1` and `slow2` are like it, but writes, and reads at
-and above SLOW_FROM, wait until the file REPORT.go exists.
+and above SLOW_FROM, wait until a SIGUSR1 comes.
 """
 
 import errno
 import os
+import signal
 import stat
 import sys
 from pathlib import Path
@@ -40,6 +41,7 @@ class Tiny(pyfuse3.Operations):
         super().__init__()
         self.report = report
         self.gate = None
+        self.released = trio.Event()
 
     async def lookup(self, _parent, name, _context):
         if name not in INODES:
@@ -56,16 +58,12 @@ class Tiny(pyfuse3.Operations):
         with self.report.open("ab") as file:
             file.write(b"r")
         if handle != INODES[b"data"] and offset + size > SLOW_FROM:
-            await self.released()
+            await self.released.wait()
         return CONTENT[offset : offset + size]
 
     async def write(self, _handle, _offset, data):
-        await self.released()
+        await self.released.wait()
         return len(data)
-
-    async def released(self):
-        while not Path(f"{self.report}.go").exists():
-            await trio.sleep(0.02)
 
 
 async def main(mountpoint, report):
@@ -84,7 +82,6 @@ async def main(mountpoint, report):
         )  # fmt: skip
         operations.gate = guarded.gate
         fuse.set_gate(guarded.gate)
-        print("ready", minor, flush=True)
 
         async def stamp():
             while True:
@@ -92,8 +89,15 @@ async def main(mountpoint, report):
                 fuse.gate_flush()
                 await trio.sleep(0.02)
 
+        async def release():
+            with trio.open_signal_receiver(signal.SIGUSR1) as signals:
+                print("ready", minor, flush=True)
+                async for _ in signals:
+                    operations.released.set()
+
         async with trio.open_nursery() as nursery:
             nursery.start_soon(stamp)
+            nursery.start_soon(release)
             await pyfuse3.main()
             nursery.cancel_scope.cancel()
         fuse.set_gate(None)
