@@ -197,6 +197,10 @@ class FileSystem:
         finally:
             state.release(Mode.PR)
 
+    def try_getxattr(self, ino: int, name: bytes) -> bytes | None:
+        """As `getxattr`, if it needs neither a message nor the disk. Raises ENODATA."""
+        return self.inodes.try_getxattr(self.core.state(ino), name)
+
     # -- under a hold of the caller --------------------------------------------------------------
 
     async def getattr_held(self, ino: int) -> Attributes:

@@ -21,7 +21,7 @@ from cfs.files import Files, need_regular
 from cfs.nodes import InodeNode
 from cfs.orphans import Orphans
 from cfs.protection import need_mutable, need_unprotected
-from cfs.transaction import READER, Tx
+from cfs.transaction import READER, Missing, Tx
 from cfs.xattr import ACCESS_ACL, DEFAULT_ACL, XattrEditor
 from cluster.locks import Mode
 
@@ -104,6 +104,18 @@ class Inodes:
         return done
 
     # -- extended attributes ---------------------------------------------------------------------
+
+    def try_getxattr(self, state: InodeState, name: bytes) -> bytes | None:
+        """`getxattr` if all is here, else None."""
+        xattr.need_name(name)
+        if not state.try_hold(Mode.PR):
+            return None
+        try:
+            return self._value(state, self.core.superblock.name_hash(name), name)
+        except Missing:
+            return None
+        finally:
+            state.release(Mode.PR)
 
     async def getxattr(self, state: InodeState, name: bytes) -> bytes:
         xattr.need_name(name)

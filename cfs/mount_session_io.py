@@ -20,12 +20,19 @@ log = logging.getLogger("cfs.mount")
 TASKS_IDLE = 32
 TASKS_MAX = 10_000
 BACKGROUND_MAX = 16384
-SET_BITS = fuse.Init.EXPLICIT_INVAL_DATA | fuse.Init.PARALLEL_DIROPS
+SET_BITS = (
+    fuse.Init.EXPLICIT_INVAL_DATA
+    | fuse.Init.PARALLEL_DIROPS
+    | fuse.Init.POSIX_ACL
+    | fuse.Init.DONT_MASK
+    | fuse.Init.SETXATTR_EXT
+    | fuse.Init.HANDLE_KILLPRIV_V2  # the kernel says of each write whether suid and sgid go
+)
 CLEAR_BITS = (
     fuse.Init.AUTO_INVAL_DATA
     | fuse.Init.WRITEBACK_CACHE
     | fuse.Init.EXPORT_SUPPORT
-    | fuse.Init.HANDLE_KILLPRIV  # the kernel clears suid and sgid itself, knowing who writes
+    | fuse.Init.HANDLE_KILLPRIV
 )
 
 

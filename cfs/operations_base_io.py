@@ -139,16 +139,28 @@ class OperationsBase(pyfuse3.Operations):  # type: ignore[misc]
             found.st_ino = pyfuse3.InodeT(inode.node)
         return found
 
+    def current_attributes(
+        self, inode: KernelInode, attributes: Attributes
+    ) -> tuple[Attributes, float]:
+        """The newest attributes there are, and how long they may be believed (seconds)."""
+        fresh = self.fs.try_getattr(inode.number)
+        if fresh is None:
+            return attributes, 0.0
+        lock = self.fs.inode_lock(inode.number)
+        return fresh, self.caches.attribute_timeout(inode, lock, inode.revision)
+
     def answer_attributes(
         self, inode: KernelInode, attributes: Attributes
     ) -> pyfuse3.EntryAttributes:
         """An answer to GETATTR or SETATTR: the newest there is, believed while the lock is here."""
-        fresh = self.fs.try_getattr(inode.number)
-        if fresh is None:
-            return entry(attributes, attribute_timeout_s=0.0, name_timeout_s=0.0)
-        lock = self.fs.inode_lock(inode.number)
-        timeout = self.caches.attribute_timeout(inode, lock, inode.revision)
+        fresh, timeout = self.current_attributes(inode, attributes)
         return entry(fresh, attribute_timeout_s=timeout, name_timeout_s=0.0)
+
+    @staticmethod
+    def need_same_life(inode: KernelInode, attributes: Attributes) -> None:
+        """The number may have been given to another inode since the kernel heard of it."""
+        if inode.generation != attributes.generation and inode.node == inode.number:
+            raise FsError(errno.ESTALE)
 
     async def truncate(self, inode: KernelInode, changes: SetAttributes) -> Attributes:
         """Change attributes with a new size. The kernel holds back laundered WRITEs of the file

@@ -22,6 +22,7 @@ from cfs.kernel_cache_io import KernelCaches
 from cfs.mount_fuse_io import pyfuse3
 from cfs.mount_interrupt_io import RequestWaits
 from cfs.operations_base_io import Handle, OperationsBase, handler
+from cfs.protection import need_openable
 from cluster.locks import CachedLock, Mode
 
 READ_BYTES_MAX = 512 << 20
@@ -30,7 +31,6 @@ SYNC_BIT = os.O_SYNC & ~os.O_DSYNC
 WRITE_BYTES_MAX = 1 << 20
 SPLIT_BYTES_MIN = WRITE_BYTES_MAX - PAGE_BYTES
 SPLIT_WAIT_S = 0.05
-TRUNCATED = SetAttributes(size=0)
 
 
 class Admission:
@@ -65,14 +65,21 @@ class DataOperations(OperationsBase):
         self.admission = Admission(READ_BYTES_MAX)
         self.launder_waits = 0
 
-    async def open_handle(self, inode: KernelInode, flags: int) -> pyfuse3.FileInfo:
-        """Open an inode that the kernel knows; the answer follows without a checkpoint."""
+    async def open_handle(
+        self, inode: KernelInode, flags: int, *, kill: bool = False
+    ) -> pyfuse3.FileInfo:
+        """Open an inode that the kernel knows; the answer follows without a checkpoint. `kill`:
+        who truncates may not keep set-user-id and set-group-id."""
         number = inode.number
         if not self.fs.try_open_ref(number):
             await self.fs.open_ref(number)
         try:
+            if flags & (os.O_ACCMODE | os.O_TRUNC):
+                found = self.fs.try_getattr(number) or await self.fs.getattr(number)
+                appends = flags & (os.O_APPEND | os.O_TRUNC) == os.O_APPEND
+                need_openable(found.flags, writes=True, appends=appends)
             if flags & os.O_TRUNC:
-                await self.truncate(inode, TRUNCATED)
+                await self.truncate(inode, SetAttributes(size=0, kill_privileges=kill))
             handle = self.add_handle(inode, self.fs.inode_lock(number), flags)
         except BaseException:
             self.fs.close_ref(number)
@@ -106,7 +113,8 @@ class DataOperations(OperationsBase):
     async def open(
         self, inode: pyfuse3.InodeT, flags: pyfuse3.FlagT, ctx: pyfuse3.RequestContext
     ) -> pyfuse3.FileInfo:
-        return await self.open_handle(self.known(inode), flags)
+        kill = self.request.kills_privileges
+        return await self.open_handle(self.known(inode), flags, kill=kill)
 
     @handler
     async def release(self, fh: pyfuse3.FileHandleT) -> None:
@@ -178,34 +186,36 @@ class DataOperations(OperationsBase):
             return await self._launder(self.known(pyfuse3.InodeT(request.inode)), off, buf)
         handle = self.handles[fh]
         inode = handle.inode
-        flags = request.flags
+        flags, kill = request.flags, request.kills_privileges
         if flags & os.O_APPEND:
-            return await self._append(handle, flags, off, buf)
+            return await self._append(handle, flags, off, buf, kill)
         if request.past_cache:
-            return await self._write_past_cache(handle, flags, off, buf)
+            return await self._write_past_cache(handle, flags, off, buf, kill)
         lock = handle.lock
         arrived_ns = time.monotonic_ns()
         if inode.revoking or not lock.try_hold(Mode.EX):
             waiter = Waiter(off, off + len(buf), Mode.EX, writes=True, cached=True)
             await self.caches.hold(inode, lock, waiter)
-        written = await self._write_under(inode, lock, off, buf)
+        written = await self._write_under(inode, lock, off, buf, kill=kill)
         if inode.filled and inode.near_invalidation(arrived_ns):
             await self.caches.drop_filled(inode, off, off + len(buf))
         if flags & os.O_DSYNC:
             await self.fs.fsync(inode.number, not flags & SYNC_BIT)
         return written
 
-    async def _write_past_cache(self, handle: Handle, flags: int, off: int, buf: bytes) -> int:
+    async def _write_past_cache(
+        self, handle: Handle, flags: int, off: int, buf: bytes, kill: bool
+    ) -> int:
         inode = handle.inode
         direct, sync = bool(flags & os.O_DIRECT), bool(flags & os.O_DSYNC)
-        written = await self.fs.write(inode.number, off, buf, sync=sync, direct=direct)
+        written = await self.fs.write(inode.number, off, buf, sync=sync, direct=direct, kill=kill)
         if handle.uncached:
             await self.caches.settle(inode, [(off, off + len(buf))])
         else:
             inode.note_write(off, off + len(buf))  # the kernel itself drops what it overlaps
         return written
 
-    async def _append(self, handle: Handle, flags: int, off: int, buf: bytes) -> int:
+    async def _append(self, handle: Handle, flags: int, off: int, buf: bytes, kill: bool) -> int:
         """Write at the true end of file, whatever the kernel believes that to be."""
         inode, lock = handle.inode, handle.lock
         if handle.appending is not None:
@@ -218,7 +228,7 @@ class DataOperations(OperationsBase):
         inode.serving += 1
         try:
             end = (await self.fs.getattr_held(inode.number)).size
-            written = await self.fs.write_held(inode.number, end, buf)
+            written = await self.fs.write_held(inode.number, end, buf, kill=kill)
             kept = SPLIT_BYTES_MIN < len(buf) < WRITE_BYTES_MAX
         finally:
             if kept:
@@ -251,12 +261,19 @@ class DataOperations(OperationsBase):
         trio.lowlevel.spawn_system_task(give_back)
 
     async def _write_under(
-        self, inode: KernelInode, lock: CachedLock, off: int, buf: bytes, laundered: bool = False
+        self,
+        inode: KernelInode,
+        lock: CachedLock,
+        off: int,
+        buf: bytes,
+        *,
+        laundered: bool = False,
+        kill: bool = False,
     ) -> int:
         """Write under the EX hold that the caller has taken, and give it back."""
         inode.serving += 1
         try:
-            return await self.fs.write_held(inode.number, off, buf, laundered=laundered)
+            return await self.fs.write_held(inode.number, off, buf, laundered=laundered, kill=kill)
         finally:
             inode.note_write(off, off + len(buf))
             inode.pages.add(off, off + len(buf))

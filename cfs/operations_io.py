@@ -11,7 +11,7 @@ import os
 import stat
 from collections.abc import Sequence
 
-from cfs.attributes import Attributes, DirEntry, SetAttributes
+from cfs.attributes import NOW, Attributes, DirEntry, SetAttributes
 from cfs.errors import FsError
 from cfs.kernel_cache import KernelInode
 from cfs.mount_fuse_io import pyfuse3
@@ -19,7 +19,9 @@ from cfs.operations_base_io import handler
 from cfs.operations_data_io import DataOperations
 from cfs.operations_entry_io import absent
 from cfs.operations_extension_io import Extension
-from native.requests import Opcode
+from cfs.operations_inode_io import InodeOperations
+from cfs.operations_xattr_io import XattrOperations
+from native.requests import SETATTR_ATIME_NOW, SETATTR_MTIME_NOW, Opcode
 
 READDIR_BATCH = 64
 PERMISSION_BITS = 0o7777
@@ -27,12 +29,12 @@ Entry = pyfuse3.EntryAttributes
 Context = pyfuse3.RequestContext
 
 
-class CfsOperations(DataOperations):
+class CfsOperations(InodeOperations, XattrOperations, DataOperations):
     """What pyfuse3 calls, and the answers to what it does not know (`extensions`)."""
 
     def extensions(self) -> dict[Opcode, Extension]:
         """The requests that are answered past pyfuse3."""
-        return {}
+        return {**self.xattr_extensions(), **self.inode_extensions()}
 
     # -- names -----------------------------------------------------------------------------------
 
@@ -88,7 +90,9 @@ class CfsOperations(DataOperations):
         parent = self.known(parent_inode)
         revision = parent.revision
         try:
-            attributes = await self.fs.create(parent.number, name, mode, ctx.uid, ctx.gid)
+            attributes = await self.fs.create(
+                parent.number, name, mode, ctx.uid, ctx.gid, ctx.umask
+            )
         except FsError as error:
             if error.errno == errno.EEXIST and not flags & os.O_EXCL:
                 # Another node made it meanwhile. ESTALE lets the kernel look again and open it
@@ -117,7 +121,7 @@ class CfsOperations(DataOperations):
     ) -> Entry:
         parent = self.known(parent_inode)
         revision = parent.revision
-        made = await self.fs.mknod(parent.number, name, mode, ctx.uid, ctx.gid, rdev)
+        made = await self.fs.mknod(parent.number, name, mode, ctx.uid, ctx.gid, rdev, ctx.umask)
         return self._made(parent, revision, made)
 
     @handler
@@ -130,7 +134,7 @@ class CfsOperations(DataOperations):
     ) -> Entry:
         parent = self.known(parent_inode)
         revision = parent.revision
-        made = await self.fs.mkdir(parent.number, name, mode, ctx.uid, ctx.gid)
+        made = await self.fs.mkdir(parent.number, name, mode, ctx.uid, ctx.gid, ctx.umask)
         return self._made(parent, revision, made)
 
     @handler
@@ -197,8 +201,7 @@ class CfsOperations(DataOperations):
         attributes = self.fs.try_getattr(account.number)
         if attributes is None:
             attributes = await self.fs.getattr(account.number)
-        if account.generation != attributes.generation and account.node == account.number:
-            raise FsError(errno.ESTALE)
+        self.need_same_life(account, attributes)
         return self.answer_attributes(account, attributes)
 
     @handler
@@ -211,14 +214,19 @@ class CfsOperations(DataOperations):
         ctx: Context,
     ) -> Entry:
         account = self.known(inode)
+        request = self.request
+        valid = request.operation_flags
+        atime = NOW if valid & SETATTR_ATIME_NOW else attr.st_atime_ns
+        mtime = NOW if valid & SETATTR_MTIME_NOW else attr.st_mtime_ns
         changes = SetAttributes(
             size=attr.st_size if fields.update_size else None,
             mode=attr.st_mode & PERMISSION_BITS if fields.update_mode else None,
             uid=attr.st_uid if fields.update_uid else None,
             gid=attr.st_gid if fields.update_gid else None,
-            atime_ns=attr.st_atime_ns if fields.update_atime else None,
-            mtime_ns=attr.st_mtime_ns if fields.update_mtime else None,
+            atime_ns=atime if fields.update_atime else None,
+            mtime_ns=mtime if fields.update_mtime else None,
             ctime_ns=attr.st_ctime_ns if fields.update_ctime else None,
+            kill_privileges=request.kills_privileges,
         )
         if changes.size is not None:
             changed = await self.truncate(account, changes)
@@ -237,30 +245,6 @@ class CfsOperations(DataOperations):
         found.f_ffree = found.f_favail = totals.free_blocks
         found.f_namemax = totals.name_bytes_max
         return found
-
-    # Extended attributes are not there yet; ENOSYS makes the kernel stop asking.
-
-    @handler
-    async def getxattr(
-        self, inode: pyfuse3.InodeT, name: pyfuse3.XAttrNameT, ctx: Context
-    ) -> bytes:
-        raise FsError(errno.ENOSYS)
-
-    @handler
-    async def setxattr(
-        self, inode: pyfuse3.InodeT, name: pyfuse3.XAttrNameT, value: bytes, ctx: Context
-    ) -> None:
-        raise FsError(errno.ENOSYS)
-
-    @handler
-    async def listxattr(self, inode: pyfuse3.InodeT, ctx: Context) -> Sequence[pyfuse3.XAttrNameT]:
-        raise FsError(errno.ENOSYS)
-
-    @handler
-    async def removexattr(
-        self, inode: pyfuse3.InodeT, name: pyfuse3.XAttrNameT, ctx: Context
-    ) -> None:
-        raise FsError(errno.ENOSYS)
 
     # -- directories -------------------------------------------------------------------------------
 

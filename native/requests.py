@@ -94,6 +94,10 @@ WRITE_LOCKOWNER = 1 << 1
 """Of READ and WRITE: the caller's own buffer, past the page cache; what fills or changes pages (a
 page fault, read-ahead, a buffered write) comes without, whatever the flags of its descriptor."""
 WRITE_KILL_SUIDGID = 1 << 2
+OPEN_KILL_SUIDGID = 1 << 0
+SETATTR_ATIME_NOW = 1 << 7
+SETATTR_MTIME_NOW = 1 << 8
+SETATTR_KILL_SUIDGID = 1 << 11
 READ_LOCKOWNER = 1 << 1
 RELEASE_FLUSH = 1 << 0
 RELEASE_FLOCK_UNLOCK = 1 << 1
@@ -102,6 +106,13 @@ GETATTR_HANDLE = 1 << 0
 
 PENDING_MAX = 65536
 """Rows of the table of unanswered requests; what does not fit is served but not listed."""
+
+
+_KILL_SUIDGID: dict[int, int] = {
+    Opcode.WRITE: WRITE_KILL_SUIDGID,
+    Opcode.SETATTR: SETATTR_KILL_SUIDGID,
+    Opcode.OPEN: OPEN_KILL_SUIDGID,
+}
 
 
 class Request(NamedTuple):
@@ -133,6 +144,12 @@ class Request(NamedTuple):
         """A READ or WRITE between the caller's buffer and this process: no page holds its bytes,
         and none is locked for it."""
         return bool(self.operation_flags & READ_LOCKOWNER)
+
+    @property
+    def kills_privileges(self) -> bool:
+        """A WRITE, truncating SETATTR or OPEN of somebody who may not keep set-user-id and
+        set-group-id bits (FUSE_HANDLE_KILLPRIV_V2)."""
+        return bool(self.operation_flags & _KILL_SUIDGID.get(self.opcode, 0))
 
     @property
     def append(self) -> bool:

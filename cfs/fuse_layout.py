@@ -1,0 +1,100 @@
+"""Bodies of FUSE requests and answers that are handled past libfuse (linux/fuse.h, native order).
+
+| what | layout |
+|---|---|
+| getxattr_in | size u32, padding u32, then the name; answer to size 0: size u32, padding u32 |
+| setxattr_in | size u32, flags u32, extra flags u32, padding u32; name, value |
+| ioctl_in | handle u64, flags u32, command u32, argument u64, in size u32, out size u32; data |
+| ioctl_out | result i32, flags u32, in and out vectors u32; data |
+| create_in | open flags u32, mode u32, umask u32, more flags u32; name |
+| entry_out | node u64, generation u64, name and attribute timeouts (seconds u64; ns u32); attr |
+| open_out | handle u64, flags u32, padding |
+| statx_in | flags u32, reserved u32, handle u64, sync flags u32, mask u32 |
+| statx_out | timeout (seconds u64, ns u32), flags u32, spare u64 twice, statx of 256 bytes |
+"""
+
+from __future__ import annotations
+
+import struct
+
+from cfs.attributes import BLOCK_BYTES, Attributes
+
+GETXATTR_IN = struct.Struct("=II")
+SETXATTR_IN = struct.Struct("=IIII")
+IOCTL_IN = struct.Struct("=QIIQII")
+IOCTL_OUT = struct.Struct("=iIII")
+CREATE_IN = struct.Struct("=IIII")
+OPEN_OUT = struct.Struct("=QIi")
+STATX_IN = struct.Struct("=IIQII")
+_ENTRY_HEAD = struct.Struct("=QQQQII")
+_ATTR = struct.Struct("=QQQqqqIIIIIIIIII")
+_STATX_HEAD = struct.Struct("=QIIQQ")
+_STATX = struct.Struct("=IIQIIIHHQQQQ")
+_STATX_TIME = struct.Struct("=qIi")
+_STATX_END = struct.Struct("=IIII")
+STATX_BYTES = 256
+
+SETXATTR_ACL_KILL_SGID = 1
+STATX_BASIC_STATS = 0x7FF
+STATX_BTIME = 0x800
+FOPEN_DIRECT_IO = 1
+FOPEN_KEEP_CACHE = 2
+NS_PER_S = 1_000_000_000
+
+
+def split_name(body: bytes) -> tuple[bytes, bytes]:
+    """A name that ends with a zero byte, and what follows it."""
+    name, _, rest = body.partition(b"\0")
+    return name, rest
+
+
+def _timeout(seconds: float) -> tuple[int, int]:
+    whole = int(seconds)
+    return whole, int((seconds - whole) * NS_PER_S)
+
+
+def _device(rdev: int) -> tuple[int, int]:
+    """(major, minor) of a device number as stat() shows it."""
+    major = (rdev >> 8 & 0xFFF) | (rdev >> 32 & ~0xFFF)
+    minor = (rdev & 0xFF) | (rdev >> 12 & ~0xFF)
+    return major, minor & 0xFFFF_FFFF
+
+
+def encode_attributes(attributes: Attributes) -> bytes:
+    """`fuse_attr`."""
+    times = (attributes.atime_ns, attributes.mtime_ns, attributes.ctime_ns)
+    major, minor = _device(attributes.rdev)
+    rdev = (minor & 0xFF) | major << 8 | (minor & ~0xFF) << 12
+    return _ATTR.pack(
+        attributes.ino, attributes.size, attributes.blocks, *(time // NS_PER_S for time in times),
+        *(time % NS_PER_S for time in times), attributes.mode, attributes.nlink, attributes.uid,
+        attributes.gid, rdev & 0xFFFF_FFFF, BLOCK_BYTES, 0,
+    )  # fmt: skip
+
+
+def encode_entry(
+    attributes: Attributes, node: int, *, attribute_timeout_s: float, name_timeout_s: float
+) -> bytes:
+    """`fuse_entry_out`; `node` is what the kernel will call the inode."""
+    name_s, name_ns = _timeout(name_timeout_s)
+    attribute_s, attribute_ns = _timeout(attribute_timeout_s)
+    head = _ENTRY_HEAD.pack(node, attributes.generation, name_s, attribute_s, name_ns, attribute_ns)
+    return head + encode_attributes(attributes)
+
+
+def encode_statx(attributes: Attributes, attribute_timeout_s: float) -> bytes:
+    """`fuse_statx_out` with all basic fields and the time of birth."""
+    seconds, ns = _timeout(attribute_timeout_s)
+    times = (
+        attributes.atime_ns, attributes.birth_ns, attributes.ctime_ns, attributes.mtime_ns
+    )  # fmt: skip
+    parts = [
+        _STATX.pack(
+            STATX_BASIC_STATS | STATX_BTIME, BLOCK_BYTES, 0, attributes.nlink, attributes.uid,
+            attributes.gid, attributes.mode, 0, attributes.ino, attributes.size,
+            attributes.blocks, 0,
+        ),
+        *(_STATX_TIME.pack(time // NS_PER_S, time % NS_PER_S, 0) for time in times),
+        _STATX_END.pack(*_device(attributes.rdev), 0, 0),
+    ]  # fmt: skip
+    return _STATX_HEAD.pack(seconds, ns, 0, 0, 0) + b"".join(parts).ljust(STATX_BYTES, b"\0")

@@ -1,0 +1,108 @@
+"""Extended attributes, taken past libfuse: pyfuse3 has no flags for setxattr() and no sizes.
+
+The kernel asks for `system.posix_acl_access` when it checks permissions, and keeps what it gets as
+long as it believes the attributes of the inode; an invalidation of those takes the list along. So
+an answer with a list counts as an answer with attributes (`KernelInode.attributes_out`).
+It asks for `security.capability` before the first write to a file whose attributes are new to it.
+"""
+
+from __future__ import annotations
+
+import errno
+
+from cfs import fuse_layout
+from cfs.errors import FsError
+from cfs.mount_fuse_io import fuse
+from cfs.operations_base_io import OperationsBase
+from cfs.operations_extension_io import Extension
+from cfs.xattr import ACCESS_ACL, DEFAULT_ACL
+from native.requests import Opcode, Request
+
+CAP_SYS_ADMIN = 21
+_SIZE = fuse_layout.GETXATTR_IN
+
+
+def is_privileged(request: Request) -> bool:
+    """Whether the caller may see trusted attributes."""
+    try:
+        with open(f"/proc/{request.pid}/status", encoding="ascii", errors="replace") as file:
+            for line in file:
+                if line.startswith("CapEff:"):
+                    return bool(int(line.split()[1], 16) >> CAP_SYS_ADMIN & 1)
+    except OSError:
+        pass  # It is in another PID namespace, or gone.
+    return request.uid == 0
+
+
+def sized(wanted: int, data: bytes) -> bytes:
+    """The answer to a caller with room for `wanted` bytes; 0: it asks for the size."""
+    if not wanted:
+        return _SIZE.pack(len(data), 0)
+    if len(data) > wanted:
+        raise FsError(errno.ERANGE)
+    return data
+
+
+class XattrOperations(OperationsBase):
+    """getxattr, setxattr, listxattr, removexattr."""
+
+    def xattr_extensions(self) -> dict[Opcode, Extension]:
+        return {
+            Opcode.GETXATTR: Extension(self._getxattr, self._try_getxattr),
+            Opcode.SETXATTR: Extension(self._setxattr),
+            Opcode.LISTXATTR: Extension(self._listxattr),
+            Opcode.REMOVEXATTR: Extension(self._removexattr),
+        }
+
+    def _try_getxattr(self, request: Request, body: bytes) -> bytes | None:
+        name, _ = fuse_layout.split_name(body[_SIZE.size :])
+        try:
+            value = self.fs.try_getxattr(self.ino(request.inode), name)
+        except FsError:
+            self._answers(request, name)
+            raise
+        if value is None:
+            return None
+        self._answers(request, name)
+        return sized(_SIZE.unpack_from(body)[0], value)
+
+    async def _getxattr(self, request: Request, body: bytes) -> bytes:
+        name, _ = fuse_layout.split_name(body[_SIZE.size :])
+        try:
+            value = await self.fs.getxattr(self.ino(request.inode), name)
+        finally:
+            self._answers(request, name)
+        return sized(_SIZE.unpack_from(body)[0], value)
+
+    def _answers(self, request: Request, name: bytes) -> None:
+        """The kernel gets to know an access list, or that there is none. Between the look at the
+        inode and the answer there is no checkpoint: a revocation comes before or after both."""
+        if name in (ACCESS_ACL, DEFAULT_ACL):
+            self.known(request.inode).attributes_out = True
+
+    async def _setxattr(self, request: Request, body: bytes) -> bytes:
+        layout = fuse_layout.SETXATTR_IN
+        size, flags, extra, _ = layout.unpack_from(body)
+        start = layout.size
+        if not fuse.session_info().agreed_bits & fuse.Init.SETXATTR_EXT:
+            start, extra = _SIZE.size, 0
+        name, value = fuse_layout.split_name(body[start:])
+        await self.fs.setxattr(
+            self.ino(request.inode),
+            name,
+            value[:size],
+            flags,
+            kill_group_id=bool(extra & fuse_layout.SETXATTR_ACL_KILL_SGID),
+        )
+        return b""
+
+    async def _listxattr(self, request: Request, body: bytes) -> bytes:
+        names = await self.fs.listxattr(self.ino(request.inode))
+        if any(n.startswith(b"trusted.") for n in names) and not is_privileged(request):
+            names = [name for name in names if not name.startswith(b"trusted.")]
+        return sized(_SIZE.unpack_from(body)[0], b"".join(name + b"\0" for name in names))
+
+    async def _removexattr(self, request: Request, body: bytes) -> bytes:
+        name, _ = fuse_layout.split_name(body)
+        await self.fs.removexattr(self.ino(request.inode), name)
+        return b""
