@@ -13,6 +13,7 @@ from weakref import WeakValueDictionary
 from cfs.lock_names import inode_lock_name
 from cfs.nodes import GroupNode, InodeNode, Node
 from cfs.seams import Event
+from cfs.write_errors import WriteErrors
 from cluster.device import Buffer
 from cluster.locks import CachedLock, LockHooks, LockManager, Mode
 
@@ -80,13 +81,14 @@ class InodeState(Covered):
     so the disk never sees two writes of one block at a time. `map_version` changes whenever blocks
     are taken away: a reader whose I/O overlapped that reads again. `clean` holds pages read from
     the disk to be changed in part (None: being read); a write of that page takes it out again.
+    `fresh`: pages whose block has never been written for this file; `spoiled`: those of them whose
+    write failed (`cfs.pages`).
     """
 
     __slots__ = (
-        "__weakref__", "changed_in", "clean", "direct_done", "direct_writes", "error_count",
-        "error_seen",
-        "flush_done", "flushing", "map_version", "open_count", "open_lock", "pages", "pins",
-        "written_at",
+        "__weakref__", "changed_in", "clean", "direct_done", "direct_writes", "errors",
+        "flush_done", "flushing", "fresh", "map_version", "open_count", "open_lock", "pages",
+        "pins", "spoiled", "written_at",
     )  # fmt: skip
     lock: CachedLock
 
@@ -101,8 +103,9 @@ class InodeState(Covered):
         self.direct_done: Event | None = None
         self.clean: dict[int, bytes | None] = {}
         self.changed_in = 0
-        self.error_count = 0
-        self.error_seen = 0
+        self.errors = WriteErrors()
+        self.fresh: set[int] = set()
+        self.spoiled: set[int] = set()
         self.written_at = 0
         self.open_count = 0
         self.open_lock: CachedLock | None = None

@@ -322,6 +322,13 @@ class Core:
             return
         raise FsError(errno.ENOSPC)
 
+    async def need_free(self, blocks: int) -> None:
+        """Raise ENOSPC if there are certainly not so many free blocks in all groups."""
+        if blocks > self.space.total_free():
+            await self._look_again()
+            if blocks > self.space.total_free():
+                raise FsError(errno.ENOSPC)
+
     async def _try_group(self, group: GroupState) -> bool:
         if await self.locks.try_lock(group.lock.name, Mode.EX) is None:
             return False
@@ -513,6 +520,8 @@ class Core:
     async def clean(self, state: InodeState) -> None:
         """The inode as it is now is in its place on the disk, data and metadata, flushed."""
         await self.pages.flush(state)
+        if state.spoiled:
+            await self.pages.isolate(state)
         if self.is_dirty(state):
             await self.journal.checkpoint()
         else:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from cfs import tree
 from cfs.errors import FsError
 from cfs.format import COOKIE_FIRST, HASH_SHIFT
-from cfs.nodes import InodeNode
+from cfs.nodes import Extent, InodeNode
 from cfs.transaction import Reader
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ def find(
         if cookie >> HASH_SHIFT != hashed:
             break
         assert isinstance(value, tuple)
-        assert len(value) == 3
+        assert not isinstance(value, Extent)
         if value[2] == name:
             return cookie, value[0], value[1]
     return None
@@ -58,7 +58,7 @@ def entries(
         if len(result) >= limit:
             break
         assert isinstance(value, tuple)
-        assert len(value) == 3
+        assert not isinstance(value, Extent)
         result.append((key, value[0], value[1], value[2]))
     return result
 

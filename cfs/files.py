@@ -1,44 +1,40 @@
-"""The bytes of files: read, write, cut, sync.
+"""The bytes of files: write, cut, sync.
 
 Small files live in their inode (`InodeNode.data`), journalled with it. Larger ones have extents;
-their data goes through the write-behind buffer, or past it (`direct`) when every block is there.
+their data goes through the write-behind buffer, or past it (`direct`) when every block is written.
 
 The bytes of a file's last block beyond its end may be anything on the disk: data goes there before
 the transaction that moves the end, and a crash may come in between. So they are made zero whenever
 they come into the file: a page that is read to be changed is cut at the end of file, and whatever
-makes a file longer without writing that block zeroes its tail (`_zero_tail`).
+makes a file longer without writing that block zeroes its tail (`zero_tail`).
+
+A write never fails for want of space where the file has blocks already. Turning a part of an
+unwritten extent into a written one may split it, and that may need a tree block; when there is
+none, the whole extent is turned, its other blocks filled with zeroes.
 """
 
 from __future__ import annotations
 
 import errno
-from bisect import bisect_right
 
 from cfs import extents
 from cfs.attributes import BLOCK_BYTES, FILE_BYTES_MAX
 from cfs.cache import InodeState, Page
 from cfs.core import Core
 from cfs.errors import FsError
-from cfs.nodes import CONTENT_BYTES_MAX, InodeNode, Tree
+from cfs.nodes import CONTENT_BYTES_MAX, Extent, InodeNode, Tree
 from cfs.protection import need_mutable
+from cfs.reading import need_regular
 from cfs.transaction import READER, NeedWait, Tx
 from cfs.tree import TreeEditor
 from cfs.xattr import CAPABILITY, XattrEditor
 from cluster.device import Buffer
-from cluster.errors import DeviceError
+from cluster.errors import BarredError, DeviceError
+from cluster.locks import Mode
 
 CUT_EXTENTS_MAX = 64
 CLEAN_PAGES_MAX = 64
-_ZERO_PAGE = bytes(BLOCK_BYTES)
-Part = bytes | tuple[int, int]
-"""Bytes, or (device offset, length) still to be read."""
-
-
-def need_regular(inode: InodeNode) -> None:
-    if inode.is_directory:
-        raise FsError(errno.EISDIR)
-    if not inode.is_regular:
-        raise FsError(errno.EINVAL)
+ZERO_PAGE = bytes(BLOCK_BYTES)
 
 
 def clear_privileges(inode: InodeNode) -> None:
@@ -49,135 +45,26 @@ def clear_privileges(inode: InodeNode) -> None:
         inode.mode &= ~0o2000
 
 
+class PageChanges:
+    """Pages that a transaction brings: they go to the buffer when it is applied."""
+
+    __slots__ = ("fresh", "ordered", "pages")
+
+    def __init__(self) -> None:
+        self.pages: dict[int, Page] = {}
+        self.fresh: list[tuple[int, int]] = []
+        """(first, count): the running transaction calls these blocks written."""
+        self.ordered = False
+        """They must be on the disk before the running transaction is."""
+
+
 class Files:
-    """Operations on file data. The methods want the inode's lock held (PR or EX) by the caller."""
+    """Changes of file data. The methods want the inode's lock held in EX by the caller."""
 
     def __init__(self, core: Core) -> None:
         self.core = core
-
-    # -- reading ---------------------------------------------------------------------------------
-
-    def read_now(self, state: InodeState, offset: int, size: int) -> bytes | None:
-        """What can be read without the disk; None otherwise. May raise Missing."""
-        parts = self._plan_read(state, offset, size)
-        if any(isinstance(part, tuple) for part in parts):
-            return None
-        return self._assemble(parts, [], offset, size, state)
-
-    async def read(self, state: InodeState, offset: int, size: int) -> bytes:
-        core = self.core
-        place = self._one_place(state, offset, size)
-        if place:
-            version = state.map_version
-            try:
-                data = await core.device.read(place, size)
-            except DeviceError as error:
-                raise FsError(errno.EIO, error.message) from error
-            if version == state.map_version:
-                return data
-        while True:
-            parts = await core.see(lambda: self._plan_read(state, offset, size))
-            ranges = [part for part in parts if isinstance(part, tuple)]
-            if not ranges:
-                return self._assemble(parts, [], offset, size, state)
-            version = state.map_version
-            try:
-                blocks = await core.device.read_many(ranges)
-            except DeviceError as error:
-                raise FsError(errno.EIO, error.message) from error
-            if version == state.map_version:
-                return self._assemble(parts, blocks, offset, size, state)
-
-    @staticmethod
-    def _one_place(state: InodeState, offset: int, size: int) -> int:
-        """Where a range of whole blocks inside the file is on the device, if that is one place and
-        easily found: the extents are in the inode and nothing newer is in memory. Else 0."""
-        node = state.nodes.get(state.number)
-        if (
-            state.pages
-            or state.flushing
-            or not isinstance(node, InodeNode)
-            or not node.is_regular
-            or (offset | size) % BLOCK_BYTES
-            or not size
-            or offset + size > node.size
-            or node.root is None
-            or node.root.level
-        ):
-            return 0
-        root = node.root
-        first = offset // BLOCK_BYTES
-        position = bisect_right(root.keys, first) - 1
-        if position < 0:
-            return 0
-        extent = root.values[position]
-        skip = first - root.keys[position]
-        if not isinstance(extent, tuple) or skip + size // BLOCK_BYTES > extent[1]:
-            return 0
-        return (extent[0] + skip) * BLOCK_BYTES
-
-    def _plan_read(self, state: InodeState, offset: int, size: int) -> list[Part]:
-        """The whole blocks of the range (clipped at the end of file) in order."""
-        inode = READER.inode(state)
-        need_regular(inode)
-        end = min(offset + size, inode.size)
-        if end <= offset:
-            return []
-        if inode.root is None:
-            data = inode.data[offset:end]
-            return [data.ljust(end - offset, b"\0")]
-        first = offset // BLOCK_BYTES
-        count = -(-end // BLOCK_BYTES) - first
-        parts: list[Part] = []
-        dirty = bool(state.pages or state.flushing)
-        for logical, physical, length in extents.pieces(READER, state, inode, first, count):
-            if dirty:
-                self._overlay(state, parts, logical, physical, length)
-            elif physical:
-                parts.append((physical * BLOCK_BYTES, length * BLOCK_BYTES))
-            else:
-                parts.append(bytes(length * BLOCK_BYTES))
-        return parts
-
-    @staticmethod
-    def _overlay(
-        state: InodeState, parts: list[Part], logical: int, physical: int, length: int
-    ) -> None:
-        """One extent or hole with pages that are not yet on the disk over it."""
-        pages, flushing = state.pages, state.flushing
-        run = 0
-        for step in range(length + 1):
-            page = None
-            if step < length:
-                page = pages.get(logical + step) or flushing.get(logical + step)
-                if page is None:
-                    run += 1
-                    continue
-            if run and physical:
-                start = physical + step - run
-                parts.append((start * BLOCK_BYTES, run * BLOCK_BYTES))
-            elif run:
-                parts.append(bytes(run * BLOCK_BYTES))
-            run = 0
-            if page is not None:
-                parts.append(bytes(page[0]))
-
-    @staticmethod
-    def _assemble(
-        parts: list[Part], blocks: list[bytes], offset: int, size: int, state: InodeState
-    ) -> bytes:
-        node = state.node
-        assert node is not None
-        if node.root is None:
-            return b"".join(part for part in parts if isinstance(part, bytes))
-        source = iter(blocks)
-        joined = [part if isinstance(part, bytes) else next(source) for part in parts]
-        data = joined[0] if len(joined) == 1 else b"".join(joined)
-        skip = offset % BLOCK_BYTES
-        length = max(min(offset + size, node.size) - offset, 0)
-        if skip or len(data) != length:
-            return data[skip : skip + length]
-        return data
+        core.pages.on_spoiled = self._isolate_soon
+        core.pages.isolate = self.isolate
 
     # -- writing ---------------------------------------------------------------------------------
 
@@ -192,12 +79,38 @@ class Files:
     ) -> tuple[int, int]:
         """Write into the buffer; (offset, length). `offset` None: at the end of file. `kill`: the
         writer may not keep set-user-id and set-group-id."""
+        core = self.core
         if not laundered:
-            await self.core.pages.room()
+            await core.pages.room(len(data))
         view = memoryview(data if isinstance(data, bytes) else bytes(data))
-        return await self.core.run(
-            lambda tx: self._write_body(tx, state, offset, view, laundered=laundered, kill=kill)
-        )
+        try:
+            return await core.run(
+                lambda tx: self._write_body(tx, state, offset, view, laundered=laundered, kill=kill)
+            )
+        except FsError as error:
+            if error.errno != errno.ENOSPC or not await self._has_unwritten(state, offset, view):
+                raise
+            return await core.run(
+                lambda tx: self._write_body(
+                    tx, state, offset, view, laundered=laundered, kill=kill, whole_extents=True
+                )
+            )
+        finally:
+            if not laundered:
+                core.pages.settled(len(data))
+
+    async def _has_unwritten(
+        self, state: InodeState, offset: int | None, view: memoryview
+    ) -> bool:
+        """Whether a write goes to blocks that the file has, but that were never written."""
+
+        def look() -> bool:
+            inode = READER.inode(state)
+            first = (inode.size if offset is None else offset) // BLOCK_BYTES
+            count = len(view) // BLOCK_BYTES + 2
+            return any(piece[3] for piece in extents.pieces(READER, state, inode, first, count))
+
+        return await self.core.see(look)
 
     def _write_body(
         self,
@@ -208,6 +121,7 @@ class Files:
         *,
         laundered: bool,
         kill: bool,
+        whole_extents: bool = False,
     ) -> tuple[int, int]:
         seen = tx.inode(state)
         need_regular(seen)
@@ -228,7 +142,7 @@ class Files:
             inode.data = b"".join((old[:offset], view, old[end:]))
             self.mark_changed(tx, state)
         else:
-            self._write_blocks(tx, state, inode, offset, view)
+            self._write_blocks(tx, state, inode, offset, view, whole_extents=whole_extents)
         if end > inode.size:
             inode.size = end
             self.mark_changed(tx, state)
@@ -262,38 +176,94 @@ class Files:
     def editor(self, tx: Tx, state: InodeState, inode: InodeNode) -> TreeEditor:
         return TreeEditor(tx, state, inode, self.core.space.tree_space(tx, inode))
 
+    def spill(self, tx: Tx, state: InodeState, inode: InodeNode, changes: PageChanges) -> None:
+        """Move the content of a file from its inode to blocks."""
+        data, inode.data = inode.data, b""
+        inode.root = Tree(0, [], [], 0)
+        if data or 0 < inode.size <= CONTENT_BYTES_MAX:
+            # Also of a small file that is all hole: the kernel may have mapped its page, for which
+            # stores until now needed no block.
+            ((_, block, _, _),) = self.fill(tx, state, inode, 0, 1, unwritten=not data)
+            if data:
+                changes.pages[0] = (data.ljust(BLOCK_BYTES, b"\0"), block)
+                changes.fresh.append((0, 1))
+
+    def put(self, tx: Tx, state: InodeState, changes: PageChanges) -> None:
+        """Hand the pages over when the transaction is applied."""
+        if changes.fresh:
+            changes.ordered = True
+            self.mark_changed(tx, state)
+        if changes.pages:
+            pages, fresh, ordered = changes.pages, changes.fresh, changes.ordered
+            tx.after(lambda: self.core.pages.put(state, pages, ordered=ordered, fresh=fresh))
+
     def _write_blocks(
-        self, tx: Tx, state: InodeState, inode: InodeNode, offset: int, view: memoryview
+        self,
+        tx: Tx,
+        state: InodeState,
+        inode: InodeNode,
+        offset: int,
+        view: memoryview,
+        *,
+        whole_extents: bool,
     ) -> None:
-        pages: dict[int, Page] = {}
+        changes = PageChanges()
+        pages = changes.pages
         end = offset + len(view)
         first, last = offset // BLOCK_BYTES, (end - 1) // BLOCK_BYTES
-        ordered = False
-        spill = b""
         if inode.root is None:
-            spill, inode.data = inode.data, b""
-            inode.root = Tree(0, [], [], 0)
-            if spill and first > 0:
-                block = self._fill(tx, state, inode, 0, 1)[0][1]
-                pages[0] = (spill.ljust(BLOCK_BYTES, b"\0"), block)
-                ordered = True
+            self.spill(tx, state, inode, changes)
         elif inode.size < first * BLOCK_BYTES:
-            self._zero_tail(tx, state, inode, inode.size)
-        for logical, physical, count in extents.pieces(tx, state, inode, first, last - first + 1):
-            fresh = not physical
-            runs = [(logical, physical, count)]
+            self.zero_tail(tx, state, inode, changes)
+        for logical, block, count, unwritten in extents.pieces(
+            tx, state, inode, first, last - first + 1
+        ):
+            runs = [(logical, block, count, unwritten)]
+            fresh = not block or unwritten
+            if not block:
+                runs = self.fill(tx, state, inode, logical, count)
+            elif unwritten:
+                self._convert(tx, state, inode, (logical, count), changes, whole=whole_extents)
             if fresh:
-                runs = self._fill(tx, state, inode, logical, count)
-                ordered = True
-            for start, block, length in runs:
+                changes.fresh.append((logical, count))
+            for start, physical, length, _ in runs:
                 for step in range(length):
                     index = start + step
-                    base = spill if fresh and not index else None if not fresh else b""
-                    data = self._page(state, index, offset, view, base, block + step)
-                    pages[index] = (data, block + step)
-        if ordered:
-            self.mark_changed(tx, state)
-        tx.after(lambda: self.core.pages.put(state, pages, ordered=ordered))
+                    old = pages.get(index)
+                    base = old[0] if old is not None else ZERO_PAGE if fresh else None
+                    data = self._page(state, index, offset, view, base, physical + step)
+                    pages[index] = (data, physical + step)
+        self.put(tx, state, changes)
+
+    def _convert(
+        self,
+        tx: Tx,
+        state: InodeState,
+        inode: InodeNode,
+        span: tuple[int, int],
+        changes: PageChanges,
+        *,
+        whole: bool,
+    ) -> None:
+        """Blocks of unwritten extents are going to be written. `whole`: turn whole extents, which
+        needs no space; the rest of them becomes zeroes, or free beyond the end of file."""
+        first, end = span[0], span[0] + span[1]
+        editor = self.editor(tx, state, inode)
+        for mapped in extents.overlapping(tx, state, inode, first, end, span[1]):
+            logical, extent = mapped
+            if not whole:
+                extents.convert(editor, mapped, first, end)
+                continue
+            size_end = max(end, -(-inode.size // BLOCK_BYTES))
+            if logical + extent.length > size_end:
+                gone = extents.take_away(editor, mapped, size_end, logical + extent.length)
+                self.core.space.free(tx, gone.block, gone.length)
+                inode.blocks -= gone.length
+                extent = extent._replace(length=size_end - logical)
+            extents.convert(editor, (logical, extent), logical, logical + extent.length)
+            changes.fresh.append((logical, extent.length))
+            for step in range(extent.length):
+                changes.pages[logical + step] = (ZERO_PAGE, extent.block + step)
 
     def _page(
         self,
@@ -301,21 +271,19 @@ class Files:
         index: int,
         offset: int,
         view: memoryview,
-        base: bytes | None,
+        base: Buffer | None,
         block: int,
     ) -> Buffer:
         """The page as it is after the write. `base`: its old content, None: as on the disk."""
         start = index * BLOCK_BYTES - offset
         if start >= 0 and start + BLOCK_BYTES <= len(view):
             return view[start : start + BLOCK_BYTES]
+        page = bytearray(self.old_page(state, index, block) if base is None else base)
         if base is None:
-            page = bytearray(self.old_page(state, index, block))
             node = state.node
             inside = 0 if node is None else max(node.size - index * BLOCK_BYTES, 0)
             if inside < BLOCK_BYTES:
                 page[inside:] = bytes(BLOCK_BYTES - inside)
-        else:
-            page = bytearray(base.ljust(BLOCK_BYTES, b"\0"))
         low = max(-start, 0)
         high = min(len(view) - start, BLOCK_BYTES)
         page[low:high] = view[start + low : start + high]
@@ -342,8 +310,15 @@ class Files:
         if index in state.clean:
             state.clean[index] = data
 
-    def _fill(
-        self, tx: Tx, state: InodeState, inode: InodeNode, logical: int, count: int
+    def fill(
+        self,
+        tx: Tx,
+        state: InodeState,
+        inode: InodeNode,
+        logical: int,
+        count: int,
+        *,
+        unwritten: bool = False,
     ) -> list[extents.Piece]:
         """Give blocks to a hole."""
         editor = self.editor(tx, state, inode)
@@ -351,84 +326,56 @@ class Files:
         while count:
             goal = extents.goal_for(tx, state, inode, logical)
             start, length = self.core.space.allocate(tx, goal, count)
-            extents.insert(editor, logical, start, length)
+            extents.insert(editor, logical, Extent(start, length, unwritten))
             inode.blocks += length
-            result.append((logical, start, length))
+            result.append((logical, start, length, unwritten))
             logical += length
             count -= length
         return result
 
-    async def reserve(self, state: InodeState, offset: int, size: int) -> None:
-        """Put zeroes into the holes of a range inside the file."""
-        await self.core.run(lambda tx: self._reserve_body(tx, state, offset, size))
-
-    def _reserve_body(self, tx: Tx, state: InodeState, offset: int, size: int) -> None:
-        seen = tx.inode(state)
-        need_regular(seen)
-        end = min(offset + size, seen.size)
-        if end <= offset or (seen.root is None and seen.size <= CONTENT_BYTES_MAX):
-            return
-        first = offset // BLOCK_BYTES
-        count = (end - 1) // BLOCK_BYTES - first + 1
-        holes = [p for p in extents.pieces(tx, state, seen, first, count) if not p[1]]
-        if not holes:
-            return
-        inode = tx.edit_inode(state)
-        pages: dict[int, Page] = {}
-        if inode.root is None:
-            spill, inode.data = inode.data, b""
-            inode.root = Tree(0, [], [], 0)
-            block = self._fill(tx, state, inode, 0, 1)[0][1]
-            pages[0] = (spill.ljust(BLOCK_BYTES, b"\0"), block)
-            holes = [p for p in extents.pieces(tx, state, inode, first, count) if not p[1]]
-        for logical, _, length in holes:
-            for start, block, run in self._fill(tx, state, inode, logical, length):
-                for step in range(run):
-                    pages[start + step] = (_ZERO_PAGE, block + step)
-        self.mark_changed(tx, state)
-        tx.after(lambda: self.core.pages.put(state, pages, ordered=True))
-
     async def write_direct(
         self, state: InodeState, offset: int | None, data: Buffer, *, kill: bool = True
     ) -> tuple[int, int]:
-        """Past the buffer when the range has all its blocks; else through it, and written out."""
+        """Past the buffer when all blocks of the range are written; else through it, and out of it
+        before it returns. Raises FsError(EIO) if the disk refuses."""
         core = self.core
         length = len(data)
         if offset is not None and not offset % BLOCK_BYTES and not length % BLOCK_BYTES and length:
-            first, count = offset // BLOCK_BYTES, length // BLOCK_BYTES
-            pages, flushing = state.pages, state.flushing
-            while any(i in pages or i in flushing for i in range(first, first + count)):
-                await core.pages.flush(state)
-                pages, flushing = state.pages, state.flushing
             runs = await core.run(lambda tx: self._direct_body(tx, state, offset, length, kill))
             if runs is not None:
                 view = memoryview(data)
                 writes: list[tuple[int, Buffer]] = []
-                for logical, physical, blocks in runs:
-                    start = (logical - first) * BLOCK_BYTES
+                for logical, physical, blocks, _ in runs:
+                    start = logical * BLOCK_BYTES - offset
                     writes.append((physical, view[start : start + blocks * BLOCK_BYTES]))
                 try:
                     await core.pages.write_direct(state, writes)
                 except DeviceError as error:
                     raise FsError(errno.EIO, error.message) from error
                 return offset, length
+        failures = state.errors.count
         done = await self.write(state, offset, data, kill=kill)
         await core.pages.flush(state)
+        if state.errors.count != failures:
+            raise FsError(errno.EIO, "the disk refused the data")
         return done
 
     def _direct_body(
         self, tx: Tx, state: InodeState, offset: int, length: int, kill: bool
     ) -> list[extents.Piece] | None:
-        """The blocks of a range that lies inside the file without holes; None for any other."""
+        """The blocks of a range that is written and lies inside the file; None for any other."""
         seen = tx.inode(state)
         need_regular(seen)
         if seen.root is None or offset + length > seen.size:
             return None
         first, count = offset // BLOCK_BYTES, length // BLOCK_BYTES
         runs = extents.pieces(tx, state, seen, first, count)
-        if not all(physical for _, physical, _ in runs):
+        if not all(block and not unwritten for _, block, _, unwritten in runs):
             return None
         need_mutable(seen)
+        pages = self.core.pages
+        if pages.overlaps(state, first, first + count):
+            raise NeedWait(lambda: pages.settle(state))
         inode = tx.edit_inode(state)
         self.drop_privileges(tx, state, inode, kill=kill)
         self.touch(inode)
@@ -445,57 +392,136 @@ class Files:
 
     def set_size(self, tx: Tx, state: InodeState, inode: InodeNode, size: int) -> bool:
         """Truncate or extend the transaction's own clone; False: more blocks must go in further
-        transactions (`cut_more`)."""
+        transactions (`cut_more`). Blocks beyond the end go also when the size stays the same."""
         if size > FILE_BYTES_MAX:
             raise FsError(errno.EFBIG)
         done = True
-        if size < inode.size:
-            if inode.root is None:
-                inode.data = inode.data[:size]
-            else:
-                done = self.cut(tx, state, inode, -(-size // BLOCK_BYTES))
-        elif size > inode.size and inode.root is not None:
-            self._zero_tail(tx, state, inode, inode.size)
+        if size > inode.size:
+            self.extend(tx, state, inode, size)
+        elif inode.root is None:
+            inode.data = inode.data[:size]
+        else:
+            done = self.cut(tx, state, inode, -(-size // BLOCK_BYTES))
         if size != inode.size:
             self.mark_changed(tx, state)
         inode.size = size
         return done
 
-    def _zero_tail(self, tx: Tx, state: InodeState, inode: InodeNode, size: int) -> None:
-        """The bytes after `size`, where the file has ended, become zero in that block."""
-        index, keep = divmod(size, BLOCK_BYTES)
-        if not keep:
-            return
-        ((_, block, _),) = extents.pieces(tx, state, inode, index, 1)
-        if block:
-            page = bytearray(self.old_page(state, index, block))
-            page[keep:] = bytes(BLOCK_BYTES - keep)
-            pages: dict[int, Page] = {index: (page, block)}
-            tx.after(lambda: self.core.pages.put(state, pages, ordered=True))
+    def extend(self, tx: Tx, state: InodeState, inode: InodeNode, size: int) -> None:
+        """Make the file longer; what it gains reads as zeroes."""
+        if inode.root is not None:
+            changes = PageChanges()
+            self.zero_tail(tx, state, inode, changes)
+            self.put(tx, state, changes)
+        inode.size = size
+        self.mark_changed(tx, state)
+
+    def zero_tail(self, tx: Tx, state: InodeState, inode: InodeNode, changes: PageChanges) -> None:
+        """The bytes after the end of file become zero in its last block."""
+        index, keep = divmod(inode.size, BLOCK_BYTES)
+        if keep and self.zero_bytes(tx, state, inode, (index, keep, BLOCK_BYTES), changes):
+            changes.ordered = True
+
+    def zero_bytes(
+        self,
+        tx: Tx,
+        state: InodeState,
+        inode: InodeNode,
+        where: tuple[int, int, int],
+        changes: PageChanges,
+    ) -> bool:
+        """Zero a part of one block (index, start, end) if it is written; whether it is."""
+        index, start, end = where
+        ((_, block, _, unwritten),) = extents.pieces(tx, state, inode, index, 1)
+        if not block or unwritten:
+            return False
+        found = changes.pages.get(index)
+        page = bytearray(found[0] if found is not None else self.old_page(state, index, block))
+        page[start:end] = bytes(end - start)
+        changes.pages[index] = (page, block)
+        return True
 
     def cut(self, tx: Tx, state: InodeState, inode: InodeNode, first: int) -> bool:
         """Free blocks from index `first` on, a bounded number; True: all of them."""
-        core = self.core
-        if core.pages.must_wait(state, first):
-            raise NeedWait(lambda: core.pages.settle(state))
         if inode.root is None:
             return True
+        self.settle(state, first, 1 << 63)
         editor = self.editor(tx, state, inode)
+        space = self.core.space
         freed, done = extents.cut(
-            editor, first, CUT_EXTENTS_MAX, lambda block, count: core.space.free(tx, block, count)
+            editor, first, CUT_EXTENTS_MAX, lambda block, count: space.free(tx, block, count)
         )
         inode.blocks -= freed
+        self.forget(tx, state, first, 1 << 63)
+        return done
 
-        def forget() -> None:
-            core.pages.discard(state, first)
+    def settle(self, state: InodeState, first: int, end: int) -> None:
+        """Blocks [first, end) are going to be taken away: nothing may be on the way to them.
+        Raises NeedWait."""
+        pages = self.core.pages
+        if pages.must_wait(state, first, end):
+            raise NeedWait(lambda: pages.settle(state))
+
+    def forget(self, tx: Tx, state: InodeState, first: int, end: int) -> None:
+        """Blocks [first, end) are taken away: drop what is in memory of them, and let readers whose
+        I/O overlaps this read again."""
+        pages = self.core.pages
+
+        def drop() -> None:
+            pages.discard(state, first, end)
             state.map_version += 1
 
-        tx.after(forget)
-        return done
+        tx.after(drop)
+
+    # -- lost data -------------------------------------------------------------------------------
+
+    def _isolate_soon(self, state: InodeState) -> None:
+        async def isolate() -> None:
+            try:
+                await state.hold(Mode.EX)
+                try:
+                    await self.isolate(state)
+                finally:
+                    state.release(Mode.EX)
+            except (FsError, BarredError):
+                pass  # The file is gone, or the mount: nobody will read those blocks here.
+
+        self.core.runtime.spawn(isolate, "lost data")
+
+    async def isolate(self, state: InodeState) -> None:
+        """Make the blocks whose first content was lost unwritten, so that nobody reads what some
+        other file has left in them. Called under the lock, or while it is being demoted."""
+        try:
+            while state.spoiled:
+                await self.core.run(lambda tx: self._isolate_body(tx, state))
+        except FsError:
+            # The file is gone, or a split needs a block and there is none.
+            state.spoiled.clear()
+
+    def _isolate_body(self, tx: Tx, state: InodeState) -> None:
+        first = min(state.spoiled)
+        end = first + 1
+        while end in state.spoiled:
+            end += 1
+        inode = tx.edit_inode(state)
+        if inode.root is not None:
+            editor = self.editor(tx, state, inode)
+            for mapped in extents.overlapping(tx, state, inode, first, end, end - first):
+                if not mapped[1].unwritten:
+                    extents.convert(editor, mapped, first, end)
+            self.mark_changed(tx, state)
+
+        def done() -> None:
+            state.spoiled.difference_update(range(first, end))
+            state.map_version += 1
+
+        tx.after(done)
 
     # -- syncing ---------------------------------------------------------------------------------
 
     async def sync(self, state: InodeState, *, datasync: bool) -> None:
+        """What was written before this call is on the disk, or has been counted in
+        `InodeState.errors`. Raises FsError(EIO) if the mount cannot go on."""
         core = self.core
         while state.pages or state.flushing:
             await core.pages.flush(state)
@@ -509,6 +535,3 @@ class Files:
             await journal.commit()
         else:
             await core.counter.ensure(state.written_at)
-        if state.error_count > state.error_seen:
-            state.error_seen = state.error_count
-            raise FsError(errno.EIO, "data written earlier was lost")

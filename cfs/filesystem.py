@@ -23,12 +23,12 @@ from cfs.attributes import Attributes, DirEntry, MountOptions, SetAttributes, To
 from cfs.cache import InodeState
 from cfs.core import Core
 from cfs.errors import FsError
-from cfs.files import Files
 from cfs.inodes import Inodes
 from cfs.lock_names import MOUNT_LOCK, inode_lock_name, open_lock_name
 from cfs.names import Birth, Names
 from cfs.nodes import InodeNode
 from cfs.orphans import Orphans, adopt
+from cfs.range_calls import RangeCalls
 from cfs.renames import Renames
 from cfs.seams import Environment, Event
 from cfs.transaction import READER, Missing
@@ -41,12 +41,11 @@ COLD_MAX = 4096
 STATFS_MAX_AGE_NS = 1_000_000_000
 
 
-class FileSystem:
+class FileSystem(RangeCalls):
     """One mount. Made by `FileSystem.mount`, ended by `unmount`."""
 
     def __init__(self, core: Core, mount_lock: CachedLock) -> None:
-        self.core = core
-        self.files = Files(core)
+        super().__init__(core)
         self.root_ino = core.superblock.root_ino
         self.orphans: Orphans
         self.names: Names
@@ -191,7 +190,7 @@ class FileSystem:
         if not state.try_hold(Mode.PR):
             return None
         try:
-            return self.files.read_now(state, offset, size)
+            return self.reader.read_now(state, offset, size)
         except Missing:
             return None
         finally:
@@ -210,7 +209,7 @@ class FileSystem:
 
     async def read_held(self, ino: int, offset: int, size: int, *, direct: bool = False) -> bytes:
         """The caller holds the inode's lock in PR or stronger."""
-        return await self.files.read(self.core.state(ino), offset, size)
+        return await self.reader.read(self.core.state(ino), offset, size)
 
     async def write_held(
         self, ino: int, offset: int, data: Buffer, *, laundered: bool = False, kill: bool = True
@@ -221,11 +220,6 @@ class FileSystem:
         state = self.core.state(ino)
         _, length = await self.files.write(state, offset, data, laundered=laundered, kill=kill)
         return len(data) if laundered else length
-
-    async def reserve_held(self, ino: int, offset: int, size: int) -> None:
-        """The caller holds EX. Give blocks to the holes of a range inside the file, so that stores
-        through a shared mapping cannot run out of space (rule G5)."""
-        await self.files.reserve(self.core.state(ino), offset, size)
 
     async def setattr_held(self, ino: int, changes: SetAttributes) -> Attributes:
         """The caller holds EX."""
@@ -367,7 +361,7 @@ class FileSystem:
         state = self.core.state(ino)
         await state.hold(Mode.PR)
         try:
-            return await self.files.read(state, offset, size)
+            return await self.reader.read(state, offset, size)
         finally:
             state.release(Mode.PR)
 

@@ -80,6 +80,16 @@ class Kind(enum.IntEnum):
     XATTR_VALUE = 11
 
 
+class Feature(enum.IntFlag):
+    """Incompatible features: who does not know one of a file system must not mount it."""
+
+    UNWRITTEN = 1
+    """Extents may be flagged as unwritten."""
+
+
+FEATURES_KNOWN = Feature.UNWRITTEN
+
+
 class Header(msgspec.Struct, frozen=True, gc=False):
     kind: int
     block: int
@@ -221,7 +231,7 @@ def decode_superblock_untrusted(number: int, block: bytes) -> Superblock:
         version=fields[10],
         created_ns=fields[11],
     )
-    if fields[3] != BLOCK_BYTES or found.features_incompatible:
+    if fields[3] != BLOCK_BYTES or found.features_incompatible & ~FEATURES_KNOWN:
         raise CorruptionError("this file system uses features that this version does not know")
     size = found.group_blocks
     if not GROUP_BLOCKS_MIN <= size <= GROUP_BLOCKS_MAX or size % GROUP_BLOCKS_STEP:

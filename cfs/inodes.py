@@ -17,10 +17,11 @@ from cfs.attributes import (
 from cfs.cache import InodeState
 from cfs.core import Core
 from cfs.errors import FsError
-from cfs.files import Files, need_regular
+from cfs.files import Files
 from cfs.nodes import InodeNode
 from cfs.orphans import Orphans
 from cfs.protection import need_mutable, need_unprotected
+from cfs.reading import need_regular
 from cfs.transaction import READER, Missing, Tx
 from cfs.xattr import ACCESS_ACL, DEFAULT_ACL, XattrEditor
 from cluster.locks import Mode

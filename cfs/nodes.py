@@ -26,7 +26,7 @@ of a tree has its entries in the inode.
 | entry | bytes |
 |---|---|
 | index | key u64, block u64 |
-| extent | first logical block u64, first physical block u64, count u32, flags u32 (0) |
+| extent | first logical block u64, first physical block u64, count u32, flags u32 |
 | name | cookie u64, inode u64, type u8 (S_IFMT >> 12), length u8, name |
 | attribute | cookie u64, name length u8, value blocks u8, value length u32, name, then the value, \
 or if there are value blocks their numbers u64 |
@@ -34,6 +34,9 @@ or if there are value blocks their numbers u64 |
 Attribute value, at 64: up to `VALUE_BYTES` of the value, zeroes in the last block.
 
 `flags` of an inode are bits of FS_IOC_GETFLAGS, see `cfs.attributes`.
+
+Flags of an extent: bit 0 *unwritten*: the blocks belong to the file and hold nothing yet; they read
+as zeroes whatever is in them. Only such extents may lie beyond the end of file. Other bits are 0.
 
 Group, at 64: group u64, last generation u64, blocks u32, free u32, freeing u32, zero; at 128 the
 map, 2 bits a block, lowest bits first (`BlockState`).
@@ -48,7 +51,7 @@ from __future__ import annotations
 import enum
 import itertools
 import struct
-from typing import Self
+from typing import NamedTuple, Self
 
 import msgspec
 
@@ -77,8 +80,18 @@ ORPHANS_OFFSET = 72
 ORPHANS_PER_BLOCK = (BLOCK_BYTES - ORPHANS_OFFSET) // 8
 _U64 = struct.Struct("<Q")
 
-Extent = tuple[int, int]
-"""Physical block, count (the logical block is the key)."""
+UNWRITTEN = 1
+"""Flag of an extent."""
+
+
+class Extent(NamedTuple):
+    """Blocks in a row that belong to a file; the first logical block is the key."""
+
+    block: int
+    length: int
+    unwritten: bool = False
+
+
 Name = tuple[int, int, bytes]
 """Inode, type (S_IFMT >> 12), name."""
 
@@ -140,7 +153,7 @@ def value_bytes(value: Value) -> int:
         return INDEX_ENTRY.size
     if isinstance(value, Xattr):
         return XATTR_ENTRY.size + len(value.name) + len(value.value) + 8 * len(value.blocks)
-    if len(value) == 2:
+    if isinstance(value, Extent):
         return EXTENT_ENTRY.size
     return NAME_ENTRY.size + len(value[2])
 
@@ -154,8 +167,8 @@ def encode_tree(tree: Tree) -> bytes:
             count = len(value.blocks)
             parts.append(XATTR_ENTRY.pack(key, len(value.name), count, value.size) + value.name)
             parts.append(value.value or struct.pack(f"<{count}Q", *value.blocks))
-        elif len(value) == 2:
-            parts.append(EXTENT_ENTRY.pack(key, value[0], value[1], 0))
+        elif isinstance(value, Extent):
+            parts.append(EXTENT_ENTRY.pack(key, *value))
         else:
             parts.append(NAME_ENTRY.pack(key, value[0], value[1], len(value[2])))
             parts.append(value[2])
@@ -176,11 +189,13 @@ def decode_tree_untrusted(kind: Kind, level: int, count: int, data: bytes) -> Tr
                 values.append(child)
             used = count * INDEX_ENTRY.size
         elif kind == Kind.EXTENT_TREE:
-            for key, physical, length, _ in EXTENT_ENTRY.iter_unpack(
+            for key, physical, length, flags in EXTENT_ENTRY.iter_unpack(
                 data[: count * EXTENT_ENTRY.size]
             ):
+                if flags & ~UNWRITTEN:
+                    raise CorruptionError("an extent has unknown flags")
                 keys.append(key)
-                values.append((physical, length))
+                values.append(Extent(physical, length, bool(flags)))
             used = count * EXTENT_ENTRY.size
         elif kind == Kind.XATTR_TREE:
             used = _decode_xattrs(count, data, keys, values)

@@ -3,11 +3,18 @@
 Blocks are allocated when write() is called, so a page knows where it goes, and flushing needs no
 lock and no map. A page lives in `InodeState.pages`, then in `InodeState.flushing` while its write
 is on the way; it is read from there until that write has completed.
+
+Data that the device refuses is lost, as on a local file system, page by page: those that it takes
+are written. The loss is counted in `InodeState.errors`, which every open handle reports once. The
+block of a lost page that never held anything of this file (`InodeState.fresh`) is `spoiled`: it
+must become unwritten before anybody reads in it what another file has left there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+import errno
+from collections import deque
+from collections.abc import Awaitable, Callable, Iterable
 
 from cfs.attributes import BLOCK_BYTES, MountOptions
 from cfs.cache import InodeState, Page
@@ -15,6 +22,9 @@ from cfs.journal import FlushCounter, joined
 from cfs.seams import Event, Runtime
 from cluster.device import Buffer
 from cluster.errors import DeviceError
+
+REFUSED_IN_A_ROW_MAX = 64
+"""Pages refused one after another: then the device takes nothing."""
 
 
 class DirtyPages:
@@ -26,46 +36,77 @@ class DirtyPages:
         self._options = options
         self.dirty_pages = 0
         self.dirty: dict[InodeState, None] = {}
+        self._flushing: dict[InodeState, None] = {}
         self._ordered: dict[InodeState, None] = {}
         self._sealing: dict[InodeState, None] = {}
         self._writing_back = False
-        self._room: list[Event] = []
+        self._room: deque[tuple[int, Event]] = deque()
+        self._promised = 0
+        self.on_spoiled: Callable[[InodeState], None] = lambda state: None
+        """`InodeState.spoiled` is not empty any more."""
+        self.isolate: Callable[[InodeState], Awaitable[None]]
+        """Makes the blocks in `spoiled` unwritten; the lock is held in EX, or being demoted."""
+        self.on_lost: Callable[[InodeState, int], None] = lambda state, count: None
+        """So many pages of an inode were lost; for the log."""
 
     @property
     def dirty_bytes(self) -> int:
         return self.dirty_pages * BLOCK_BYTES
 
-    def put(self, state: InodeState, pages: dict[int, Page], *, ordered: bool) -> None:
-        """Take pages over. `ordered`: some of them are in blocks that the running transaction
-        gives to the file."""
+    def put(
+        self,
+        state: InodeState,
+        pages: dict[int, Page],
+        *,
+        ordered: bool,
+        fresh: Iterable[tuple[int, int]] = (),
+    ) -> None:
+        """Take pages over. `ordered`: the running transaction may be written only after them.
+        `fresh`: (first, count) of blocks that this transaction is the first to call written."""
         before = len(state.pages)
         state.pages.update(pages)
         self.dirty_pages += len(state.pages) - before
         self.dirty[state] = None
-        for index in pages:
-            state.clean.pop(index, None)
+        for first, count in fresh:
+            state.fresh.update(range(first, first + count))
+        if state.clean:
+            for index in pages:
+                state.clean.pop(index, None)
+        if state.spoiled:
+            again = state.spoiled.intersection(pages)
+            state.spoiled -= again
+            state.fresh |= again
         if ordered:
             self._ordered[state] = None
         if self.dirty_bytes > self._options.dirty_bytes_start:
             self._start_write_back()
 
-    def discard(self, state: InodeState, first: int) -> None:
-        """Forget pages from index `first` on: the file was cut there."""
-        gone = [index for index in state.pages if index >= first]
+    def discard(self, state: InodeState, first: int, end: int) -> None:
+        """Forget pages [first, end): their blocks are taken away."""
+        gone = [index for index in state.pages if first <= index < end]
         for index in gone:
             del state.pages[index]
         self.dirty_pages -= len(gone)
-        for index in [index for index in state.clean if index >= first]:
+        for index in [index for index in state.clean if first <= index < end]:
             del state.clean[index]
+        for marks in (state.fresh, state.spoiled):
+            marks.difference_update([index for index in marks if first <= index < end])
         if not state.pages:
             self.dirty.pop(state, None)
+        self._wake()
 
-    def must_wait(self, state: InodeState, first: int) -> bool:
-        """Whether blocks from page `first` on may not be freed yet: a write to them is on the way,
-        or the transaction that is being sealed gives them to the file."""
-        if state.direct_writes or any(index >= first for index in state.flushing):
+    def overlaps(self, state: InodeState, first: int, end: int) -> bool:
+        """Whether pages [first, end) are waiting to be written or on their way."""
+        return any(
+            first <= index < end for pages in (state.pages, state.flushing) for index in pages
+        )
+
+    def must_wait(self, state: InodeState, first: int, end: int) -> bool:
+        """Whether blocks [first, end) may not be taken away yet: a write to them is on the way, or
+        the transaction that is being sealed gives them to the file."""
+        if state.direct_writes or any(first <= index < end for index in state.flushing):
             return True
-        return state in self._sealing and any(index >= first for index in state.pages)
+        return state in self._sealing and any(first <= index < end for index in state.pages)
 
     async def settle(self, state: InodeState) -> None:
         """Wait until nothing is on the way to the disk."""
@@ -94,13 +135,35 @@ class DirtyPages:
                 state.direct_done.set()
                 state.direct_done = None
 
-    async def room(self) -> None:
-        """Wait while there is too much unwritten data."""
-        while self.dirty_bytes > self._options.dirty_bytes_max:
+    async def room(self, size: int) -> None:
+        """Wait while there is too much unwritten data; first come, first served. The caller may
+        then bring `size` bytes, and calls `settled` when it has, or will not."""
+        if self._room or not self._fits(size):
             self._start_write_back()
             event = self._runtime.event()
-            self._room.append(event)
-            await event.wait()
+            entry = (size, event)
+            self._room.append(entry)
+            try:
+                await event.wait()
+            except BaseException:
+                if event.is_set():
+                    self.settled(size)
+                else:
+                    self._room.remove(entry)
+                    self._wake()
+                raise
+        else:
+            self._promised += size
+
+    def settled(self, size: int) -> None:
+        """What `room` promised is in the buffer, or is not needed."""
+        self._promised -= size
+        if self._room:
+            self._wake()
+
+    def _fits(self, size: int) -> bool:
+        taken = self.dirty_bytes + self._promised
+        return not taken or taken + size <= self._options.dirty_bytes_max
 
     def _start_write_back(self) -> None:
         if not self._writing_back:
@@ -110,20 +173,24 @@ class DirtyPages:
     async def _write_back(self) -> None:
         """Write until half of what starts this is left."""
         try:
-            while self.dirty and self.dirty_bytes > self._options.dirty_bytes_start // 2:
+            while self.dirty and (
+                self._room or self.dirty_bytes > self._options.dirty_bytes_start // 2
+            ):
                 await self.flush(next(iter(self.dirty)))
         finally:
             self._writing_back = False
-            self._wake()
 
     def _wake(self) -> None:
-        waiters, self._room = self._room, []
-        for event in waiters:
+        while self._room and self._fits(self._room[0][0]):
+            size, event = self._room.popleft()
+            self._promised += size
             event.set()
+        if self._room:
+            self._start_write_back()
 
     async def flush(self, state: InodeState) -> None:
         """Write the inode's pages as they are now. They have been written when this returns, not
-        flushed to stable storage (`InodeState.written_at` numbers the last write)."""
+        flushed to stable storage (`InodeState.written_at` numbers the last write), or are lost."""
         while state.flush_done is not None:
             await state.flush_done.wait()
         if not state.pages:
@@ -132,26 +199,56 @@ class DirtyPages:
         batch, state.pages = state.pages, {}
         state.flushing = batch
         self.dirty.pop(state, None)
-        written = False
+        self._flushing[state] = None
+        lost: set[int] | None = None
         try:
-            writes: list[tuple[int, Buffer]] = [
-                (physical, data) for data, physical in batch.values()
-            ]
-            await self._counter.device.write_many(joined(writes))
-            written = True
+            lost = await self._write_out(batch)
             state.written_at = self._counter.wrote()
-        except DeviceError:
-            # As a local file system does: the data is lost, and fsync says so once per handle.
-            state.error_count += 1
-            written = True
         finally:
             self.dirty_pages -= len(batch)
             state.flushing = {}
-            if not written:
+            if lost is None:
                 self._put_back(state, batch)
+            elif state.fresh or lost:
+                self._account(state, batch, lost)
             state.flush_done = None
+            del self._flushing[state]
             event.set()
             self._wake()
+
+    async def _write_out(self, batch: dict[int, Page]) -> set[int]:
+        """Write a batch; the pages that the device refuses."""
+        device = self._counter.device
+        try:
+            await device.write_many(joined([(block, data) for data, block in batch.values()]))
+            return set()
+        except DeviceError:
+            pass
+        lost: set[int] = set()
+        row = 0
+        for index, (data, block) in batch.items():
+            if row < REFUSED_IN_A_ROW_MAX:
+                try:
+                    await device.write(block * BLOCK_BYTES, data)
+                    row = 0
+                    continue
+                except DeviceError:
+                    row += 1
+            lost.add(index)
+        return lost
+
+    def _account(self, state: InodeState, batch: dict[int, Page], lost: set[int]) -> None:
+        """After a flush: what is not fresh any more, and what was lost."""
+        if lost:
+            state.errors.note(errno.EIO)
+            self.on_lost(state, len(lost))
+            spoiled = {index for index in state.fresh & lost if index not in state.pages}
+            if spoiled:
+                state.spoiled |= spoiled
+                self.on_spoiled(state)
+        if len(lost) != len(batch):
+            state.fresh.difference_update(batch.keys() - lost)
+        state.fresh -= state.spoiled
 
     def _put_back(self, state: InodeState, batch: dict[int, Page]) -> None:
         """The writing task was cancelled: newer pages win over those that were on the way."""
@@ -161,7 +258,8 @@ class DirtyPages:
         self.dirty[state] = None
 
     async def flush_all(self) -> None:
-        for state in list(self.dirty):
+        """Everything that is in the buffer now, or on its way, has been written."""
+        for state in [*self._flushing, *self.dirty]:
             await self.flush(state)
 
     # -- data before metadata --------------------------------------------------------------------

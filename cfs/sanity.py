@@ -17,6 +17,7 @@ from cfs.format import COOKIE_FIRST, FIRST_GROUP_BLOCK, Superblock
 from cfs.journal_format import JOURNAL_BLOCKS_MIN
 from cfs.nodes import (
     BlockState,
+    Extent,
     GroupNode,
     InodeNode,
     Node,
@@ -101,7 +102,7 @@ def tree_fault(tree: Tree, superblock: Superblock) -> str:
         return _blocks_fault([child for child in tree.values if isinstance(child, int)], superblock)
     if isinstance(first, Xattr):
         return _xattrs_fault(tree, superblock)
-    if len(first) == 2:
+    if isinstance(first, Extent):
         return _extents_fault(tree, superblock)
     return _names_fault(tree)
 
@@ -128,9 +129,8 @@ def _extents_fault(tree: Tree, superblock: Superblock) -> str:
     total, length = superblock.total_blocks, superblock.group_blocks
     end = 0
     for logical, value in zip(tree.keys, tree.values, strict=True):
-        assert isinstance(value, tuple)
-        assert len(value) == 2
-        physical, count = value[0], value[1]
+        assert isinstance(value, Extent)
+        physical, count = value.block, value.length
         if logical < end:
             return "extents that overlap"
         end = logical + count
@@ -148,7 +148,7 @@ def _names_fault(tree: Tree) -> str:
         return "an impossible cookie"
     for value in tree.values:
         assert isinstance(value, tuple)
-        assert len(value) == 3
+        assert not isinstance(value, Extent)
         fault = name_fault(value[2])
         if fault:
             return fault

@@ -96,6 +96,19 @@ class Space:
             return node.free + usable_freeing(node.states, group.durable).bit_count()
         return node.free
 
+    def total_free(self) -> int:
+        """Free blocks in all groups as far as this mount knows, those not yet for use included."""
+        total = 0
+        for group in self.groups:
+            node = group.node
+            if node is not None:
+                total += node.free + node.freeing
+            elif group.believed_free >= 0:
+                total += group.believed_free
+            else:
+                total += self.superblock.group_length(group.number)
+        return total
+
     def open(self, tx: Tx, group: GroupState) -> GroupNode | None:
         """The group for an allocation, or None if its lock cannot be held at once."""
         if group.damaged:

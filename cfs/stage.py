@@ -10,11 +10,14 @@ from __future__ import annotations
 import contextlib
 import errno
 
+import msgspec
+
 from cfs import journal_format
 from cfs.attributes import BLOCK_BYTES
 from cfs.core import Core
 from cfs.errors import REMEDY, CorruptionError, FsError
 from cfs.format import (
+    FEATURES_KNOWN,
     FIRST_GROUP_BLOCK,
     GROUP_BLOCKS_MAX,
     GROUP_BLOCKS_MIN,
@@ -154,6 +157,7 @@ async def begin(core: Core) -> tuple[Journal, list[tuple[int, tuple[int, int]]]]
         else:
             free.append((slot, place))
     await core.refresh_superblock()
+    await _enable_features(core)
     if chosen is None:
         raise BusyError(
             "all journals of this file system are in use",
@@ -299,9 +303,26 @@ async def grow(core: Core) -> None:
         lock.release(Mode.EX)
 
 
-async def _grow_to(core: Core, old: Superblock, total: int) -> None:
-    import msgspec
+async def _write_superblock(core: Core, new: Superblock) -> None:
+    for block in (new.backup_block, SUPERBLOCK_BLOCK):
+        await write_blocks(core.device, [(block, new.encode(block))])
+        await core.device.flush()
+    core.superblock = new
+    core.space.extend(new)
 
+
+async def _enable_features(core: Core) -> None:
+    """Let a file system of an older version have what this one may write into it."""
+    old = core.superblock
+    features = old.features_incompatible | FEATURES_KNOWN
+    if features != old.features_incompatible and not core.options.read_only:
+        new = msgspec.structs.replace(
+            old, features_incompatible=features, version=old.version + 1
+        )
+        await _write_superblock(core, new)
+
+
+async def _grow_to(core: Core, old: Superblock, total: int) -> None:
     new = msgspec.structs.replace(old, total_blocks=total, version=old.version + 1)
     writes: list[tuple[int, Buffer]] = []
     for number in range(old.group_count, new.group_count):
@@ -310,11 +331,7 @@ async def _grow_to(core: Core, old: Superblock, total: int) -> None:
     for start in range(0, len(writes), 256):
         await write_blocks(core.device, writes[start : start + 256])
     await core.device.flush()
-    for block in (new.backup_block, SUPERBLOCK_BLOCK):
-        await write_blocks(core.device, [(block, new.encode(block))])
-        await core.device.flush()
-    core.superblock = new
-    core.space.extend(new)
+    await _write_superblock(core, new)
 
 
 async def _extend_group(core: Core, number: int) -> None:

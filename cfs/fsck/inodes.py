@@ -13,6 +13,7 @@ from cfs.fsck.report import Report
 from cfs.nodes import (
     CONTENT_BYTES_MAX,
     BlockState,
+    Extent,
     InodeNode,
     Tree,
     TreeNode,
@@ -166,23 +167,25 @@ class InodeChecker:
         return node.tree
 
     def _extents(self, ino: int, inode: InodeNode, entries: list[tuple[int, Value]]) -> int:
-        end = 0
+        end = written_end = 0
         blocks = 0
         length = self.superblock.group_blocks
         for logical, value in entries:
-            if not isinstance(value, tuple) or len(value) != 2 or not inode.is_regular:
+            if not isinstance(value, Extent) or not inode.is_regular:
                 self.report.error(f"inode {ino} has an entry that is no extent")
                 continue
-            physical, count = value[0], value[1]
+            physical, count, unwritten = value
             if logical < end:
                 self.report.error(f"extents of inode {ino} overlap at block {logical}")
             end = logical + count
+            if not unwritten:
+                written_end = end
             blocks += count
             if self.claims.claim(physical, count, BlockState.DATA, f"inode {ino}"):
                 self.report.data_blocks += count
             if physical // length != (physical + count - 1) // length:
                 self.report.error(f"an extent of inode {ino} crosses a group")
-        if end > -(-inode.size // BLOCK_BYTES) and ino not in self.orphans:
+        if written_end > -(-inode.size // BLOCK_BYTES) and ino not in self.orphans:
             self.report.error(f"inode {ino} has blocks beyond its end")
         return blocks
 
@@ -229,7 +232,7 @@ class InodeChecker:
         children = []
         seen: set[bytes] = set()
         for cookie, value in entries:
-            if not isinstance(value, tuple) or len(value) != 3:
+            if not isinstance(value, tuple) or isinstance(value, Extent):
                 self.report.error(f"directory {ino} has an entry that is no name")
                 continue
             child, kind, name = value

@@ -26,7 +26,7 @@ from cfs.journal_format import (
     encode_commit,
     encode_header,
 )
-from cfs.nodes import InodeNode, Node, Tree, decode_node_untrusted, pack_map, unpack_map
+from cfs.nodes import Extent, InodeNode, Node, Tree, decode_node_untrusted, pack_map, unpack_map
 from cfs.space import find_run, usable_freeing
 from cfs.stage import NOBODY
 from cfs.transaction import READER, Tx
@@ -140,7 +140,7 @@ def test_a_tree_is_a_sorted_dictionary(steps: list[tuple[bool, int]], length: in
 @pytest.mark.parametrize("mode", [0o040755, 0o100644])
 def test_a_tree_that_grows_downwards_stays_in_order(mode: int) -> None:
     world = TreeWorld(mode)
-    value: tree.Value = (1, 8, b"a name") if mode == 0o040755 else (1, 1)
+    value: tree.Value = (1, 8, b"a name") if mode == 0o040755 else Extent(1, 1)
     for key in range(20_000, 0, -2):
         tx, editor = world.edit()
         editor.insert(key, value)
@@ -173,42 +173,109 @@ def test_a_large_tree_shrinks_to_nothing() -> None:
     world.check()
 
 
-@given(st.lists(st.tuples(st.integers(0, 300), st.integers(1, 40), st.booleans()), max_size=60))
-@settings(max_examples=60, deadline=None)
-def test_extents_map_every_block(steps: list[tuple[int, int, bool]]) -> None:
-    world = TreeWorld(0o100644)
-    model: dict[int, int] = {}
-    physical = 1000
-    for first, count, cutting in steps:
-        tx, editor = world.edit()
-        if cutting:
-            freed: list[int] = []
-            done = False
-            while not done:
-                _, done = extents.cut(
-                    editor, first, 3, lambda at, size, f=freed: f.extend(range(at, at + size))
-                )
-            gone = [block for block in model if block >= first]
-            assert sorted(freed) == sorted(model.pop(block) for block in gone)
-        else:
-            for logical, place, size in extents.pieces(
-                tx, world.covered, editor.inode, first, count
-            ):
+extent_steps = st.tuples(
+    st.sampled_from(["cut", "fill", "reserve", "write", "unwrite", "punch"]),
+    st.integers(0, 300),
+    st.integers(1, 40),
+)
+
+
+class ExtentWorld:
+    """Extents and what they must say: (physical block, unwritten) of each block."""
+
+    def __init__(self) -> None:
+        self.world = TreeWorld(0o100644)
+        self.model: dict[int, tuple[int, bool]] = {}
+        self.physical = 1000
+
+    def do(self, kind: str, first: int, count: int) -> None:
+        tx, editor = self.world.edit()
+        covered, inode, end = self.world.covered, editor.inode, first + count
+        if kind == "cut":
+            self._cut(editor, first)
+        elif kind in ("fill", "reserve"):
+            for logical, place, size, _ in extents.pieces(tx, covered, inode, first, count):
                 if not place:
-                    extents.insert(editor, logical, physical, size)
+                    extent = Extent(self.physical, size, kind == "reserve")
+                    extents.insert(editor, logical, extent)
                     for step in range(size):
-                        model[logical + step] = physical + step
-                    physical += size + (first % 2)
+                        self.model[logical + step] = (self.physical + step, kind == "reserve")
+                    self.physical += size + first % 2
+        else:
+            for mapped in extents.overlapping(tx, covered, inode, first, end, 1000):
+                if kind == "punch":
+                    gone = extents.take_away(editor, mapped, first, end)
+                    for step in range(gone.length):
+                        block = gone.block + step
+                        (index,) = (i for i, (b, _) in self.model.items() if b == block)
+                        assert first <= index < end
+                        del self.model[index]
+                elif mapped[1].unwritten == (kind == "write"):
+                    extents.convert(editor, mapped, first, end)
+            for index in range(first, end):
+                if index in self.model and kind != "punch":
+                    self.model[index] = (self.model[index][0], kind == "unwrite")
         tx.apply()
+
+    def _cut(self, editor: tree.TreeEditor, first: int) -> None:
+        freed: list[int] = []
+        done = False
+        while not done:
+            _, done = extents.cut(
+                editor, first, 3, lambda at, size: freed.extend(range(at, at + size))
+            )
+        gone = [block for block in self.model if block >= first]
+        assert sorted(freed) == sorted(self.model.pop(block)[0] for block in gone)
+
+    def check(self) -> None:
         found = {}
         at = 0
-        for logical, place, size in extents.pieces(READER, world.covered, world.inode(), 0, 400):
+        before = (0, 0, 0, False)
+        for piece in extents.pieces(READER, self.world.covered, self.world.inode(), 0, 400):
+            logical, place, size, unwritten = piece
             assert logical == at
             at += size
             if place:
-                found.update({logical + step: place + step for step in range(size)})
+                found.update(
+                    {logical + step: (place + step, unwritten) for step in range(size)}
+                )
+                assert before[1] + before[2] != place or before[3] != unwritten, "not joined"
+            before = piece
         assert at == 400
-        assert found == model
+        assert found == self.model
+        self._check_boundaries()
+        self.world.check()
+
+    def _check_boundaries(self) -> None:
+        for is_data in (True, False):
+            data = [i in self.model and (is_data or not self.model[i][1]) for i in range(401)]
+            at = 0
+            while at < 400:
+                kind, until = extents.boundary(
+                    READER, self.world.covered, self.world.inode(), at,
+                    unwritten_is_data=is_data, limit=2,
+                )  # fmt: skip
+                assert until > at
+                assert set(data[at : min(until, 400)]) == {kind}
+                at = until
+
+
+@given(st.lists(extent_steps, max_size=60))
+@settings(max_examples=100, deadline=None)
+def test_extents_map_every_block(steps: list[tuple[str, int, int]]) -> None:
+    world = ExtentWorld()
+    for kind, first, count in steps:
+        world.do(kind, first, count)
+        world.check()
+
+
+def test_extents_of_many_pieces() -> None:
+    """More than the inode holds: splits and joins across tree blocks."""
+    rng = random.Random(1)
+    world = ExtentWorld()
+    for _ in range(4000):
+        world.do(rng.choice(["fill", "reserve"]), rng.randrange(390), 1)
+        world.do(rng.choice(["write", "unwrite", "punch"]), rng.randrange(390), rng.choice([1, 3]))
     world.check()
 
 

@@ -27,7 +27,7 @@ from cfs.journal_format import (
     decode_commit_untrusted,
     decode_header_untrusted,
 )
-from cfs.nodes import InodeNode, Node, Tree, TreeNode, Xattr, decode_node_untrusted
+from cfs.nodes import Extent, InodeNode, Node, Tree, TreeNode, Xattr, decode_node_untrusted
 from cfs.sanity import check_node_untrusted
 from tests.corrupter.image import reseal
 
@@ -59,7 +59,7 @@ def test_any_body_is_decoded_or_refused(kind: int, body: bytes, owner: int, numb
 def honest_nodes() -> list[Node]:
     file = InodeNode(700, 3)
     file.mode, file.nlink, file.size, file.blocks = 0o100644, 1, 5 * 4096, 4
-    file.root = Tree(0, [0, 3], [(800, 2), (802, 2)], 48)
+    file.root = Tree(0, [0, 3], [Extent(800, 2), Extent(802, 2, True)], 48)
     file.xattrs = Tree(0, [9], [Xattr(b"user.a", 5000, blocks=(900, 901))], 40)
     small = InodeNode(701, 3)
     small.mode, small.nlink, small.size, small.data = 0o100644, 1, 3, b"abc"
