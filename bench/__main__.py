@@ -13,7 +13,7 @@ from pathlib import Path
 
 import click
 
-from bench import failover, locks, metadata, throughput, warm
+from bench import changes, failover, locks, metadata, syncs, throughput, trees, warm
 from lab import cluster
 from lab.topology import LabState
 
@@ -22,6 +22,9 @@ SECTIONS = {
     "throughput": (throughput, "Throughput of one mount"),
     "warm": (warm, "Warm caches"),
     "metadata": (metadata, "Small operations"),
+    "trees": (trees, "Trees of small files"),
+    "syncs": (syncs, "Write and fsync"),
+    "changes": (changes, "Change seen by another node"),
     "locks": (locks, "Locks"),
     "failover": (failover, "Stall of the survivors, profile fast"),
 }

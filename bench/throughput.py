@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import json
 import statistics
-import sys
 
+from bench import empty
 from lab import hosts
 from lab.topology import MOUNT_POINT, Host, Lab
 
@@ -30,7 +30,6 @@ COMMON = [
     "--norandommap",
     "--randrepeat=0",
 ]
-EMPTY = "/run/empty"
 
 
 def _rate(lab: Lab, node: Host, job: str, target: list[str]) -> float:
@@ -57,27 +56,18 @@ def run(lab: Lab) -> dict:
         f"--filename={path}",
         timeout_s=300,
     )
-    hosts.run(lab, node, "mkdir", "-p", EMPTY)
-    hosts.daemon(lab, node, "empty", sys.executable, "-m", "bench.empty_fs", EMPTY)
-    hosts.wait_for(
-        lambda: hosts.run(lab, node, "test", "-f", f"{EMPTY}/f", check=False).returncode == 0,
-        20,
-        "the empty file system is mounted",
-    )
     targets = {
         "mount": [*libaio, f"--filename={path}"],
         "nbd": ["--ioengine=nbd", f"--uri=nbd://{server.address(1)}:10809/scratch"],
-        "empty": [*libaio, f"--filename={EMPTY}/f"],
+        "empty": [*libaio, f"--filename={empty.PATH}/f"],
     }
     samples: dict[str, dict[str, list[float]]] = {j: {t: [] for t in targets} for j in JOBS}
-    try:
+    with empty.mounted(lab, node):
         for _ in range(ROUNDS):
             for job in JOBS:
                 for name, target in targets.items():
                     samples[job][name].append(_rate(lab, node, job, target))
-    finally:
-        hosts.run(lab, node, "umount", EMPTY, check=False)
-        hosts.run(lab, node, "rm", "-f", path)
+    hosts.run(lab, node, "rm", "-f", path)
     result = {}
     for job, by_target in samples.items():
         medians = {t: statistics.median(v) for t, v in by_target.items()}

@@ -113,6 +113,6 @@ class MountOptions(msgspec.Struct, frozen=True):
     dirty_bytes_max: int = 96 << 20
     dirty_bytes_start: int = 16 << 20
     inodes_cached_max: int = 65536
-    inode_pool: int = 32
+    inode_pool: int = 64
     background: bool = True
     read_only: bool = False

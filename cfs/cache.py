@@ -48,7 +48,8 @@ class GroupState(Covered):
     """
 
     __slots__ = (
-        "believed_free", "block", "damaged", "data_hint", "durable", "meta_hint", "swept_change",
+        "believed_free", "block", "damaged", "data_hint", "durable", "inode_hint", "meta_hint",
+        "swept_change",
     )  # fmt: skip
     lock: CachedLock
 
@@ -61,6 +62,7 @@ class GroupState(Covered):
         self.swept_change = 0
         self.meta_hint = 0
         self.data_hint = 0
+        self.inode_hint = 0
 
     @property
     def node(self) -> GroupNode | None:
@@ -83,12 +85,16 @@ class InodeState(Covered):
     the disk to be changed in part (None: being read); a write of that page takes it out again.
     `fresh`: pages whose block has never been written for this file; `spoiled`: those of them whose
     write failed (`cfs.pages`).
+
+    An open inode (`open_count`) outlives its last name everywhere: whoever frees it needs its lock
+    in EX. Before this mount lets its lock go altogether it takes the open lock, once (`open_held`).
+    `sole`: made here, and its lock has been in EX ever since, so no other mount has it open.
     """
 
     __slots__ = (
         "__weakref__", "changed_in", "clean", "direct_done", "direct_writes", "errors",
-        "flush_done", "flushing", "fresh", "map_version", "open_count", "open_lock", "pages",
-        "pins", "spoiled", "written_at",
+        "flush_done", "flushing", "fresh", "map_version", "open_count", "open_held", "pages",
+        "pins", "sole", "spoiled", "written_at",
     )  # fmt: skip
     lock: CachedLock
 
@@ -108,7 +114,8 @@ class InodeState(Covered):
         self.spoiled: set[int] = set()
         self.written_at = 0
         self.open_count = 0
-        self.open_lock: CachedLock | None = None
+        self.open_held = False
+        self.sole = False
 
     @property
     def ino(self) -> int:

@@ -18,7 +18,7 @@ from cfs.errors import CorruptionError, FsError
 from cfs.format import SUPERBLOCK_BLOCK, Kind, Superblock, decode_superblock_untrusted
 from cfs.format import open_block_untrusted as open_block
 from cfs.journal import FlushCounter, Journal
-from cfs.lock_names import CONTROL_LOCK, number_of
+from cfs.lock_names import CONTROL_LOCK, number_of, open_lock_name
 from cfs.nodes import BlockState, GroupNode, InodeNode, Node, SlotsNode, decode_node_untrusted
 from cfs.pages import DirtyPages
 from cfs.sanity import check_node_untrusted
@@ -435,8 +435,6 @@ class Core:
         return any(g.node is not None and g.node.free for g in self.space.mine.values())
 
     async def _add_to_pool(self, ino: int, *, patient: bool) -> int:
-        from cfs.lock_names import open_lock_name
-
         state = self.table.get(ino)
         state.pins += 1
         try:
@@ -446,12 +444,6 @@ class Core:
                 elif await self.locks.try_lock(state.lock.name, Mode.EX) is None:
                     return 0
             state.lock.release(Mode.EX)
-            lock = self.locks.get(open_lock_name(ino), self)
-            here = lock.try_hold(Mode.PR)
-            if not here and await self.locks.try_lock(lock.name, Mode.PR) is None:
-                return 0
-            lock.release(Mode.PR)
-            state.open_lock = lock
         finally:
             state.pins -= 1
         self.space.add_to_pool(state)
@@ -504,8 +496,12 @@ class Core:
             self.control.nodes.clear()
 
     async def _demote_inode(self, ino: int, lock: CachedLock, mode: Mode) -> None:
-        await self.kernel.revoke(ino, mode)
         state = self.table.find(ino)
+        if state is not None:
+            state.sole = False
+            if mode == Mode.NL and state.open_count and not state.open_held:
+                await self._hold_open(state)
+        await self.kernel.revoke(ino, mode)
         if state is None:
             return
         if lock.mode == Mode.EX:
@@ -516,6 +512,22 @@ class Core:
             state.nodes.clear()
             state.clean.clear()
             self.cold.add(ino)
+
+    async def _hold_open(self, state: InodeState) -> None:
+        """Keep an open inode from being freed when its lock is gone. Nobody holds its open lock in
+        EX for long but with the inode's lock in EX, which is still here."""
+        lock = self.locks.get(open_lock_name(state.ino), self)
+        await lock.hold(Mode.PR)
+        if state.open_count:
+            state.open_held = True
+        else:
+            lock.release(Mode.PR)
+
+    def release_open(self, state: InodeState) -> None:
+        """Nobody here has the inode open any more."""
+        if state.open_held:
+            state.open_held = False
+            self.locks.get(open_lock_name(state.ino), self).release(Mode.PR)
 
     async def clean(self, state: InodeState) -> None:
         """The inode as it is now is in its place on the disk, data and metadata, flushed."""

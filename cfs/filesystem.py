@@ -407,40 +407,25 @@ class FileSystem(RangeCalls):
         """`open_ref` if it needs no message."""
         state = self.core.state(ino)
         if not state.open_count:
-            lock = self._open_lock(state)
-            if state.node is None or not lock.try_hold(Mode.PR):
-                return False
-            if not state.node.mode or not state.lock.try_hold(Mode.PR):
-                lock.release(Mode.PR)
+            node = state.node
+            if node is None or not node.mode or not state.lock.try_hold(Mode.PR):
                 return False
             state.lock.release(Mode.PR)
         state.open_count += 1
         return True
 
-    def _open_lock(self, state: InodeState) -> CachedLock:
-        if state.open_lock is None:
-            state.open_lock = self.core.locks.get(open_lock_name(state.ino), self.core)
-        return state.open_lock
-
     async def open_ref(self, ino: int) -> None:
-        """An open handle: the inode outlives its last name, cluster wide, until `close_ref`."""
+        """An open handle: the inode outlives its last name, cluster wide, until `close_ref`. The
+        open lock is taken when the inode's own lock goes (`Core.demote`)."""
         if self.try_open_ref(ino):
             return
         state = self.core.state(ino)
-        lock = self._open_lock(state)
-        state.pins += 1
+        await state.hold(Mode.PR)
         try:
-            await lock.hold(Mode.PR)
-            try:
-                await self.getattr(ino)
-            except BaseException:
-                lock.release(Mode.PR)
-                raise
-            if state.open_count:
-                lock.release(Mode.PR)  # Another task was here first: one hold is enough.
+            await self.core.see(lambda: READER.inode(state))
             state.open_count += 1
         finally:
-            state.pins -= 1
+            state.release(Mode.PR)
 
     def close_ref(self, ino: int) -> None:
         """Give one `open_ref` back. Synchronous: what it starts runs in the background."""
@@ -448,7 +433,7 @@ class FileSystem(RangeCalls):
         assert state.open_count > 0, f"inode {ino} is not open"
         state.open_count -= 1
         if not state.open_count:
-            self._open_lock(state).release(Mode.PR)
+            self.core.release_open(state)
             if ino in self.orphans.where:
                 self.orphans.reap_soon(ino)
 

@@ -402,31 +402,34 @@ class Names:
             wants = [(pstate, Mode.EX), (child, Mode.EX)]
             await hold_all(wants)
             try:
-                alone = await self.alone(child)
+                alone, lock = await self.alone(child)
                 try:
                     await core.run(
                         lambda tx, c=child, a=alone: self._remove_body(  # type: ignore[misc]
-                            tx, pstate, c, name, (directory_wanted, a is not None)
+                            tx, pstate, c, name, (directory_wanted, a)
                         )
                     )
                     return
                 except Changed:
                     continue
                 finally:
-                    if alone is not None:
-                        alone.release(Mode.EX)
+                    if lock is not None:
+                        lock.release(Mode.EX)
             finally:
                 release_all(wants)
 
-    async def alone(self, child: InodeState) -> CachedLock | None:
-        """The open lock in EX if the inode is about to lose its last name and nobody has it open.
-        Tried only: it never waits."""
+    async def alone(self, child: InodeState) -> tuple[bool, CachedLock | None]:
+        """Whether the inode is about to lose its last name and no other mount has it open; its open
+        lock in EX if that was needed to know. Tried only: it never waits."""
         core = self.core
         inode = await core.see(lambda: READER.inode(child))
         if child.open_count or (inode.nlink > 1 and not inode.is_directory):
-            return None
+            return False, None
+        if child.sole:
+            return True, None
         core.locks.get(open_lock_name(child.ino), core)
-        return await core.locks.try_lock(open_lock_name(child.ino), Mode.EX)
+        lock = await core.locks.try_lock(open_lock_name(child.ino), Mode.EX)
+        return lock is not None, lock
 
     def _remove_body(
         self, tx: Tx, pstate: InodeState, child: InodeState, name: bytes, how: tuple[bool, bool]
@@ -460,4 +463,5 @@ class Names:
             inode.nlink -= 1
         self.inode_changed(inode)
         if not inode.nlink:
-            self.orphans.bury(tx, state, inode, alone=alone)
+            # It may have been opened here since `alone` was found out.
+            self.orphans.bury(tx, state, inode, alone=alone and not state.open_count)

@@ -30,7 +30,7 @@ from cfs.nodes import (
 from cfs.transaction import Tx
 from cfs.xattr import XattrEditor
 from cluster.errors import BarredError
-from cluster.locks import Mode
+from cluster.locks import CachedLock, Mode
 
 REAPERS_MAX = 64
 DROPS_MAX = 16384
@@ -173,27 +173,41 @@ class Orphans:
     async def _reap(self, ino: int) -> None:
         core = self.core
         state = core.table.get(ino)
-        if state.open_count:
-            return  # The last close_ref comes here again.
         lock = core.locks.get(open_lock_name(ino), core)
-        await lock.hold(Mode.EX)
-        try:
+        while not state.open_count:  # The last close_ref comes here again.
+            # Until every other mount has closed it. Not kept while the inode's lock is waited for:
+            # a mount that has it open takes this lock before it gives that one.
+            await lock.hold(Mode.EX)
+            lock.release(Mode.EX)
             await state.hold(Mode.EX)
             try:
-                while not await core.run(lambda tx: self._reap_step(tx, state)):
-                    pass
+                if await self._reap_alone(state, lock):
+                    return
             finally:
                 state.release(Mode.EX)
+
+    async def _reap_alone(self, state: InodeState, lock: CachedLock) -> bool:
+        """The inode's lock is held in EX. False: another mount has it open after all."""
+        core = self.core
+        if await core.locks.try_lock(lock.name, Mode.EX) is None:
+            return False
+        try:
+            while not await core.run(lambda tx: self._reap_step(tx, state)):
+                pass
         except FsError as error:
             if error.errno == errno.ESTALE:
-                await core.run(lambda tx: self.remove(tx, ino))
+                await core.run(lambda tx: self.remove(tx, state.ino))
             raise
         finally:
             lock.release(Mode.EX)
+        return True
 
     def _reap_step(self, tx: Tx, state: InodeState) -> bool:
-        """One bounded step; True when the inode is gone (or has a name and its cut is complete)."""
+        """One bounded step; True when the inode is gone (or has a name and its cut is complete, or
+        was opened meanwhile)."""
         seen = tx.inode(state)
+        if state.open_count and not seen.nlink:
+            return True
         inode = tx.edit_inode(state)
         if seen.nlink:
             first = -(-inode.size // BLOCK_BYTES)

@@ -132,20 +132,20 @@ class Renames:
         wants = [(state, Mode.EX) for state in states.values()]
         await hold_all(wants)
         try:
-            alone = None
+            alone, lock = False, None
             replaces = found[1] not in (0, here.old.ino, found[0])
             if replaces and not flags & RENAME_EXCHANGE:
-                alone = await self.names.alone(states[found[1]])
+                alone, lock = await self.names.alone(states[found[1]])
             try:
-                await core.run(lambda tx: self._body(tx, here, found, flags, alone is not None))
+                await core.run(lambda tx: self._body(tx, here, found, flags, alone))
             finally:
-                if alone is not None:
-                    alone.release(Mode.EX)
+                if lock is not None:
+                    lock.release(Mode.EX)
         finally:
             release_all(wants)
 
     def _body(self, tx: Tx, here: Places, found: tuple[int, int], flags: int, alone: bool) -> None:
-        """`alone`: the open lock of the inode that is replaced is held in EX."""
+        """`alone`: no other mount has the inode open that is replaced."""
         names = self.names
         parent = names.need_alive(tx, here.new)
         source = names.find(tx, here.old, here.name)

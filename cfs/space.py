@@ -15,7 +15,7 @@ from collections import deque
 from cfs.cache import GroupState, InodeState
 from cfs.errors import CorruptionError
 from cfs.format import Superblock
-from cfs.lock_names import group_lock_name
+from cfs.lock_names import NEIGHBOURS, group_lock_name, inode_lock_name
 from cfs.nodes import BlockState, GroupNode, InodeNode
 from cfs.transaction import NeedGroup, NeedInodes, NeedSpace, Tx
 from cfs.tree import TreeSpace
@@ -191,11 +191,20 @@ class Space:
                 continue
             run = find_run(node.states, 1, group.meta_hint)
             if run is not None:
+                run = self._beside_pool(node, group, run[0]), 1
                 group.meta_hint = run[0]
                 block, _ = self._take(node, group, run, BlockState.META)
                 node.last_generation += 1
                 return block, node.last_generation
         raise NeedSpace(1)
+
+    def _beside_pool(self, node: GroupNode, group: GroupState, index: int) -> int:
+        """A free block that is no inode to be, if there is one after the free block `index`."""
+        base = group.number * self.superblock.group_blocks
+        at = index
+        while at >= 0 and base + at in self._pooled:
+            at = node.states.find(b"\0", at + 1)
+        return index if at < 0 else at
 
     def new_inode(self, tx: Tx) -> tuple[InodeState, InodeNode]:
         """A fresh inode from the pool, its lock held in EX until the transaction is closed."""
@@ -213,6 +222,7 @@ class Space:
                 tx.keep(state, Mode.EX)
                 tx.after(self._pop_pool)
                 state.nodes.clear()
+                state.sole = True
                 inode = InodeNode(state.ino, node.last_generation)
                 tx.add(state, inode)
                 return state, inode
@@ -247,24 +257,39 @@ class Space:
         return [g for g in order if g.number not in self.mine and g.believed_free]
 
     def pool_candidates(self, count: int) -> list[int]:
-        """Free blocks of groups at hand that could become inodes."""
-        result: list[int] = []
-        length = self.superblock.group_blocks
-        for group in self.mine.values():
-            node = group.node
-            if node is None or not node.free:
-                continue
-            at = node.states.find(b"\0", group.meta_hint)
-            if at < 0:
-                at = node.states.find(b"\0")
-            while at >= 0 and len(result) < count:
-                block = group.number * length + at
-                if block not in self._pooled:
-                    result.append(block)
-                at = node.states.find(b"\0", at + 1)
-            if len(result) >= count:
+        """Free blocks of groups at hand that could become inodes: those whose locks need no message
+        if there are any, else any."""
+        for home in (True, False):
+            result: list[int] = []
+            for group in self.mine.values():
+                node = group.node
+                if node is not None and node.free and len(result) < count:
+                    self._candidates(group, node, count, result, home=home)
+            if result:
                 break
         return result
+
+    def _candidates(
+        self, group: GroupState, node: GroupNode, count: int, result: list[int], *, home: bool
+    ) -> None:
+        """Add free blocks of one group, from where the last search ended."""
+        states, base = node.states, group.number * self.superblock.group_blocks
+        start = group.inode_hint
+        for first, end in ((start, len(states)), (0, start)):
+            at = states.find(b"\0", first, end)
+            while at >= 0:
+                block = base + at
+                run_end = (block | NEIGHBOURS - 1) + 1 - base
+                if not home or self._locks.is_home(inode_lock_name(block)):
+                    while 0 <= at < run_end and len(result) < count:
+                        if base + at not in self._pooled:
+                            result.append(base + at)
+                        at = states.find(b"\0", at + 1, end)
+                    if len(result) >= count:
+                        group.inode_hint = result[-1] - base
+                        return
+                else:
+                    at = states.find(b"\0", run_end, end)
 
     def add_to_pool(self, state: InodeState) -> None:
         if state.ino not in self._pooled:
@@ -275,7 +300,7 @@ class Space:
         """A group's block came from the disk, so what it says is durable."""
         group.durable = bytes(node.states) if node.freeing else None
         group.swept_change = 0
-        group.meta_hint = group.data_hint = 0
+        group.meta_hint = group.data_hint = group.inode_hint = 0
 
     def placed(self, node: GroupNode) -> None:
         """This image of a group is on the disk and flushed."""

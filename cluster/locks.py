@@ -96,6 +96,11 @@ class LockManager(Protocol):
         """NOQUEUE: hold `name` in `mode` now, or None at once if another member is in the way."""
         ...
 
+    def is_home(self, name: bytes) -> bool:
+        """Whether `try_lock` of a name that nobody uses needs no message. A hint: it changes with
+        the members."""
+        ...
+
     async def drop(self, name: bytes) -> None:
         """Demote to nothing and forget, when unused (an inode was evicted)."""
         ...

@@ -513,6 +513,9 @@ class LockCache:
         lock = self.get(name)
         return lock if await lock.try_now(mode) else None
 
+    def is_home(self, name: bytes) -> bool:
+        return self.engine.is_home(name)
+
     async def drop(self, name: bytes) -> None:
         lock = self._all.get(name)
         if lock is not None:

@@ -68,6 +68,9 @@ class Dispatcher:
         self._pump()
         return result
 
+    def is_home(self, name: bytes) -> bool:
+        return self.space.is_home(name)
+
     # The world.
 
     def receive(self, source: Instance, payload: bytes) -> None:

@@ -55,6 +55,10 @@ class Engine(Protocol):
 
     def cancel(self, lock: int) -> Result: ...
 
+    def is_home(self, name: bytes) -> bool:
+        """Whether a lock called `name`, if nobody has it, is granted here without a message."""
+        ...
+
 
 class Wakeup(Protocol):
     """A one-shot event."""

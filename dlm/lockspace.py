@@ -174,6 +174,9 @@ class Lockspace:
         self.post(to, m.Answer(query, text))
         self._pump()
 
+    def is_home(self, name: bytes) -> bool:
+        return self.directory.is_home(slot_of(name))
+
     def _open(self) -> bool:
         return bool(self.members) and not self.barred and not self.recovery.leaving
 

@@ -71,6 +71,9 @@ class LockspaceMember:
     async def try_lock(self, name: bytes, mode: Mode) -> Glock | None:
         return await self.cache.try_lock(name, mode)
 
+    def is_home(self, name: bytes) -> bool:
+        return self.cache.is_home(name)
+
     async def drop(self, name: bytes) -> None:
         await self.cache.drop(name)
 

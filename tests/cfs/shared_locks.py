@@ -176,6 +176,9 @@ class MemberEngine:
         self.table.pump()
         return Result.GRANTED
 
+    def is_home(self, name: bytes) -> bool:
+        return False
+
     def cancel(self, lock: int) -> Result:
         if self.dead:
             return Result.GRANTED

@@ -169,6 +169,44 @@ async def test_open_elsewhere_keeps_the_file() -> None:
     await fsck(device)
 
 
+@pytest.mark.parametrize("seed", range(3))
+async def test_nothing_open_is_freed_however_it_comes_and_goes(seed: int) -> None:
+    """One mount waits to free a file that others open, use and close, with and without its lock."""
+    rng = random.Random(seed)
+    print("seed", seed)
+    device = await make_device(32)
+    async with cluster(device) as group:
+        mounts = [await group.mount(number, BUSY) for number in (1, 2, 3)]
+        one = mounts[0]
+        made = await one.create(one.root_ino, b"f", 0o644, 0, 0)
+        await one.write(made.ino, 0, b"x" * 10_000)
+        for fs in mounts:
+            await fs.open_ref(made.ino)
+        await one.unlink(one.root_ino, b"f")
+
+        async def use(fs: FileSystem) -> None:
+            for _ in range(rng.randrange(10, 40)):
+                assert await fs.read(made.ino, 9_999, 10) == b"x"
+                if rng.random() < 0.5:
+                    await fs.open_ref(made.ino)
+                    fs.close_ref(made.ino)
+                elif rng.random() < 0.5:
+                    await fs.write(made.ino, 0, b"y")
+                await trio.sleep(rng.random() * 0.002)
+            fs.close_ref(made.ino)
+
+        with trio.fail_after(60):
+            async with trio.open_nursery() as nursery:
+                for fs in mounts:
+                    nursery.start_soon(use, fs)
+            while one.orphans.where:  # noqa: ASYNC110
+                await trio.sleep(0.001)
+        for fs in mounts:
+            with pytest.raises(FsError, match="ESTALE"):
+                await fs.open_ref(made.ino)
+    await fsck(device)
+
+
 async def test_remounts_find_journals_and_more_are_made() -> None:
     device = await make_device(64, journals=2)
     async with cluster(device) as group:

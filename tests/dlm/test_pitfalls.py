@@ -548,3 +548,29 @@ def test_28_the_death_of_a_process_is_a_forced_unlock_that_spoils_the_value():
     assert done.result == GRANTED
     assert not done.lvb_valid
     assert done.lvb in (b"v" * 64, LVB_ZERO)
+
+
+def test_29_a_home_name_is_locked_without_a_message():
+    net = Net(3)
+    names = [
+        b"%c%016x" % (kind, 16 * run + last)
+        for run in range(40)
+        for kind in b"IO"
+        for last in (0, 9)
+    ]
+    homes = {name: [n for n in (1, 2, 3) if net.at(n).is_home(name)] for name in names}
+    assert all(len(nodes) == 1 for nodes in homes.values())
+    assert {nodes[0] for nodes in homes.values()} == {1, 2, 3}
+    for name, (node,) in homes.items():
+        assert homes[b"I" + name[1:-1] + b"0"] == [node], "neighbours share their directory member"
+        lock = net.lock(node, name, EX, settle=False)
+        assert net.results(node, lock) == [GRANTED]
+        assert not any(net.links.values())
+    net.crash(3)
+    net.settle()
+    taken = [name for name, (node,) in homes.items() if node == 3]
+    assert not any(net.at(n).is_home(name) for n in (1, 2) for name in taken)
+    net.make_silent(3)
+    net.release(3)
+    net.settle()
+    assert all(net.at(1).is_home(name) != net.at(2).is_home(name) for name in taken)
