@@ -9,7 +9,7 @@ from bench.clients import on_all
 from lab import hosts
 from lab.topology import MOUNT_POINT, Lab
 
-CHANGES = 500
+CHANGES = 300
 WAYS = {"data": "read", "size": "stat", "name": "stat"}
 
 
@@ -18,14 +18,16 @@ def run(lab: Lab) -> dict:
     first, second = lab.nodes[0], lab.nodes[1]
     result = {}
     for way in WAYS:
-        fifo = lab.directory / "bench-fifo"
-        os.mkfifo(fifo)
+        fifos = [lab.directory / name for name in ("bench-fifo", "bench-fifo-back")]
+        for fifo in fifos:
+            os.mkfifo(fifo)
         path = f"{MOUNT_POINT}/bench-change-{way}"
         try:
-            words = [path, str(CHANGES), str(fifo), way]
+            words = [path, str(CHANGES), str(fifos[0]), way]
             result[way] = on_all(lab, [(first, ["change", *words]), (second, ["watch", *words])])[1]
         finally:
-            fifo.unlink()
+            for fifo in fifos:
+                fifo.unlink()
         hosts.run(lab, first, "sh", "-c", f"rm -f {path}*")
     return result
 

@@ -4,7 +4,8 @@
  *   create|stat|rename|unlink DIRECTORY PREFIX COUNT   one operation on each of COUNT names
  *   again DIRECTORY PREFIX COUNT ROUNDS                stat of COUNT names, ROUNDS times
  *   fsync FILE COUNT overwrite|append                  write 4 KiB, fsync
- *   change FILE COUNT FIFO data|size|name              change something, then say so through FIFO
+ *   change FILE COUNT FIFO data|size|name              change something, say so through FIFO, and
+ *                                                      wait for the answer in FIFO-back
  *   watch FILE COUNT FIFO data|size|name               told of a change, look until it is seen
  */
 #define _GNU_SOURCE
@@ -177,19 +178,26 @@ static int is_seen(int fd, const char *path, char way, int64_t number)
     return !stat(name, &info);
 }
 
+static const char *back_of(const char *fifo)
+{
+    static char path[256];
+    snprintf(path, sizeof path, "%s-back", fifo);
+    return path;
+}
+
 static void change(char **arguments)
 {
     long count = atol(arguments[1]);
     struct timespec pause = {0, PAUSE_NS};
     int fd = open(arguments[0], O_CREAT | O_WRONLY, 0644);
-    int told = open(arguments[2], O_WRONLY);
-    if (fd < 0 || told < 0)
+    int told = open(arguments[2], O_WRONLY), back = open(back_of(arguments[2]), O_RDONLY);
+    if (fd < 0 || told < 0 || back < 0)
         fail(arguments[0]);
     for (struct message m = {1, 0}; m.number <= count; m.number++) {
         nanosleep(&pause, NULL);
         make_change(fd, arguments[0], arguments[3][0], m.number);
         m.at_ns = now_ns();
-        if (write(told, &m, sizeof m) != sizeof m)
+        if (write(told, &m, sizeof m) != sizeof m || read(back, &m, sizeof m) != sizeof m)
             fail("fifo");
     }
     puts("{}");
@@ -200,9 +208,9 @@ static void watch(char **arguments)
     long count = atol(arguments[1]);
     int64_t *samples = calloc((size_t)count, sizeof *samples);
     struct message m;
-    int told = open(arguments[2], O_RDONLY);
+    int told = open(arguments[2], O_RDONLY), back = open(back_of(arguments[2]), O_WRONLY);
     int fd = open(arguments[0], O_RDONLY);
-    if (fd < 0 || told < 0)
+    if (fd < 0 || told < 0 || back < 0)
         fail(arguments[0]);
     int64_t begin = now_ns();
     for (long i = 0; i < count; i++) {
@@ -211,6 +219,8 @@ static void watch(char **arguments)
         while (!is_seen(fd, arguments[0], arguments[3][0], m.number))
             ;
         samples[i] = now_ns() - m.at_ns;
+        if (write(back, &m, sizeof m) != sizeof m)
+            fail("fifo");
     }
     report(samples, count, (double)(now_ns() - begin) / 1e9);
 }
