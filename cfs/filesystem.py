@@ -20,7 +20,6 @@ import msgspec
 
 from cfs import stage
 from cfs.attributes import Attributes, DirEntry, MountOptions, SetAttributes, Totals
-from cfs.cache import InodeState
 from cfs.core import Core
 from cfs.errors import FsError
 from cfs.inodes import Inodes

@@ -3,15 +3,15 @@
 | lock | name | modes | protects |
 |---|---|---|---|
 | inode | `I` ino | PR, EX | the inode, its tree, its data |
-| open | `O` ino | PR where it is open and `I` is not held; EX by who frees | the life without names |
+| open | `O` ino | PR where open without `I`; EX by who frees | the life of an inode without names |
 | group | `A` n | EX | the group's block; LVB: free and freeing blocks |
 | control | `C` | EX | superblock, slot table, choice of a slot |
 | rename | `R` | EX | moves of directories between directories |
 | mount | `M` | PR by mounts; EX by mkfs and fsck | |
 
 Order: `R`, then inodes by number, then groups by number. `O` is taken alone or tried. `C` is taken
-with nothing but groups after it. The demote hook of `I` takes `O` in PR if the inode is open here; no
-other demote hook waits for a lock.
+with nothing but groups after it. The demote hook of `I` takes `O` in PR if the inode is open here;
+no other demote hook waits for a lock.
 """
 
 from __future__ import annotations
