@@ -106,7 +106,8 @@ class Totals(msgspec.Struct, frozen=True):
 
 
 class MountOptions(msgspec.Struct, frozen=True):
-    """Choices of one mount. `background` off: nothing runs by itself (tests call commit)."""
+    """Choices of one mount. `background` off: nothing runs by itself (tests call commit).
+    `access_times`: reading moves the access time if it is older than the last change or a day."""
 
     commit_interval_ms: int = 1000
     checkpoint_interval_ms: int = 5000
@@ -116,3 +117,4 @@ class MountOptions(msgspec.Struct, frozen=True):
     inode_pool: int = 64
     background: bool = True
     read_only: bool = False
+    access_times: bool = False

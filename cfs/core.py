@@ -31,8 +31,10 @@ from cluster.locks import CachedLock, LockManager, Mode
 
 T = TypeVar("T")
 SPACE_ROUNDS_MAX = 16
-POOL_RETRY_S = 0.001
 """How often one operation looks for more space before it is told that there is none."""
+POOL_RETRY_S = 0.001
+CLOCK_FOLLOW_MAX_NS = 1_000_000_000
+"""How far the time stamps of this mount follow those of a node whose clock is ahead."""
 
 
 class Core:
@@ -64,6 +66,7 @@ class Core:
         self.damage = DamageLog(environment.damaged, self.runtime.now_ns)
         self.versions = Versions()
         self.cold: set[int] = set()
+        self.seen_ns = 0
         self._refilling = False
         self._filling: Event | None = None
 
@@ -85,8 +88,15 @@ class Core:
             self.kernel.failed(error)
 
     def now(self, previous_ns: int) -> int:
-        """A time stamp that is later than the one it replaces, whatever the clocks of the nodes."""
-        return max(self.environment.wall_clock_ns(), previous_ns + 1)
+        """A time stamp that is later than the one it replaces, whatever the clocks of the nodes,
+        and not earlier than what was seen of other nodes (`follow`)."""
+        return max(self.environment.wall_clock_ns(), self.seen_ns, previous_ns + 1)
+
+    def follow(self, stamp_ns: int) -> None:
+        """Another node has changed something at its time `stamp_ns`: what changes here from now on
+        is not earlier, unless the other clock is far ahead."""
+        if self.seen_ns < stamp_ns < self.environment.wall_clock_ns() + CLOCK_FOLLOW_MAX_NS:
+            self.seen_ns = stamp_ns
 
     def state(self, ino: int) -> InodeState:
         if not 0 < ino < 1 << 48:
@@ -218,6 +228,8 @@ class Core:
             raise FsError(errno.ESTALE, f"inode {block} is gone")
         if block not in covered.nodes:
             covered.nodes[block] = node
+            if isinstance(node, InodeNode):
+                self.follow(node.ctime_ns)
             if isinstance(node, GroupNode):
                 assert isinstance(covered, GroupState)
                 self.space.loaded(covered, node)

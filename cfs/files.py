@@ -154,8 +154,11 @@ class Files:
     def drop_privileges(self, tx: Tx, state: InodeState, inode: InodeNode, *, kill: bool) -> None:
         """The file's content or owner changes: its capabilities go, and if `kill` (who does it may
         not keep them) set-user-id and set-group-id as well."""
+        mode = inode.mode
         if kill:
             clear_privileges(inode)
+        if inode.mode != mode:
+            tx.after(lambda: self.core.kernel.attributes_changed(inode.block))
         if inode.xattrs is not None:
             XattrEditor(tx, state, inode, self.core.space).remove(CAPABILITY)
 

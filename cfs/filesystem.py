@@ -158,6 +158,11 @@ class FileSystem(RangeCalls):
             await core.locks.drop(inode_lock_name(state.ino))
             core.table.forget(state)
 
+    @property
+    def damage_met(self) -> int:
+        """How many damaged blocks this mount has met."""
+        return self.core.damage.count
+
     # -- locks -----------------------------------------------------------------------------------
 
     def inode_lock(self, ino: int) -> CachedLock:
@@ -242,6 +247,12 @@ class FileSystem(RangeCalls):
             return await self.setattr_held(ino, changes)
         finally:
             state.release(Mode.EX)
+
+    def accessed(self, ino: int) -> None:
+        """The caller has read the inode's content; synchronous. Moves the access time if this
+        mount keeps those (`MountOptions.access_times`)."""
+        if self.core.options.access_times:
+            self.inodes.accessed(self.core.state(ino))
 
     async def readlink(self, ino: int) -> bytes:
         state = self.core.state(ino)

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from cfs import acl, xattr
 from cfs.attributes import (
     BLOCK_BYTES,
+    FLAG_NOATIME,
     FLAGS_SETTABLE,
     NOW,
     Attributes,
@@ -24,7 +25,12 @@ from cfs.protection import need_mutable, need_unprotected
 from cfs.reading import need_regular
 from cfs.transaction import READER, Missing, Tx
 from cfs.xattr import ACCESS_ACL, DEFAULT_ACL, XattrEditor
+from cluster.errors import BarredError
 from cluster.locks import Mode
+
+ACCESSED_MAX = 1024
+"""Access times being moved at once; further ones are left out."""
+ACCESS_INTERVAL_NS = 24 * 3600 * 1_000_000_000
 
 
 class Inodes:
@@ -34,6 +40,7 @@ class Inodes:
         self.core = core
         self.files = files
         self.orphans = orphans
+        self._accessed: set[int] = set()
 
     # -- attributes ------------------------------------------------------------------------------
 
@@ -95,6 +102,45 @@ class Inodes:
         value = editor.get(ACCESS_ACL)
         if value is not None:
             editor.set(ACCESS_ACL, acl.encode(acl.with_mode(acl.parse(value), inode.mode)))
+
+    def accessed(self, state: InodeState) -> None:
+        """The inode was read: move its access time in the background, if that is due."""
+        options = self.core.options
+        if not options.access_times or options.read_only:
+            return
+        node = state.node
+        if node is None or not self._is_access_due(node) or len(self._accessed) >= ACCESSED_MAX:
+            return
+        if state.number not in self._accessed:
+            self._accessed.add(state.number)
+            self.core.runtime.spawn(lambda: self._access_task(state), "access time")
+
+    def _is_access_due(self, inode: InodeNode) -> bool:
+        if inode.flags & FLAG_NOATIME:
+            return False
+        now = self.core.environment.wall_clock_ns()
+        return inode.atime_ns <= max(inode.mtime_ns, inode.ctime_ns) or (
+            now - inode.atime_ns >= ACCESS_INTERVAL_NS
+        )
+
+    async def _access_task(self, state: InodeState) -> None:
+        try:
+            await state.hold(Mode.EX)
+            try:
+                await self.core.run(lambda tx: self._access_body(tx, state))
+            finally:
+                state.release(Mode.EX)
+        except (FsError, BarredError):
+            pass  # It is gone, or the mount is; nobody waits for this.
+        finally:
+            self._accessed.discard(state.number)
+
+    def _access_body(self, tx: Tx, state: InodeState) -> None:
+        if not self._is_access_due(tx.inode(state)):
+            return
+        inode = tx.edit_inode(state)
+        inode.atime_ns = self.core.now(max(inode.mtime_ns, inode.ctime_ns))
+        tx.after(lambda: self.core.kernel.attributes_changed(inode.block))
 
     def _cut_more(self, tx: Tx, state: InodeState) -> bool:
         """The next step of a cut that one transaction could not do."""

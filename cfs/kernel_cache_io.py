@@ -84,6 +84,7 @@ class KernelCaches:
         self._gates: dict[WaiterId, _Gate] = {}
         self._idle: dict[int, trio.Event] = {}
         self._dropping: dict[int, trio.Lock] = {}
+        self._settling: dict[int, trio.Event] = {}
         self.revocations = 0
         self.stalls = 0
         self.served = 0
@@ -116,6 +117,7 @@ class KernelCaches:
         if self.inodes.pop(inode.number, None) is not None:
             self._table.remove(inode.table_slot)
         self._dropping.pop(inode.number, None)
+        self._settling.pop(inode.number, None)
         return True
 
     def attribute_timeout(self, inode: KernelInode, lock: CachedLock, revision: int) -> float:
@@ -235,6 +237,20 @@ class KernelCaches:
         inode = self.inodes.get(number)
         if inode is not None:
             inode.revision += 1
+
+    def attributes_changed(self, number: int) -> None:
+        """Begin to drop the attributes of an inode; `attributes_settled` waits for the end."""
+        inode = self.inodes.get(number)
+        if inode is not None and inode.attributes_out:
+            done = self._settling[number] = trio.Event()
+            self._notifier.submit([encode_attributes(inode.node)], done.set)
+
+    async def attributes_settled(self, inode: KernelInode) -> None:
+        """Before a request is answered that has changed attributes by the way: the kernel must not
+        go on with the old ones (a set-user-id bit that is gone) after it."""
+        done = self._settling.pop(inode.number, None)
+        if done is not None:
+            await done.wait()
 
     async def settle(self, inode: KernelInode, spans: list[Span]) -> None:
         """After a write past the page cache to `spans`: drop what the kernel holds of them. The

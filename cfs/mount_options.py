@@ -17,10 +17,10 @@ EXIT_BUG = 4
 EXIT_FAILED = 32
 
 KERNEL_OPTIONS = frozenset(
-    {"ro", "rw", "suid", "nosuid", "dev", "nodev", "exec", "noexec", "atime", "noatime", "sync"}
+    {"ro", "rw", "suid", "nosuid", "dev", "nodev", "exec", "noexec", "sync"}
 )
 IGNORED_OPTIONS = frozenset(
-    {"defaults", "auto", "noauto", "user", "nouser", "_netdev", "nofail", "relatime", "users",
+    {"defaults", "auto", "noauto", "user", "nouser", "_netdev", "nofail", "users",
      "allow_other", "default_permissions"}
 )  # fmt: skip
 
@@ -30,6 +30,8 @@ usage: mount.cfs VOLUME DIRECTORY [-f] [-v] [-o OPTION,...]
 VOLUME is VG/LV. Options besides those of mount(8):
   local               mount an image file or block device without a cluster
   mmap=coherent|off   shared writable mappings follow the cluster (default), or do not exist
+  noatime|relatime    reading does not move the access time (default), or does if it is older than
+                      the last change or a day; only reads that the kernel does not serve itself
   read_ahead_kb=N     how far the kernel reads ahead (default 1024)
   log=FILE            where messages go once the file system is mounted
   commit_ms=N         longest time an unsynced change stays in memory (at most 1000)
@@ -47,6 +49,7 @@ class MountArguments(msgspec.Struct, frozen=True):
     verbose: bool = False
     local: bool = False
     mmap_coherent: bool = True
+    access_times: bool = False
     read_ahead_kb: int = READ_AHEAD_KB
     log_path: str = ""
     commit_ms: int = 1000
@@ -103,6 +106,8 @@ def _take_option(option: str, fields: dict[str, object]) -> None:
         return
     if option == "local":
         fields["local"] = True
+    elif option in ("noatime", "relatime", "atime"):
+        fields["access_times"] = option != "noatime"
     elif option == "no_epoch":
         fields["use_epoch"] = False
     elif name == "mmap" and value in ("coherent", "off"):
@@ -130,6 +135,8 @@ def fuse_options(arguments: MountArguments) -> set[str]:
     options = {"default_permissions", "allow_other", "subtype=cfs", "suid", "dev"}
     options.add(f"fsname={arguments.volume}")
     options |= set(arguments.kernel_options) - {"sync"}
+    if not arguments.access_times:
+        options.add("noatime")
     for off, on in (("nosuid", "suid"), ("nodev", "dev"), ("ro", "rw")):
         if off in options:
             options.discard(on)

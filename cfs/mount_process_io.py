@@ -106,6 +106,10 @@ class KernelBridge:
     def changed(self, ino: int, offset: int, length: int) -> None:
         """Appends are placed by the operations, which settle what the kernel believed."""
 
+    def attributes_changed(self, ino: int) -> None:
+        if self.caches is not None:
+            self.caches.attributes_changed(ino)
+
     def failed(self, error: BaseException) -> None:
         self._mount.fail(f"the file system cannot go on: {error}")
 
@@ -174,7 +178,7 @@ class Mount:
             "revoke_detours": caches.detours,
             "inodes": len(caches.inodes),
             "handles": len(self.operations.handles),
-            "damage_met": self.operations.fs.core.damage.count,
+            "damage_met": self.operations.fs.damage_met,
         }
 
     async def query(self, verb: str, params: dict[str, Any]) -> Any:
@@ -222,7 +226,9 @@ class Mount:
         status: StatusPipe,
     ) -> None:
         options = MountOptions(
-            commit_interval_ms=self.arguments.commit_ms, read_only=self.arguments.read_only
+            commit_interval_ms=self.arguments.commit_ms,
+            read_only=self.arguments.read_only,
+            access_times=self.arguments.access_times,
         )
         fs = await make_filesystem(backend.device, backend.locks, environment, options)
         self.fs = fs

@@ -24,6 +24,7 @@ from cfs.mount_interrupt_io import RequestWaits
 from cfs.operations_base_io import Handle, OperationsBase, handler
 from cfs.protection import need_openable
 from cluster.locks import CachedLock, Mode
+from native.requests import Request
 
 READ_BYTES_MAX = 512 << 20
 """Data of READs being answered; above it further ones wait (their lock held, their turn near)."""
@@ -80,6 +81,7 @@ class DataOperations(OperationsBase):
                 need_openable(found.flags, writes=True, appends=appends)
             if flags & os.O_TRUNC:
                 await self.truncate(inode, SetAttributes(size=0, kill_privileges=kill))
+                await self.caches.attributes_settled(inode)
             handle = self.add_handle(inode, self.fs.inode_lock(number), flags)
         except BaseException:
             self.fs.close_ref(number)
@@ -137,9 +139,15 @@ class DataOperations(OperationsBase):
 
     @handler
     async def read(self, fh: pyfuse3.FileHandleT, off: int, size: int) -> bytes:
-        handle = self.handles[fh]
+        handle, request = self.handles[fh], self.request
+        data = await self._read(handle, request, off, size)
+        if not request.flags & os.O_NOATIME:
+            self.fs.accessed(handle.inode.number)
+        return data
+
+    async def _read(self, handle: Handle, request: Request, off: int, size: int) -> bytes:
         inode = handle.inode
-        if self.request.past_cache:
+        if request.past_cache:
             return await self.fs.read(inode.number, off, size, direct=True)
         lock = handle.lock
         while True:
@@ -185,6 +193,11 @@ class DataOperations(OperationsBase):
         if request.laundered:
             return await self._launder(self.known(pyfuse3.InodeT(request.inode)), off, buf)
         handle = self.handles[fh]
+        written = await self._write(handle, request, off, buf)
+        await self.caches.attributes_settled(handle.inode)
+        return written
+
+    async def _write(self, handle: Handle, request: Request, off: int, buf: bytes) -> int:
         inode = handle.inode
         flags, kill = request.flags, request.kills_privileges
         if flags & os.O_APPEND:

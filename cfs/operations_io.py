@@ -191,7 +191,10 @@ class CfsOperations(InodeOperations, XattrOperations, DataOperations):
 
     @handler
     async def readlink(self, inode: pyfuse3.InodeT, ctx: Context) -> pyfuse3.FileNameT:
-        return pyfuse3.FileNameT(await self.fs.readlink(self.ino(inode)))
+        number = self.ino(inode)
+        target = await self.fs.readlink(number)
+        self.fs.accessed(number)
+        return pyfuse3.FileNameT(target)
 
     # -- attributes --------------------------------------------------------------------------------
 
@@ -275,6 +278,7 @@ class CfsOperations(InodeOperations, XattrOperations, DataOperations):
         self, fh: pyfuse3.FileHandleT, start_id: int, token: pyfuse3.ReaddirToken
     ) -> None:
         parent = self.handles[fh].inode
+        self.fs.accessed(parent.number)
         cookie = start_id
         unique = self.request.unique
         counted: list[int] = []

@@ -45,6 +45,11 @@ class KernelCache(Protocol):
         Synchronous; must not wait."""
         ...
 
+    def attributes_changed(self, ino: int) -> None:
+        """Attributes changed here that no answer will tell (a write took set-user-id away; a read
+        moved the access time). Synchronous; must not wait."""
+        ...
+
     def failed(self, error: BaseException) -> None:
         """The file system cannot go on (barred, journal lost); called once, synchronously."""
         ...
@@ -60,6 +65,9 @@ class NoKernel:
         return None
 
     def changed(self, ino: int, offset: int, length: int) -> None:
+        return None
+
+    def attributes_changed(self, ino: int) -> None:
         return None
 
     def failed(self, error: BaseException) -> None:

@@ -9,7 +9,7 @@ import time
 
 import trio
 
-from cfs.attributes import Attributes, DirEntry, SetAttributes, Totals
+from cfs.attributes import NOW, Attributes, DirEntry, SetAttributes, Totals
 from cfs.errors import FsError
 from cfs.lock_names import inode_lock_name, number_of
 from cluster.locks import Mode
@@ -32,6 +32,8 @@ class Node:
 
 
 class MemoryFileSystem:
+    damage_met = 0
+
     def __init__(self, locks, environment, storage):
         self.root_ino = 7
         self.locks = locks
@@ -65,7 +67,8 @@ class MemoryFileSystem:
     def attributes(self, node):
         return Attributes(
             node.ino, 1, node.mode, node.nlink, node.uid, node.gid, node.rdev, len(node.data),
-            (len(node.data) + 511) // 512, node.atime, node.mtime, node.ctime, node.change,
+            (len(node.data) + 511) // 512, node.atime, node.mtime, node.ctime,
+            node.change, 0, 0,
         )  # fmt: skip
 
     def held(self, mode, *inos):
@@ -94,7 +97,7 @@ class MemoryFileSystem:
     async def read_held(self, ino, offset, size, *, direct=False):
         return bytes(self.node(ino).data[offset : offset + size])
 
-    async def write_held(self, ino, offset, data, *, laundered=False):
+    async def write_held(self, ino, offset, data, *, laundered=False, kill=False):
         node = self.node(ino)
         if laundered:
             data = data[: max(0, len(node.data) - offset)]
@@ -120,8 +123,9 @@ class MemoryFileSystem:
                 setattr(node, field, getattr(changes, field))
         node.ctime = time.time_ns()
         for field in ("atime", "mtime"):
-            if getattr(changes, field + "_ns") is not None:
-                setattr(node, field, getattr(changes, field + "_ns"))
+            value = getattr(changes, field + "_ns")
+            if value is not None:
+                setattr(node, field, node.ctime if value == NOW else value)
         return self.attributes(node)
 
     async def getattr(self, ino):
@@ -131,6 +135,12 @@ class MemoryFileSystem:
     async def setattr(self, ino, changes: SetAttributes):
         async with self.held(Mode.EX, ino):
             return await self.setattr_held(ino, changes)
+
+    def accessed(self, ino):
+        pass
+
+    def try_getxattr(self, ino, name):
+        raise FsError(errno.ENODATA)
 
     async def readlink(self, ino):
         async with self.held(Mode.PR, ino):
@@ -143,7 +153,7 @@ class MemoryFileSystem:
             raise FsError(errno.ENOENT)
         return await self.getattr(found[0])
 
-    async def mknod(self, parent, name, mode, uid, gid, rdev, data=b""):
+    async def mknod(self, parent, name, mode, uid, gid, rdev, umask=0, data=b""):
         async with self.held(Mode.EX, parent):
             directory = self.node(parent)
             if name in directory.names:
@@ -151,7 +161,7 @@ class MemoryFileSystem:
             if len(name) > 255:
                 raise FsError(errno.ENAMETOOLONG)
             ino = next(self.inos)
-            made = self.nodes[ino] = Node(ino, mode, uid, gid, rdev)
+            made = self.nodes[ino] = Node(ino, mode & ~umask, uid, gid, rdev)
             made.data[:] = data
             if stat.S_ISDIR(mode):
                 made.parent = parent
@@ -160,14 +170,14 @@ class MemoryFileSystem:
             directory.touch()
         return await self.getattr(ino)
 
-    async def create(self, parent, name, mode, uid, gid):
-        return await self.mknod(parent, name, mode | stat.S_IFREG, uid, gid, 0)
+    async def create(self, parent, name, mode, uid, gid, umask=0):
+        return await self.mknod(parent, name, mode | stat.S_IFREG, uid, gid, 0, umask)
 
-    async def mkdir(self, parent, name, mode, uid, gid):
-        return await self.mknod(parent, name, mode | stat.S_IFDIR, uid, gid, 0)
+    async def mkdir(self, parent, name, mode, uid, gid, umask=0):
+        return await self.mknod(parent, name, mode | stat.S_IFDIR, uid, gid, 0, umask)
 
     async def symlink(self, parent, name, target, uid, gid):
-        return await self.mknod(parent, name, stat.S_IFLNK | 0o777, uid, gid, 0, target)
+        return await self.mknod(parent, name, stat.S_IFLNK | 0o777, uid, gid, 0, 0, target)
 
     async def link(self, ino, parent, name):
         async with self.held(Mode.EX, parent, ino):
@@ -244,7 +254,7 @@ class MemoryFileSystem:
         async with self.held(Mode.PR, ino):
             return await self.read_held(ino, offset, size)
 
-    async def write(self, ino, offset, data, *, append=False, sync=False, direct=False):
+    async def write(self, ino, offset, data, *, append=False, sync=False, direct=False, kill=False):
         async with self.held(Mode.EX, ino):
             if append:
                 end = len(self.node(ino).data)

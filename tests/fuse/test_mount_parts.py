@@ -29,7 +29,9 @@ def test_arguments_of_mount():
     found = parse_arguments(["vg0/vol0", "/mnt/cfs"])
     assert (found.volume, found.mountpoint, found.foreground) == ("vg0/vol0", "/mnt/cfs", False)
     found = parse_arguments(["vg0/vol0", "/mnt/cfs", "-o", "rw,_netdev,noatime,dev,suid", "-n"])
-    assert {"noatime", "suid"} <= set(found.kernel_options)
+    assert {"suid", "dev"} <= set(found.kernel_options)
+    assert "noatime" in fuse_options(found)
+    assert not found.access_times
     found = parse_arguments(["-f", "-o", "local,mmap=off", "-oread_ahead_kb=64", "image", "m"])
     assert (found.foreground, found.local, found.mmap_coherent, found.read_ahead_kb) == (
         True, True, False, 64,
