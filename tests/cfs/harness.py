@@ -111,7 +111,9 @@ class Cluster:
         live = {instance(number) for number in self.members}
         return who not in live and who not in self.dead
 
-    async def mount(self, number: int, options: MountOptions = QUIET) -> FileSystem:
+    async def mount(
+        self, number: int, options: MountOptions = QUIET, clock: Clock | None = None
+    ) -> FileSystem:
         started = trio.Event()
         scope = trio.CancelScope()
         box: list[Member] = []
@@ -121,7 +123,7 @@ class Cluster:
                 async with trio.open_nursery() as nursery:
                     locks = self.table.member(nursery)
                     environment = Environment(
-                        TrioRuntime(nursery), instance(number), self.clock,
+                        TrioRuntime(nursery), instance(number), clock or self.clock,
                         is_barred=self.is_barred,
                     )  # fmt: skip
                     device = FencedDevice(self.device)

@@ -15,16 +15,18 @@ from cfs.acl import GROUP, GROUP_OBJ, MASK, OTHER, USER, USER_OBJ, Entry
 from cfs.attributes import (
     FLAG_APPEND,
     FLAG_IMMUTABLE,
+    FLAG_NOATIME,
     NOW,
     RENAME_EXCHANGE,
     RENAME_NOREPLACE,
+    MountOptions,
     SetAttributes,
 )
 from cfs.errors import FsError
 from cfs.filesystem import FileSystem
 from cfs.xattr import ACCESS_ACL, CAPABILITY, DEFAULT_ACL
 from cluster.locks import Mode
-from tests.cfs.harness import cluster, fsck, make_device, mounted
+from tests.cfs.harness import Clock, cluster, fsck, make_device, mounted
 
 pytestmark = pytest.mark.trio
 
@@ -355,4 +357,63 @@ async def test_laundered_pages_of_an_immutable_file_are_kept() -> None:
         assert (await fs.getattr(ino)).mode & 0o7777 == 0o4755
         with refused(errno.EOPNOTSUPP):
             await fs.set_flags(ino, 1, 1)
+    await fsck(device)
+
+
+# -- times ---------------------------------------------------------------------------------------
+
+
+async def test_times_never_go_back_although_clocks_differ() -> None:
+    device = await make_device()
+    async with cluster(device) as world:
+        fast, slow = Clock(), Clock()
+        fast.now_ns += 500_000_000
+        one, two = await world.mount(1, clock=fast), await world.mount(2, clock=slow)
+        root = one.root_ino
+        source = (await one.create(root, b"source", 0o644, 0, 0)).ino
+        await one.write(source, 0, b"x")
+        seen = await two.getattr(source)
+        target = await two.create(root, b"target", 0o644, 0, 0)
+        assert target.mtime_ns >= seen.mtime_ns  # make(1) finds it newer
+        before = await two.getattr(root)
+        await two.create(root, b"more", 0o644, 0, 0)
+        assert (await two.getattr(root)).mtime_ns > before.mtime_ns
+        await two.write(source, 1, b"y")
+        assert (await one.getattr(source)).mtime_ns > seen.mtime_ns
+
+        fast.now_ns += 3600 * 10**9  # a clock that is wrong by an hour is not followed
+        lost = (await one.create(root, b"lost", 0o644, 0, 0)).ino
+        ahead = await two.getattr(lost)
+        normal = await two.create(root, b"normal", 0o644, 0, 0)
+        assert normal.birth_ns < ahead.birth_ns - 3000 * 10**9
+        await two.setattr(lost, SetAttributes(mode=0o600))
+        assert (await two.getattr(lost)).ctime_ns > ahead.ctime_ns
+    await fsck(device)
+
+
+async def test_access_times_move_when_they_are_due() -> None:
+    device = await make_device()
+    options = MountOptions(background=False, access_times=True)
+    async with mounted(device, options) as fs:
+        ino = await make(fs, b"f")
+        born = await fs.getattr(ino)
+
+        async def read() -> int:
+            await fs.read(ino, 0, 10)
+            fs.accessed(ino)
+            await trio.testing.wait_all_tasks_blocked()
+            return (await fs.getattr(ino)).atime_ns
+
+        first = await read()
+        assert first > born.atime_ns
+        assert await read() == first
+        await fs.write(ino, 0, b"x")
+        second = await read()
+        assert second > (await fs.getattr(ino)).mtime_ns
+        clock = fs.core.environment._clock  # type: ignore[attr-defined]
+        clock.now_ns += 25 * 3600 * 10**9
+        assert await read() > second
+        await fs.setattr(ino, SetAttributes(atime_ns=1))
+        await fs.set_flags(ino, FLAG_NOATIME, FLAG_NOATIME)
+        assert await read() == 1
     await fsck(device)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+import shutil
 import stat
 import struct
 import subprocess
@@ -12,6 +13,7 @@ import time
 
 import pytest
 
+from tests.fuse.mounting import local_mount, scratch
 from tests.fuse.test_names import fails, rename2
 
 RENAME_EXCHANGE = 2
@@ -40,6 +42,14 @@ def as_user(*words, uid=1000, gid=1000, groups=()):
     command += [str(word) for word in words]
     done = subprocess.run(command, capture_output=True, text=True)
     return done.returncode, done.stdout + done.stderr
+
+
+def wait_until(condition, deadline_s=30):
+    """Wait for a condition."""
+    end = time.monotonic() + deadline_s
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
 
 
 def link_descriptor(descriptor, path):
@@ -202,6 +212,17 @@ def test_writers_lose_privileges(place, how):
     assert "security.capability" not in os.listxattr(path)
 
 
+def test_a_program_that_was_written_to_runs_without_privileges(place):
+    """The kernel does not run it with the set-user-id bit that it remembers."""
+    path = place / "id"
+    shutil.copy("/usr/bin/id", path)
+    os.chown(path, 1000, 1000)
+    os.chmod(path, 0o4777)
+    assert as_user(path, "-u", uid=1001) == (0, "1000\n")
+    write = f"dd if=/dev/zero of={path} bs=1 count=1 seek={path.stat().st_size} conv=notrunc"
+    assert as_user("sh", "-c", f"{write} status=none; {path} -u", uid=1001) == (0, "1001\n")
+
+
 def test_immutable_and_append_only(place):
     """chattr and lsattr work, and root obeys."""
     path = place / "f"
@@ -295,3 +316,27 @@ def test_exchange(place):
     fails(errno.ENOENT, rename2, place / "one", place / "three", RENAME_EXCHANGE)
     fails(errno.EINVAL, rename2, place / "one", place / "one" / "f", RENAME_EXCHANGE)
     fails(errno.EINVAL, rename2, place / "one", place / "two", RENAME_EXCHANGE | 1)
+
+
+def test_access_times():
+    """noatime without an option; with relatime a read moves a time that is older than a change."""
+    with scratch() as directory:
+        for option, moves in (("rw", False), ("relatime", True)):
+            with local_mount(directory, option) as mount:
+                path = mount.path / option
+                path.write_text("content")
+                (mount.path / f"{option}.link").symlink_to(option)
+                inner = mount.path / f"{option}.d"
+                inner.mkdir()
+                places = (path, mount.path / f"{option}.link", inner)
+                for each in places:
+                    os.utime(each, ns=(1, 1), follow_symlinks=False)
+                path.read_text()
+                os.readlink(places[1])
+                os.listdir(inner)
+                if moves:
+                    for each in places:
+                        wait_until(lambda e=each: os.lstat(e).st_atime_ns > os.lstat(e).st_mtime_ns)
+                    assert os.stat(path).st_atime_ns >= os.stat(path).st_ctime_ns
+                else:
+                    assert [os.lstat(each).st_atime_ns for each in places] == [1, 1, 1]
