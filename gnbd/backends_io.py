@@ -17,6 +17,8 @@ from cluster.errors import ConfigError
 FALLOC_KEEP_SIZE = 1
 FALLOC_PUNCH_HOLE = 2
 FALLOC_ZERO_RANGE = 0x10
+EXTENTS_MAX = 4096
+"""In one answer to BLOCK_STATUS."""
 _ZERO_CHUNK = bytes(1 << 20)
 _RWF_DSYNC = os.RWF_DSYNC
 
@@ -54,6 +56,14 @@ def write_exactly(fd: int, offset: int, view: memoryview, flags: int = 0) -> Non
         offset += count
 
 
+def _seek(fd: int, offset: int, end: int, whence: int) -> int:
+    """Where data or a hole begins, `end` at most; where that cannot be told all is data."""
+    try:
+        return min(os.lseek(fd, offset, whence), end)
+    except OSError as error:
+        return offset if error.errno == errno.EINVAL and whence == os.SEEK_DATA else end
+
+
 class Backend:
     """The bytes of one export. Ranges were checked against `size_bytes` by the caller."""
 
@@ -72,8 +82,16 @@ class Backend:
     def trim(self, offset: int, length: int) -> None:
         raise NotImplementedError
 
-    def zero(self, offset: int, length: int, no_hole: bool) -> None:
+    def zero(self, offset: int, length: int, no_hole: bool, fast: bool = False) -> None:
+        """`fast`: only if that costs less than writing zeroes, else ENOTSUP."""
         raise NotImplementedError
+
+    def cache(self, offset: int, length: int) -> None:
+        """The range will be read soon; a hint."""
+
+    def extents(self, offset: int, length: int) -> list[tuple[int, bool]]:
+        """(length, is a hole) in order; as much as is known cheaply."""
+        return [(length, False)]
 
     def resize(self, size_bytes: int) -> None:
         raise NotImplementedError
@@ -122,19 +140,36 @@ class FileBackend(Backend):
             if error.errno != errno.EOPNOTSUPP:
                 raise
 
-    def zero(self, offset: int, length: int, no_hole: bool) -> None:
+    def zero(self, offset: int, length: int, no_hole: bool, fast: bool = False) -> None:
         mode = FALLOC_ZERO_RANGE if no_hole else FALLOC_PUNCH_HOLE
         try:
             fallocate(self.fd, mode | FALLOC_KEEP_SIZE, offset, length)
             return
         except OSError as error:
-            if error.errno != errno.EOPNOTSUPP:
+            if error.errno != errno.EOPNOTSUPP or fast:
                 raise
         end = offset + length
         while offset < end:
             chunk = memoryview(_ZERO_CHUNK)[: end - offset]
             write_exactly(self.fd, offset, chunk)
             offset += len(chunk)
+
+    def cache(self, offset: int, length: int) -> None:
+        os.posix_fadvise(self.fd, offset, length, os.POSIX_FADV_WILLNEED)
+
+    def extents(self, offset: int, length: int) -> list[tuple[int, bool]]:
+        found: list[tuple[int, bool]] = []
+        end = offset + length
+        while offset < end and len(found) < EXTENTS_MAX:
+            data = _seek(self.fd, offset, end, os.SEEK_DATA)
+            if data > offset:
+                found.append((data - offset, True))
+                offset = data
+            if offset < end and data == offset:
+                hole = max(_seek(self.fd, offset, end, os.SEEK_HOLE), offset + 1)
+                found.append((hole - offset, False))
+                offset = hole
+        return found
 
     def resize(self, size_bytes: int) -> None:
         os.ftruncate(self.fd, size_bytes)

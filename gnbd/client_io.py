@@ -65,6 +65,8 @@ class GnbdDevice:
         self._fatal: StackError | None = None
         self._scope = trio.CancelScope()
         self._closed = False
+        self._logins = 0
+        self._logins_over = trio.Event()
 
     # -- BlockDevice -----------------------------------------------------------------------
 
@@ -168,6 +170,9 @@ class GnbdDevice:
         if self._closed:
             return
         self._closed = True
+        with trio.move_on_after(self._options.dead_ms / 1000):
+            while self._logins:  # one that the server sees after LOGOUT would register anew
+                await self._logins_over.wait()
         link = next(iter(self._links.values()), None)
         if link is not None and self.core.barred is None:
             group = Group(1)
@@ -370,6 +375,17 @@ class GnbdDevice:
 
     async def _negotiate(self, path: Path, sock: socket.socket) -> bool:
         """Greeting, LOGIN, GO. False: not now."""
+        if self._closed:
+            return False
+        self._logins += 1
+        try:
+            return await self._log_in(path, sock)
+        finally:
+            self._logins -= 1
+            self._logins_over.set()
+            self._logins_over = trio.Event()
+
+    async def _log_in(self, path: Path, sock: socket.socket) -> bool:
         stream = trio.SocketStream(trio.socket.from_stdlib_socket(sock.dup()))
         async with stream:
             hello = m.LoginHello(

@@ -92,11 +92,11 @@ class ControlServer:
                 export = service.export(name)
                 if size_bytes < export.backend.size_bytes or size_bytes % 512:
                     raise UsageError("an export only grows, by multiples of 512 bytes")
-                export.backend.resize(size_bytes)
+                export.resize(size_bytes)
             case m.FilterCommand(name, action, kind, parameters):
                 export = service.export(name)
                 spec = checked_filter(kind, parameters, whole=action == "add")
-                export.backend = changed_stack(export.backend, action, spec)
+                export.use(changed_stack(export.backend, action, spec))
             case m.SequenceMinimum():
                 return service.raise_minimum(request)
             case m.Leave(instance):
@@ -150,7 +150,7 @@ class ControlServer:
                 connections=len(e.connections),
                 sequence_min=e.sequence_min,
                 cache_generation=e.cache_generation,
-                counters=dict(e.counters),
+                counters=e.shared.counters(),
             )
             for e in list(self._service.exports.values())
         ]

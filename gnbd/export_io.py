@@ -11,12 +11,12 @@ import msgspec
 from cluster.ids import Instance
 from cluster.sizes import parse_size
 from fencing.reservations import Reservations
-from gnbd import gates_io as g
 from gnbd import protocol as p
 from gnbd.backends_io import Backend, FileBackend
 from gnbd.exports import Export, parse_filter
 from gnbd.filters_io import filters_of, stack_filter
 from gnbd.flushes_io import Flushes
+from native import nbd as g
 
 CACHE_GENERATION_ERRORS = 1 << 16
 CLUSTERD = 0
@@ -41,11 +41,14 @@ class Connection:
         self.session: Session | None = None
         self.export: ExportRuntime | None = None
         self.closing = False
+        self.transmission: g.Connection | None = None
         self.finished = threading.Event()
 
     def shut(self) -> None:
         """Stop it: requests not begun are discarded, blocked calls return."""
         self.closing = True
+        if self.transmission is not None:
+            self.transmission.close()
         try:
             self.sock.shutdown(socket.SHUT_RDWR)
         except OSError:
@@ -53,33 +56,46 @@ class Connection:
 
 
 class ExportRuntime:
-    """State of one export. The service guards all but `backend`, `flushes` and `counters`."""
+    """State of one export. The service guards all but the back end and `flushes`."""
 
     def __init__(self, config: Export, reservations: Reservations, sequence_min: int) -> None:
         self.name = config.name
         self.access = config.access
-        self.backend: Backend = FileBackend(
+        backend: Backend = FileBackend(
             Path(config.path),
             None if config.size is None else parse_size(config.size),
             config.read_only,
         )
         for text in config.filters:
-            self.backend = stack_filter(self.backend, parse_filter(text))
+            backend = stack_filter(backend, parse_filter(text))
+        self.shared = g.Export()
+        self.use(backend)
         self.reservations = reservations
         self.sequence_min = sequence_min
         self.sequences: dict[Instance, int] = {}
-        self.gates: dict[Instance | None, g.Gate] = {}
+        self.gates: dict[Instance | None, g.Access] = {}
         self.connections: set[Connection] = set()
         self.cache_generation = 0
         self.flushes = Flushes()
-        self.counters = {"reads": 0, "writes": 0, "flushes": 0, "read_bytes": 0, "written_bytes": 0}
+
+    def use(self, backend: Backend) -> None:
+        """From the next request on. A bare file is read and written without Python."""
+        self.backend = backend
+        descriptor = backend.fd if isinstance(backend, FileBackend) else -1
+        self.shared.set(descriptor, backend.size_bytes, read_only=backend.read_only)
+
+    def resize(self, size_bytes: int) -> None:
+        """Grow. Raises OSError."""
+        self.backend.resize(size_bytes)
+        self.use(self.backend)
 
     @property
     def flags(self) -> int:
         flags = p.FLAG_HAS_FLAGS | p.FLAG_SEND_FLUSH | p.FLAG_SEND_FUA | p.FLAG_CAN_MULTI_CONN
+        flags |= p.FLAG_SEND_CACHE
         if self.backend.read_only:
             return flags | p.FLAG_READ_ONLY
-        return flags | p.FLAG_SEND_TRIM | p.FLAG_SEND_WRITE_ZEROES
+        return flags | p.FLAG_SEND_TRIM | p.FLAG_SEND_WRITE_ZEROES | p.FLAG_SEND_FAST_ZERO
 
     def is_stale(self, nexus: Instance) -> bool:
         """Whether the nexus works with an older volume map than this export allows. clusterd

@@ -69,8 +69,14 @@ class Filter(Backend):
     def trim(self, offset: int, length: int) -> None:
         self.below.trim(offset, length)
 
-    def zero(self, offset: int, length: int, no_hole: bool) -> None:
-        self.below.zero(offset, length, no_hole)
+    def zero(self, offset: int, length: int, no_hole: bool, fast: bool = False) -> None:
+        self.below.zero(offset, length, no_hole, fast)
+
+    def cache(self, offset: int, length: int) -> None:
+        self.below.cache(offset, length)
+
+    def extents(self, offset: int, length: int) -> list[tuple[int, bool]]:
+        return self.below.extents(offset, length)
 
     def resize(self, size_bytes: int) -> None:
         self.below.resize(size_bytes)
@@ -154,13 +160,16 @@ class Volatile(Filter):
     def trim(self, offset: int, length: int) -> None:
         self.zero(offset, length, False)
 
-    def zero(self, offset: int, length: int, no_hole: bool) -> None:
+    def zero(self, offset: int, length: int, no_hole: bool, fast: bool = False) -> None:
         end = offset + length
         with self._lock:
             # Punched ranges of the anonymous file read as zeroes and still count as newer.
             self._punches += 1
             fallocate(self._memory, FALLOC_PUNCH_HOLE | FALLOC_KEEP_SIZE, offset, length)
             self._dirty.add(offset, end)
+
+    def extents(self, offset: int, length: int) -> list[tuple[int, bool]]:
+        return [(length, False)]  # what is not down yet is not told apart
 
     def resize(self, size_bytes: int) -> None:
         with self._lock:
@@ -220,10 +229,10 @@ class Log(Filter):
             self._entry(LOG_TRIM, 0, offset, length, b"")
             self.below.trim(offset, length)
 
-    def zero(self, offset: int, length: int, no_hole: bool) -> None:
+    def zero(self, offset: int, length: int, no_hole: bool, fast: bool = False) -> None:
         with self._lock:
             self._entry(LOG_ZERO, 0, offset, length, b"")
-            self.below.zero(offset, length, no_hole)
+            self.below.zero(offset, length, no_hole, fast)
 
     def close(self) -> None:
         os.close(self._file)
@@ -256,9 +265,9 @@ class Delay(Filter):
         self._wait("write_ms")
         self.below.trim(offset, length)
 
-    def zero(self, offset: int, length: int, no_hole: bool) -> None:
+    def zero(self, offset: int, length: int, no_hole: bool, fast: bool = False) -> None:
         self._wait("write_ms")
-        self.below.zero(offset, length, no_hole)
+        self.below.zero(offset, length, no_hole, fast)
 
 
 class Error(Filter):
@@ -307,9 +316,9 @@ class Error(Filter):
         self._maybe_fail("write", offset, length)
         self.below.trim(offset, length)
 
-    def zero(self, offset: int, length: int, no_hole: bool) -> None:
+    def zero(self, offset: int, length: int, no_hole: bool, fast: bool = False) -> None:
         self._maybe_fail("write", offset, length)
-        self.below.zero(offset, length, no_hole)
+        self.below.zero(offset, length, no_hole, fast)
 
 
 _KINDS: dict[str, type[Filter]] = {f.kind: f for f in (Volatile, Log, Delay, Error)}

@@ -54,10 +54,13 @@ class Private(msgspec.Struct, frozen=True):
 
 
 class Enter(msgspec.Struct, frozen=True):
-    """Begin transmission on this export; `rest` came after the last option."""
+    """Begin transmission on this export; `rest` came after the last option. `contexts`: the
+    metadata contexts that BLOCK_STATUS tells."""
 
     offer: Offer
     rest: bytes
+    structured: bool = False
+    contexts: tuple[str, ...] = ()
 
 
 class Close(msgspec.Struct, frozen=True):
@@ -77,6 +80,8 @@ class Handshake:
         self._buffer = bytearray()
         self._flags: int | None = None
         self._ended = False
+        self._structured = False
+        self._contexts: tuple[str, tuple[str, ...]] = ("", ())
 
     def feed(self, data: bytes | memoryview) -> None:
         """More bytes from the client."""
@@ -135,6 +140,10 @@ class Handshake:
                 return self._list(data)
             case p.OPT_INFO | p.OPT_GO:
                 return self._info(number, data)
+            case p.OPT_STRUCTURED_REPLY:
+                return self._structured_reply(data)
+            case p.OPT_LIST_META_CONTEXT | p.OPT_SET_META_CONTEXT:
+                return self._meta_context(number, data)
             case p.OPT_LOGIN | p.OPT_CONTROL:
                 return Private(number, data)
         return Send(self.refusal(number, p.REP_ERR_UNSUP, "this server does not know that option"))
@@ -148,7 +157,48 @@ class Handshake:
         self._ended = True
         rest = bytes(self._buffer)
         self._buffer.clear()
-        return Enter(offer, rest)
+        name, contexts = self._contexts
+        return Enter(offer, rest, self._structured, contexts if name == offer.name else ())
+
+    def _flags_of(self, offer: Offer) -> int:
+        return offer.flags | (p.FLAG_SEND_DF if self._structured else 0)
+
+    def _structured_reply(self, data: bytes) -> Action:
+        if data:
+            text = "STRUCTURED_REPLY takes no data"
+            return Send(self.refusal(p.OPT_STRUCTURED_REPLY, p.REP_ERR_INVALID, text))
+        self._structured = True
+        return Send(p.option_reply(p.OPT_STRUCTURED_REPLY, p.REP_ACK))
+
+    def _meta_context(self, number: int, data: bytes) -> Action:
+        """LIST says what there is, SET chooses for the export that GO will name."""
+        parsed = parse_meta_untrusted(data)
+        if parsed is None or not self._structured:
+            text = "malformed request" if self._structured else "structured replies come first"
+            return Send(self.refusal(number, p.REP_ERR_INVALID, text))
+        name, queries = parsed
+        found = self._directory.find(name)
+        if isinstance(found, Denied):
+            return Send(self.refusal(number, found.kind, found.message))
+        listing = number == p.OPT_LIST_META_CONTEXT
+        chosen = tuple(
+            context
+            for context in p.CONTEXT_IDS
+            if (listing and not queries)
+            or context in queries
+            or (listing and context.partition(":")[0] + ":" in queries)
+        )
+        replies = [
+            p.option_reply(
+                number,
+                p.REP_META_CONTEXT,
+                _U32.pack(0 if listing else p.CONTEXT_IDS[context]) + context.encode(),
+            )
+            for context in chosen
+        ]
+        if not listing:
+            self._contexts = (found.name, chosen)
+        return Send(b"".join(replies) + p.option_reply(number, p.REP_ACK))
 
     def _list(self, data: bytes) -> Action:
         if data:
@@ -169,7 +219,7 @@ class Handshake:
         if isinstance(found, Denied):
             return self._close(found.message)
         assert self._flags is not None
-        self._pending = struct.pack(">QH", found.size_bytes, found.flags)
+        self._pending = struct.pack(">QH", found.size_bytes, self._flags_of(found))
         if not self._flags & p.FLAG_NO_ZEROES:
             self._pending += bytes(p.ZERO_PADDING_BYTES)
         return self._enter(found)
@@ -191,7 +241,7 @@ class Handshake:
             return Send(self.refusal(number, found.kind, found.message))
         raw = found.name.encode()
         infos = [
-            p.EXPORT_INFO.pack(p.INFO_EXPORT, found.size_bytes, found.flags),
+            p.EXPORT_INFO.pack(p.INFO_EXPORT, found.size_bytes, self._flags_of(found)),
             p.BLOCK_SIZE_INFO.pack(
                 p.INFO_BLOCK_SIZE, p.BLOCK_BYTES_MIN, p.BLOCK_BYTES_PREFERRED, p.PAYLOAD_BYTES_MAX
             ),
@@ -219,3 +269,24 @@ def parse_go_untrusted(data: bytes) -> str | None:
         return data[4 : 4 + length].decode()
     except UnicodeDecodeError:
         return None
+
+
+def parse_meta_untrusted(data: bytes) -> tuple[str, list[str]] | None:
+    """Export name and queries of LIST_META_CONTEXT or SET_META_CONTEXT; None: malformed."""
+    texts: list[str] = []
+    at, wanted, queries = 0, 1, -1
+    try:
+        while wanted:
+            length = _U32.unpack_from(data, at)[0]
+            at += 4
+            if length > min(len(data) - at, p.NAME_BYTES_MAX):
+                return None
+            texts.append(data[at : at + length].decode())
+            at += length
+            wanted -= 1
+            if queries < 0:
+                wanted = queries = _U32.unpack_from(data, at)[0]
+                at += 4
+    except (struct.error, UnicodeDecodeError):
+        return None
+    return (texts[0], texts[1:]) if at == len(data) else None

@@ -2,6 +2,7 @@
 
 Request (28 bytes, big endian): magic u32, flags u16, type u16, cookie u64, offset u64, length u32.
 Simple reply (16 bytes): magic u32, error u32, cookie u64; the data of a READ follows.
+Chunk of a structured reply (20 bytes): magic u32, flags u16, type u16, cookie u64, length u32.
 Option (16 bytes): magic u64, option u32, length u32; data follows.
 Option reply (20 bytes): magic u64, option u32, type u32, length u32; data follows.
 
@@ -30,11 +31,16 @@ OPTION_REPLY_MAGIC = 0x0003E889045565A9
 REQUEST_MAGIC = 0x25609513
 REPLY_MAGIC = 0x67446698
 
+CHUNK_MAGIC = 0x668E33EF
+CHUNK_DONE = 1
+CHUNK_BLOCK_STATUS = 5
+
 GREETING = struct.Struct(">QQH")
 OPTION = struct.Struct(">QII")
 OPTION_REPLY = struct.Struct(">QIII")
 REQUEST = struct.Struct(">IHHQQI")
 REPLY = struct.Struct(">IIQ")
+CHUNK = struct.Struct(">IHHQI")
 EXPORT_INFO = struct.Struct(">HQH")
 BLOCK_SIZE_INFO = struct.Struct(">HIII")
 
@@ -56,6 +62,7 @@ OPT_CONTROL = 0x43465302
 REP_ACK = 1
 REP_SERVER = 2
 REP_INFO = 3
+REP_META_CONTEXT = 4
 REP_CFS = 0x43465301
 REP_ERROR = 1 << 31
 REP_ERR_UNSUP = REP_ERROR + 1
@@ -76,14 +83,19 @@ FLAG_SEND_FLUSH = 1 << 2
 FLAG_SEND_FUA = 1 << 3
 FLAG_SEND_TRIM = 1 << 5
 FLAG_SEND_WRITE_ZEROES = 1 << 6
+FLAG_SEND_DF = 1 << 7
 FLAG_CAN_MULTI_CONN = 1 << 8
+FLAG_SEND_CACHE = 1 << 10
+FLAG_SEND_FAST_ZERO = 1 << 11
 
 CMD_READ = 0
 CMD_WRITE = 1
 CMD_DISC = 2
 CMD_FLUSH = 3
 CMD_TRIM = 4
+CMD_CACHE = 5
 CMD_WRITE_ZEROES = 6
+CMD_BLOCK_STATUS = 7
 CMD_DRAIN = 0x4301
 CMD_SEQUENCE = 0x4302
 CMD_PING = 0x4303
@@ -91,6 +103,19 @@ CMD_LOGOUT = 0x4304
 
 CMD_FLAG_FUA = 1 << 0
 CMD_FLAG_NO_HOLE = 1 << 1
+CMD_FLAG_DF = 1 << 2
+CMD_FLAG_REQ_ONE = 1 << 3
+CMD_FLAG_FAST_ZERO = 1 << 4
+
+CONTEXT_ALLOCATION = "base:allocation"
+CONTEXT_RESERVATION = "x-cfs:reservation"
+CONTEXT_IDS = {CONTEXT_ALLOCATION: 1, CONTEXT_RESERVATION: 2}
+STATE_HOLE = 1 << 0
+STATE_ZERO = 1 << 1
+STATE_RESERVED = 1 << 0
+STATE_WRITABLE = 1 << 1
+"""Of `x-cfs:reservation`: bit 0 reserved, bit 1 writable by this client, bits 4-7 the type, from
+bit 8 on the lower bits of the generation."""
 
 EPERM = 1
 EIO = 5

@@ -217,7 +217,7 @@ class Server:
                 connection.sock.settimeout(None)
                 export = self.service.attach(connection, entered.offer.name)
                 if export is not None:
-                    Transmission(self.service, connection, export).run(entered.rest)
+                    Transmission(self.service, connection, export, entered).run()
         except (OSError, ProtocolError) as error:
             log.debug("connection ended", peer=connection.peer, error=str(error))
         except Exception:

@@ -25,13 +25,13 @@ from fencing import admission as a
 from fencing.reservations import Attention, Request, Reservations, Status
 from fencing.store import ExportState, ServerState
 from fencing.store_io import StateFile
-from gnbd import gates_io as g
 from gnbd import messages as m
 from gnbd import protocol as p
 from gnbd.export_io import CACHE_GENERATION_ERRORS, Connection, ExportRuntime, Session
 from gnbd.exports import EXPORTS_MAX, Export, ServerConfig
 from gnbd.handshake import Denied, Offer
 from gnbd.identity import ServerIdentity
+from native import nbd as g
 
 ATTENTIONS_MAX = 256
 PATHS_MAX = 1 << 16
@@ -66,7 +66,7 @@ class Service:
         for export in config.exports:
             self._open(export)
         self._paths: dict[PathKey, NexusPath] = {}
-        self._draining: list[g.Gate] = []
+        self._draining: list[g.Access] = []
         self.attentions: deque[tuple[Attention, str]] = deque(maxlen=ATTENTIONS_MAX)
         self.serving_changed: Callable[[], None] = lambda: None
         # A start invalidates what clients believe to be in our cache: durable before we serve.
@@ -147,17 +147,17 @@ class Service:
             return g.STALE
         return export.reservations.access(nexus)
 
-    def gate(self, export: ExportRuntime, nexus: Instance | None) -> g.Gate:
+    def gate(self, export: ExportRuntime, nexus: Instance | None) -> g.Access:
         """The gate that counts now."""
         with self._lock:
             gate = export.gates.get(nexus)
             if gate is None:
-                gate = export.gates[nexus] = g.Gate(self._word(export, nexus))
+                gate = export.gates[nexus] = g.Access(self._word(export, nexus))
             return gate
 
     def _revoke(self, export: ExportRuntime, nexus: Instance | None, word: int) -> None:
         gate = export.gates[nexus]
-        export.gates[nexus] = g.Gate(word)
+        export.gates[nexus] = g.Access(word)
         gate.close()
         self._draining = [old for old in self._draining if not old.is_idle()]
         if not gate.is_idle():

@@ -32,9 +32,7 @@ def test_unknown_client_flags_drop_the_connection(server):
         client.option(p.OPT_LIST)
 
 
-@pytest.mark.parametrize(
-    "option", [p.OPT_STRUCTURED_REPLY, p.OPT_STARTTLS, p.OPT_SET_META_CONTEXT, 11, 0x12345678]
-)
+@pytest.mark.parametrize("option", [p.OPT_STARTTLS, 11, 0x12345678])
 def test_unknown_options_are_refused_and_haggling_goes_on(server, option):
     """ERR_UNSUP with a text, and the next option works."""
     with RawClient(server) as client:
@@ -93,7 +91,14 @@ def test_errors_of_the_transmission(server):
         assert client.request(p.CMD_WRITE, 0, b"ab", flags=1 << 9) == p.EINVAL
         assert client.request(p.CMD_READ, 0, length=2, flags=1 << 9) == p.EINVAL
         assert client.request(p.CMD_READ, 0, length=(64 << 20) + 1) == p.EINVAL
-        for command in (5, 7, 99, p.CMD_DRAIN, p.CMD_SEQUENCE, p.CMD_PING, p.CMD_LOGOUT):
+        for command in (
+            p.CMD_BLOCK_STATUS,
+            99,
+            p.CMD_DRAIN,
+            p.CMD_SEQUENCE,
+            p.CMD_PING,
+            p.CMD_LOGOUT,
+        ):
             assert client.request(command) == p.EINVAL
         assert client.request(p.CMD_FLUSH, flags=p.CMD_FLAG_FUA) == 0
         assert client.request(p.CMD_READ, 0, length=0) == 0
@@ -166,3 +171,116 @@ def test_handshake_takes_any_bytes_in_any_pieces(noise, cuts):
         pieces.append(stream[at : at + cut])
         at += cut
     assert outcome([*pieces, stream[at:]]) == outcome([stream])
+
+
+def chunks(client, cookie):
+    """The chunks of one structured reply: (flags, type, payload)."""
+    found = []
+    while True:
+        magic, flags, kind, got, length = p.CHUNK.unpack(client.take(p.CHUNK.size))
+        assert (magic, got) == (p.CHUNK_MAGIC, cookie)
+        found.append((flags, kind, client.take(length)))
+        if flags & p.CHUNK_DONE:
+            return found
+
+
+def structured(server, *contexts):
+    """A client that has agreed on structured replies and on these contexts of `disk`."""
+    client = RawClient(server)
+    assert client.option(p.OPT_STRUCTURED_REPLY) == [(p.REP_ACK, b"")]
+    if contexts:
+        queries = b"".join(struct.pack(">I", len(c)) + c for c in contexts)
+        data = struct.pack(">I4sI", 4, b"disk", len(contexts)) + queries
+        assert client.option(p.OPT_SET_META_CONTEXT, data)[-1][0] == p.REP_ACK
+    client.go("disk")
+    return client
+
+
+def test_structured_reads_tell_holes(server):
+    """OFFSET_DATA and OFFSET_HOLE cover the range once; DF gives one piece; other commands go on
+    with simple replies; an error is a chunk."""
+    with structured(server) as client:
+        assert client.request(p.CMD_TRIM, 0, length=1 << 20) == 0
+        assert client.request(p.CMD_WRITE, 65536, b"x" * 8192) == 0
+        found = chunks(client, client.send(p.CMD_READ, 0, length=1 << 20))
+        content = bytearray(b"?" * (1 << 20))
+        for _, kind, payload in found:
+            at = struct.unpack_from(">Q", payload)[0]
+            if kind == 1:
+                content[at : at + len(payload) - 8] = payload[8:]
+            else:
+                assert kind == 2
+                length = struct.unpack_from(">I", payload, 8)[0]
+                content[at : at + length] = bytes(length)
+        assert content == bytes(65536) + b"x" * 8192 + bytes((1 << 20) - 73728)
+        assert len(found) == 3
+        whole = chunks(client, client.send(p.CMD_READ, 0, length=1 << 20, flags=p.CMD_FLAG_DF))
+        assert whole == [(p.CHUNK_DONE, 1, bytes(8) + content)]
+        failed = chunks(client, client.send(p.CMD_READ, SIZE, length=1))
+        assert failed == [(p.CHUNK_DONE, 0x8001, struct.pack(">IH", p.EINVAL, 0))]
+        assert client.request(p.CMD_FLUSH) == 0
+
+
+def test_a_read_of_many_holes_is_whole(server):
+    """More runs than one reply tells apart: the rest comes as data, nothing is lost."""
+    with structured(server) as client:
+        assert client.request(p.CMD_TRIM, 0, length=SIZE) == 0
+        expected = bytearray(SIZE)
+        for index in range(0, 256, 2):
+            at = index * 4096
+            block = struct.pack("<I", index) * 1024
+            expected[at : at + 4096] = block
+            assert client.request(p.CMD_WRITE, at, block) == 0
+        cookies = [client.send(p.CMD_READ, 0, length=SIZE) for _ in range(9)]
+        for cookie in cookies:
+            content = bytearray(SIZE)
+            covered = 0
+            for _, kind, payload in chunks(client, cookie):
+                at = struct.unpack_from(">Q", payload)[0]
+                if kind == 1:
+                    content[at : at + len(payload) - 8] = payload[8:]
+                covered += len(payload) - 8 if kind == 1 else struct.unpack(">QI", payload)[1]
+            assert (content, covered) == (expected, SIZE)
+
+
+def test_contexts_need_structured_replies_and_know_their_names(server):
+    """LIST tells what there is, SET takes what it knows."""
+    with RawClient(server) as client:
+        data = struct.pack(">I4sI", 4, b"disk", 0)
+        assert client.option(p.OPT_LIST_META_CONTEXT, data)[0][0] == p.REP_ERR_INVALID
+        client.option(p.OPT_STRUCTURED_REPLY)
+        listed = client.option(p.OPT_LIST_META_CONTEXT, data)
+        assert [text[4:] for kind, text in listed if kind == p.REP_META_CONTEXT] == [
+            b"base:allocation", b"x-cfs:reservation",
+        ]  # fmt: skip
+        for bad in (b"", b"\0\0\0\4disk", data + b"\0", struct.pack(">I4sI", 4, b"disk", 1)):
+            assert client.option(p.OPT_SET_META_CONTEXT, bad)[0][0] == p.REP_ERR_INVALID
+        unknown = struct.pack(">I4sII3s", 4, b"disk", 1, 3, b"a:b")
+        assert client.option(p.OPT_SET_META_CONTEXT, unknown) == [(p.REP_ACK, b"")]
+        nothing = struct.pack(">I4sI", 4, b"none", 0)
+        assert client.option(p.OPT_SET_META_CONTEXT, nothing)[0][0] == p.REP_ERR_UNKNOWN
+
+
+def test_block_status(server):
+    """Each agreed context once, REQ_ONE one extent; without a context it is EINVAL."""
+    with structured(server, b"base:allocation", b"x-cfs:reservation") as client:
+        assert client.request(p.CMD_TRIM, 0, length=1 << 20) == 0
+        assert client.request(p.CMD_WRITE, 65536, b"x" * 4096) == 0
+        first, second = chunks(client, client.send(p.CMD_BLOCK_STATUS, 0, length=1 << 20))
+        assert first[2] == struct.pack(">I6I", 1, 65536, 3, 4096, 0, (1 << 20) - 69632, 3)
+        assert second[2] == struct.pack(">I2I", 2, 1 << 20, p.STATE_WRITABLE)
+        one = client.send(p.CMD_BLOCK_STATUS, 0, length=1 << 20, flags=p.CMD_FLAG_REQ_ONE)
+        assert chunks(client, one)[0][2] == struct.pack(">I2I", 1, 65536, 3)
+        assert client.request(p.CMD_BLOCK_STATUS, 0, length=0) == p.EINVAL
+    with structured(server) as client:
+        assert client.request(p.CMD_BLOCK_STATUS, 0, length=4096) == p.EINVAL
+
+
+def test_cache_and_fast_zero(server):
+    """Hints are taken; zeroes that cost nothing are."""
+    with RawClient(server, "disk") as client:
+        assert client.request(p.CMD_WRITE, 0, b"x" * 8192) == 0
+        assert client.request(p.CMD_CACHE, 0, length=8192) == 0
+        assert client.request(p.CMD_CACHE, SIZE, length=1) == p.EINVAL
+        assert client.request(p.CMD_WRITE_ZEROES, 0, length=4096, flags=p.CMD_FLAG_FAST_ZERO) == 0
+        assert client.read(0, 8192) == bytes(4096) + b"x" * 4096

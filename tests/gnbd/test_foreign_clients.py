@@ -42,6 +42,22 @@ def test_nbdinfo_lists_what_it_may_see(server):
     assert plain["block_size_maximum"] >= 48 * MIB
 
 
+def test_nbdinfo_maps_holes_and_reservations(server):
+    """Structured replies and metadata contexts as libnbd asks for them."""
+    write = ("qemu-io", "-f", "raw", "-c", "write 1M 64k")
+    assert run(*write, f"{server.uri}/plain").returncode == 0
+    done = run("nbdinfo", "--map", "--json", f"{server.uri}/plain")
+    assert done.returncode == 0, done.stderr
+    found = [(row["offset"], row["length"], row["type"]) for row in json.loads(done.stdout)]
+    assert (1 << 20, 65536, 0) in found
+    assert sum(length for _, length, _ in found) == 128 * MIB
+    state = run("nbdinfo", "--map=x-cfs:reservation", "--json", f"{server.uri}/plain")
+    assert [row["type"] for row in json.loads(state.stdout)] == [2]
+    can = json.loads(run("nbdinfo", "--json", f"{server.uri}/plain").stdout)["exports"][0]
+    for flag in ("can_cache", "can_df", "can_fast_zero"):
+        assert can[flag] is True
+
+
 def test_cluster_export_is_refused_politely(server):
     """INFO and GO of a cluster export fail with a message, the connection lives on."""
     done = run("nbdinfo", f"{server.uri}/secret")

@@ -1,0 +1,117 @@
+/* The transmission phase of one NBD connection; what it is for stands in native/nbd.py.
+ *
+ * nbd_access.c  the access word of a nexus (rule R5)
+ * nbd_serve.c   receives and executes requests
+ * nbd_reply.c   gathers replies and sends them
+ *
+ * A connection belongs to one thread, which runs without the GIL. The export and the access word
+ * are shared between threads.
+ */
+#ifndef NATIVE_NBD_H
+#define NATIVE_NBD_H
+
+#include <stdatomic.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <sys/uio.h>
+
+#define NBD_RECEIVE_BYTES ((size_t)2 << 20)
+#define NBD_ARENA_BYTES ((size_t)4 << 20)
+#define NBD_PAYLOAD_MAX ((uint32_t)64 << 20)
+#define NBD_PARTS_MAX 512
+#define NBD_PARTS_OF_ONE 64 /* that the replies to one request may take */
+#define NBD_HEADER_BYTES 64 /* of one reply, at most */
+
+enum { NBD_READ, NBD_WRITE, NBD_DISC, NBD_FLUSH, NBD_TRIM, NBD_CACHE, NBD_ZERO, NBD_STATUS };
+enum { NBD_FLAG_FUA = 1, NBD_FLAG_DF = 4 };
+enum { ACCESS_READ = 1, ACCESS_WRITE = 2, ACCESS_STALE = 4, ACCESS_CLOSED = 8 };
+enum { WIRE_EPERM = 1, WIRE_EIO = 5, WIRE_EINVAL = 22, WIRE_ENOSPC = 28, WIRE_ESTALE = 116 };
+
+/* What native_nbd_run returns. */
+enum {
+    NBD_ENDED,   /* the connection is over */
+    NBD_GATE,    /* the access word was replaced: give the new one, run again */
+    NBD_REQUEST, /* Python executes `request`, then calls native_nbd_done */
+    NBD_FAILED,  /* a durable WRITE failed with `request.error`; as NBD_REQUEST */
+};
+
+struct native_access {
+    _Atomic uint32_t word, in_flight;
+};
+
+struct native_nbd_export {
+    _Atomic uint64_t size_bytes, reads, writes, flushes, read_bytes, written_bytes;
+    _Atomic int32_t fd; /* -1: Python executes everything */
+    _Atomic uint32_t read_only;
+};
+
+/* native.nbd.Request unpacks it. */
+struct native_nbd_request {
+    uint64_t cookie, offset;
+    uint32_t length, error;
+    uint16_t kind, flags;
+    uint32_t padding;
+};
+
+struct native_nbd {
+    int sock;
+    _Atomic int closing;
+    int logged_in, structured, entered, broken;
+    int pending; /* `request` was taken and waits for a new access word */
+    struct native_nbd_export *export;
+    struct native_access *access;
+    struct native_nbd_request request;
+    void *data; /* of `request`: the payload of a WRITE, room for a READ */
+
+    uint8_t *buffer; /* received, not yet executed: [start, end) */
+    size_t start, end;
+    uint8_t *payload; /* of a WRITE that does not fit into the buffer */
+
+    uint8_t *arena, *large; /* data of READs that wait to be sent */
+    size_t arena_used;
+    uint8_t *headers;
+    size_t headers_used, out_bytes;
+    struct iovec parts[NBD_PARTS_MAX];
+    int part_count;
+};
+
+/* nbd_access.c */
+uint32_t native_access_enter(struct native_access *access);
+void native_access_leave(struct native_access *access);
+uint32_t native_access_word(struct native_access *access);
+void native_access_set(struct native_access *access, uint32_t word);
+uint32_t native_access_in_flight(struct native_access *access);
+void native_access_wait_idle(struct native_access *access);
+
+/* nbd_reply.c */
+/* Send what is in the way of the replies to one more request. */
+void nbd_make_room(struct native_nbd *nbd);
+/* Memory for the data of one READ, or NULL; sends first what is in the way. */
+uint8_t *nbd_room(struct native_nbd *nbd, size_t length);
+/* Nothing waits to be sent any more: its memory may be used again. */
+void nbd_release(struct native_nbd *nbd);
+void nbd_reply(struct native_nbd *nbd, uint64_t cookie, uint32_t error);
+void nbd_reply_read(struct native_nbd *nbd, uint64_t cookie, uint64_t offset, uint8_t *data,
+                    size_t length);
+void nbd_reply_hole(struct native_nbd *nbd, uint64_t cookie, uint64_t offset, uint32_t length,
+                    int last);
+void nbd_reply_data(struct native_nbd *nbd, uint64_t cookie, uint64_t offset, uint8_t *data,
+                    size_t length, int last);
+
+/* For Python. */
+struct native_nbd *native_nbd_open(int sock, struct native_nbd_export *export, int logged_in,
+                                   int structured, const uint8_t *first, size_t length);
+void native_nbd_free(struct native_nbd *nbd);
+void native_nbd_set_access(struct native_nbd *nbd, struct native_access *access);
+int native_nbd_run(struct native_nbd *nbd);
+void *native_nbd_request_of(struct native_nbd *nbd);
+void *native_nbd_data_of(struct native_nbd *nbd);
+void native_nbd_done(struct native_nbd *nbd, uint32_t error);
+void native_nbd_put(struct native_nbd *nbd, const uint8_t *data, size_t length);
+void native_nbd_leave(struct native_nbd *nbd);
+void native_nbd_send(struct native_nbd *nbd);
+void native_nbd_close(struct native_nbd *nbd);
+void native_nbd_export_set(struct native_nbd_export *export, int fd, uint64_t size_bytes,
+                           int read_only);
+void native_nbd_counters(struct native_nbd_export *export, uint64_t *out);
+#endif

@@ -1,0 +1,483 @@
+/* Requests: many parsed per receive, executed in order under the access word (see nbd.h).
+ *
+ * The word is looked at before each request, so a revocation waits for one request and not for
+ * what was received. READ and WRITE of a plain file are executed here; everything else, and every
+ * request of an export with filters, is handed to Python, one at a time.
+ */
+#define _GNU_SOURCE
+#include "nbd.h"
+
+#include <endian.h>
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/socket.h>
+#include <unistd.h>
+
+#define REQUEST_MAGIC 0x25609513u
+#define HOLE_BYTES_MIN 4096 /* shorter ones are sent as data */
+#define RUNS_MAX 24 /* of holes and data in one reply; the rest is sent as data */
+#define GO_ON (-1)
+
+struct wire_request {
+    uint32_t magic;
+    uint16_t flags, kind;
+    uint64_t cookie, offset;
+    uint32_t length;
+} __attribute__((packed));
+
+static uint8_t *map_memory(size_t length)
+{
+    void *memory = mmap(NULL, length, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    return memory == MAP_FAILED ? NULL : memory;
+}
+
+/* NULL without memory. `first` was received behind the handshake. */
+struct native_nbd *native_nbd_open(int sock, struct native_nbd_export *export, int logged_in,
+                                   int structured, const uint8_t *first, size_t length)
+{
+    struct native_nbd *nbd = calloc(1, sizeof *nbd);
+    if (!nbd)
+        return NULL;
+    nbd->sock = sock;
+    nbd->export = export;
+    nbd->logged_in = logged_in;
+    nbd->structured = structured;
+    nbd->buffer = map_memory(NBD_RECEIVE_BYTES);
+    nbd->arena = map_memory(NBD_ARENA_BYTES);
+    nbd->headers = map_memory(NBD_PARTS_MAX * NBD_HEADER_BYTES);
+    if (!nbd->buffer || !nbd->arena || !nbd->headers || length > NBD_RECEIVE_BYTES) {
+        native_nbd_free(nbd);
+        return NULL;
+    }
+    memcpy(nbd->buffer, first, length);
+    nbd->end = length;
+    return nbd;
+}
+
+static void unmap_memory(uint8_t *memory, size_t length)
+{
+    if (memory)
+        munmap(memory, length);
+}
+
+void native_nbd_free(struct native_nbd *nbd)
+{
+    native_nbd_leave(nbd);
+    unmap_memory(nbd->buffer, NBD_RECEIVE_BYTES);
+    unmap_memory(nbd->arena, NBD_ARENA_BYTES);
+    unmap_memory(nbd->headers, NBD_PARTS_MAX * NBD_HEADER_BYTES);
+    free(nbd->payload);
+    free(nbd->large);
+    free(nbd);
+}
+
+void native_nbd_set_access(struct native_nbd *nbd, struct native_access *access)
+{
+    native_nbd_leave(nbd);
+    nbd->access = access;
+}
+
+void native_nbd_leave(struct native_nbd *nbd)
+{
+    if (nbd->entered) {
+        nbd->entered = 0;
+        native_access_leave(nbd->access);
+    }
+}
+
+/* Nothing more is executed; from any thread. The socket is shut down by the caller. */
+void native_nbd_close(struct native_nbd *nbd)
+{
+    atomic_store(&nbd->closing, 1);
+}
+
+/* GO_ON with the access checked and *error set (0: it may), or what run returns. */
+static int check(struct native_nbd *nbd, uint32_t wanted, uint32_t *error)
+{
+    if (atomic_load(&nbd->closing) || nbd->broken)
+        return NBD_ENDED;
+    if (!nbd->entered) {
+        native_access_enter(nbd->access);
+        nbd->entered = 1;
+    }
+    uint32_t word = native_access_word(nbd->access);
+    if (word & ACCESS_CLOSED) {
+        native_nbd_leave(nbd);
+        return NBD_GATE;
+    }
+    if (!word && nbd->logged_in)
+        return NBD_ENDED;
+    *error = word & ACCESS_STALE ? WIRE_ESTALE : word & wanted ? 0 : WIRE_EPERM;
+    return GO_ON;
+}
+
+static uint32_t wire_error(int error)
+{
+    switch (error) {
+    case EPERM:
+    case EIO:
+    case ENOMEM:
+    case EINVAL:
+    case ENOSPC:
+    case EOVERFLOW:
+        return (uint32_t)error;
+    default:
+        return WIRE_EIO;
+    }
+}
+
+/* Past the end of the file there are zeroes. 0 or an errno. */
+static int read_exactly(int fd, uint8_t *data, size_t length, uint64_t offset)
+{
+    while (length) {
+        ssize_t count = pread(fd, data, length, (off_t)offset);
+        if (count < 0) {
+            if (errno == EINTR)
+                continue;
+            return errno;
+        }
+        if (!count) {
+            memset(data, 0, length);
+            return 0;
+        }
+        data += count;
+        length -= (size_t)count;
+        offset += (uint64_t)count;
+    }
+    return 0;
+}
+
+static int write_exactly(int fd, const uint8_t *data, size_t length, uint64_t offset, int flags)
+{
+    while (length) {
+        struct iovec part = {(void *)data, length};
+        ssize_t count = pwritev2(fd, &part, 1, (off_t)offset, flags);
+        if (count < 0) {
+            if (errno == EINTR)
+                continue;
+            return errno;
+        }
+        data += count;
+        length -= (size_t)count;
+        offset += (uint64_t)count;
+    }
+    return 0;
+}
+
+static int beyond(struct native_nbd *nbd, const struct native_nbd_request *request)
+{
+    uint64_t size = atomic_load(&nbd->export->size_bytes);
+    return request->offset > size || request->length > size - request->offset;
+}
+
+static void count_read(struct native_nbd *nbd)
+{
+    atomic_fetch_add(&nbd->export->reads, 1);
+    atomic_fetch_add(&nbd->export->read_bytes, nbd->request.length);
+}
+
+/* The end of the data, or of the hole, that begins at `offset`; at most `end`. */
+static uint64_t run_end(int fd, uint64_t offset, uint64_t end, int *hole)
+{
+    off_t data = lseek(fd, (off_t)offset, SEEK_DATA);
+    if (data < 0 && errno != ENXIO) { /* no such thing here: all is data */
+        *hole = 0;
+        return end;
+    }
+    *hole = data < 0 || (uint64_t)data > offset;
+    off_t next = *hole ? data : lseek(fd, (off_t)offset, SEEK_HOLE);
+    return next < 0 || (uint64_t)next > end ? end : (uint64_t)next;
+}
+
+/* A structured READ without DF: holes travel as such. */
+static int read_with_holes(struct native_nbd *nbd, int fd, uint8_t *room)
+{
+    struct native_nbd_request *request = &nbd->request;
+    uint64_t at = request->offset, end = at + request->length;
+    int error = 0;
+    for (int run = 0; at < end && !error; run++) {
+        int hole = 0;
+        uint64_t next = run < RUNS_MAX ? run_end(fd, at, end, &hole) : end;
+        size_t length = (size_t)(next - at);
+        if (hole && length >= HOLE_BYTES_MIN)
+            nbd_reply_hole(nbd, request->cookie, at, (uint32_t)length, next == end);
+        else if (!(error = read_exactly(fd, room, length, at)))
+            nbd_reply_data(nbd, request->cookie, at, room, length, next == end);
+        room += length;
+        at = next;
+    }
+    return error;
+}
+
+static int read_plainly(struct native_nbd *nbd, int fd, uint8_t *room)
+{
+    struct native_nbd_request *request = &nbd->request;
+    int error = read_exactly(fd, room, request->length, request->offset);
+    if (!error)
+        nbd_reply_read(nbd, request->cookie, request->offset, room, request->length);
+    return error;
+}
+
+static int execute_read(struct native_nbd *nbd)
+{
+    struct native_nbd_request *request = &nbd->request;
+    uint16_t known = NBD_FLAG_FUA | (nbd->structured ? NBD_FLAG_DF : 0);
+    int good = !(request->flags & ~known) && request->length <= NBD_PAYLOAD_MAX &&
+               !beyond(nbd, request);
+    uint8_t *room = good ? nbd_room(nbd, request->length) : NULL; /* may send */
+    uint32_t error;
+    int result = check(nbd, ACCESS_READ, &error);
+    if (result != GO_ON)
+        return result;
+    if (!error && !room)
+        error = good ? ENOMEM : WIRE_EINVAL;
+    if (error) {
+        nbd_reply(nbd, request->cookie, error);
+        return GO_ON;
+    }
+    int fd = atomic_load(&nbd->export->fd);
+    nbd->data = room;
+    if (fd < 0)
+        return NBD_REQUEST;
+    int sparse = nbd->structured && !(request->flags & NBD_FLAG_DF) &&
+                 request->length >= HOLE_BYTES_MIN;
+    int failed = sparse ? read_with_holes(nbd, fd, room) : read_plainly(nbd, fd, room);
+    if (failed)
+        nbd_reply(nbd, request->cookie, wire_error(failed));
+    else
+        count_read(nbd);
+    return GO_ON;
+}
+
+static int execute_write(struct native_nbd *nbd)
+{
+    struct native_nbd_request *request = &nbd->request;
+    uint32_t error;
+    int result = check(nbd, ACCESS_WRITE, &error);
+    if (result != GO_ON)
+        return result;
+    if (!error) {
+        if (request->flags & ~NBD_FLAG_FUA)
+            error = WIRE_EINVAL;
+        else if (atomic_load(&nbd->export->read_only))
+            error = WIRE_EPERM;
+        else if (beyond(nbd, request))
+            error = WIRE_ENOSPC;
+    }
+    if (error) {
+        nbd_reply(nbd, request->cookie, error);
+        return GO_ON;
+    }
+    int fd = atomic_load(&nbd->export->fd);
+    if (fd < 0)
+        return NBD_REQUEST;
+    int durable = request->flags & NBD_FLAG_FUA;
+    int failed = write_exactly(fd, nbd->data, request->length, request->offset,
+                               durable ? RWF_DSYNC : 0);
+    if (failed && durable) {
+        request->error = wire_error(failed);
+        return NBD_FAILED;
+    }
+    native_nbd_done(nbd, failed ? wire_error(failed) : 0);
+    return GO_ON;
+}
+
+/* What Python executes: with the access checked where one table row says which. */
+static int hand_over(struct native_nbd *nbd)
+{
+    static const uint8_t wanted[] = {
+        [NBD_FLUSH] = ACCESS_WRITE, [NBD_TRIM] = ACCESS_WRITE, [NBD_ZERO] = ACCESS_WRITE,
+        [NBD_CACHE] = ACCESS_READ,  [NBD_STATUS] = ACCESS_READ,
+    };
+    struct native_nbd_request *request = &nbd->request;
+    uint32_t error = 0;
+    if (request->kind < sizeof wanted) {
+        int result = check(nbd, wanted[request->kind], &error);
+        if (result != GO_ON)
+            return result;
+    } else
+        native_nbd_leave(nbd);
+    if (!error)
+        return NBD_REQUEST;
+    native_nbd_done(nbd, error);
+    return GO_ON;
+}
+
+/* The reply to `request`, which READ and WRITE of Python's come to as well. */
+void native_nbd_done(struct native_nbd *nbd, uint32_t error)
+{
+    struct native_nbd_request *request = &nbd->request;
+    if (request->kind == NBD_READ && !error) {
+        nbd_reply_read(nbd, request->cookie, request->offset, nbd->data, request->length);
+        count_read(nbd);
+        return;
+    }
+    if (request->kind == NBD_WRITE && !error) {
+        atomic_fetch_add(&nbd->export->writes, 1);
+        atomic_fetch_add(&nbd->export->written_bytes, request->length);
+    }
+    if (request->kind == NBD_FLUSH)
+        atomic_fetch_add(&nbd->export->flushes, 1);
+    nbd_reply(nbd, request->cookie, error);
+}
+
+/* `length` more bytes into `to`; 0 when the connection is over. */
+static int receive_exactly(struct native_nbd *nbd, uint8_t *to, size_t length)
+{
+    while (length) {
+        ssize_t count = recv(nbd->sock, to, length, 0);
+        if (count < 0 && errno == EINTR)
+            continue;
+        if (count <= 0)
+            return 0;
+        to += count;
+        length -= (size_t)count;
+    }
+    return 1;
+}
+
+/* Answer what is done, make room, wait for more bytes; 0 when the connection is over. */
+static int receive(struct native_nbd *nbd)
+{
+    native_nbd_send(nbd);
+    nbd_release(nbd);
+    if (nbd->broken || atomic_load(&nbd->closing))
+        return 0;
+    size_t rest = nbd->end - nbd->start;
+    if (nbd->start && (!rest || nbd->end == NBD_RECEIVE_BYTES)) {
+        memmove(nbd->buffer, nbd->buffer + nbd->start, rest);
+        nbd->start = 0;
+        nbd->end = rest;
+    }
+    ssize_t count;
+    do
+        count = recv(nbd->sock, nbd->buffer + nbd->end, NBD_RECEIVE_BYTES - nbd->end, 0);
+    while (count < 0 && errno == EINTR);
+    if (count <= 0)
+        return 0;
+    nbd->end += (size_t)count;
+    return 1;
+}
+
+/* A WRITE that is longer than the receive buffer gets a buffer of its own. */
+static int receive_long(struct native_nbd *nbd, size_t header)
+{
+    size_t length = nbd->request.length, have = nbd->end - nbd->start - header;
+    native_nbd_send(nbd);
+    nbd->payload = malloc(length);
+    if (!nbd->payload)
+        return 0;
+    memcpy(nbd->payload, nbd->buffer + nbd->start + header, have);
+    nbd->start = nbd->end = 0;
+    return receive_exactly(nbd, nbd->payload + have, length - have);
+}
+
+/* Take the next request: 1 taken, 0 more bytes are needed, -1 the connection is over. */
+static int take(struct native_nbd *nbd)
+{
+    struct wire_request wire;
+    struct native_nbd_request *request = &nbd->request;
+    size_t have = nbd->end - nbd->start, header = sizeof wire;
+    if (have < header)
+        return 0;
+    memcpy(&wire, nbd->buffer + nbd->start, header);
+    if (be32toh(wire.magic) != REQUEST_MAGIC)
+        return -1;
+    *request = (struct native_nbd_request){
+        .cookie = be64toh(wire.cookie), .offset = be64toh(wire.offset),
+        .length = be32toh(wire.length), .kind = be16toh(wire.kind), .flags = be16toh(wire.flags),
+    };
+    nbd->data = NULL;
+    if (request->kind != NBD_WRITE) {
+        nbd->start += header;
+        return 1;
+    }
+    if (request->length > NBD_PAYLOAD_MAX)
+        return -1;
+    if (header + request->length > NBD_RECEIVE_BYTES) {
+        if (!receive_long(nbd, header))
+            return -1;
+        nbd->data = nbd->payload;
+        return 1;
+    }
+    if (have < header + request->length) {
+        if (nbd->start + header + request->length > NBD_RECEIVE_BYTES) {
+            native_nbd_send(nbd);
+            memmove(nbd->buffer, nbd->buffer + nbd->start, have);
+            nbd->start = 0;
+            nbd->end = have;
+        }
+        return 0;
+    }
+    nbd->data = nbd->buffer + nbd->start + header;
+    nbd->start += header + request->length;
+    return 1;
+}
+
+static int execute(struct native_nbd *nbd)
+{
+    switch (nbd->request.kind) {
+    case NBD_READ:
+        return execute_read(nbd);
+    case NBD_WRITE:
+        return execute_write(nbd);
+    case NBD_DISC:
+        native_nbd_send(nbd);
+        return NBD_ENDED;
+    default:
+        return hand_over(nbd);
+    }
+}
+
+int native_nbd_run(struct native_nbd *nbd)
+{
+    for (;;) {
+        if (!nbd->pending) {
+            free(nbd->payload);
+            nbd->payload = NULL;
+            int taken = take(nbd);
+            if (taken < 0)
+                return NBD_ENDED;
+            if (!taken) {
+                if (!receive(nbd))
+                    return NBD_ENDED;
+                continue;
+            }
+        }
+        nbd_make_room(nbd);
+        int result = execute(nbd);
+        nbd->pending = result == NBD_GATE;
+        if (result != GO_ON)
+            return result;
+    }
+}
+
+void *native_nbd_request_of(struct native_nbd *nbd)
+{
+    return &nbd->request;
+}
+
+void *native_nbd_data_of(struct native_nbd *nbd)
+{
+    return nbd->data;
+}
+
+void native_nbd_export_set(struct native_nbd_export *export, int fd, uint64_t size_bytes,
+                           int read_only)
+{
+    atomic_store(&export->size_bytes, size_bytes);
+    atomic_store(&export->read_only, (uint32_t)read_only);
+    atomic_store(&export->fd, fd);
+}
+
+/* reads, writes, flushes, read_bytes, written_bytes */
+void native_nbd_counters(struct native_nbd_export *export, uint64_t *out)
+{
+    out[0] = atomic_load(&export->reads);
+    out[1] = atomic_load(&export->writes);
+    out[2] = atomic_load(&export->flushes);
+    out[3] = atomic_load(&export->read_bytes);
+    out[4] = atomic_load(&export->written_bytes);
+}
