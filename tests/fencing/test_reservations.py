@@ -321,7 +321,7 @@ def compare(table, model, command):
     assert outcome.changed or table.state() == before
 
 
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(st.lists(commands, max_size=40))
 def test_histories_agree_with_the_model(history):
     """Any history of three nexuses gives the same as the model, step by step."""
