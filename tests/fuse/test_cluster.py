@@ -13,6 +13,8 @@ import pytest
 
 from tests.fuse.cluster_mounts import cluster_mounts, harness, mount
 from tests.fuse.mounting import scratch
+from tests.fuse.test_attributes import RENAME_EXCHANGE, as_user, link_descriptor, run
+from tests.fuse.test_names import rename2
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +61,62 @@ def test_each_sees_what_the_others_do(mounts):
         (path / f"d{number}").rmdir()
     os.unlink(two / "h")
     assert os.listdir(three) == ["g"]
+
+
+def test_attributes_are_the_same_on_all_nodes(mounts):
+    """Lists that the kernels have cached, extended attributes, flags, exchanged names."""
+    _cluster, on = mounts
+    for mounted in on.values():
+        for parent in (mounted.path.parent, mounted.path.parent.parent):
+            parent.chmod(0o711)
+    one, two, three = (on[n].path for n in (1, 2, 3))
+    (one / "acl").write_text("content")
+    os.chmod(one / "acl", 0o640)
+    for node in (one, two, three):
+        assert as_user("cat", node / "acl")[0] != 0
+    run("setfacl", "-m", "u:1000:r", one / "acl")
+    for node in (one, two, three):
+        assert as_user("cat", node / "acl") == (0, "content")
+        assert "user:1000:r--" in run("getfacl", "-n", "--absolute-names", node / "acl")
+    os.chmod(two / "acl", 0o600)
+    for node in (one, two, three):
+        assert as_user("cat", node / "acl")[0] != 0
+    run("setfacl", "-b", three / "acl")
+    for node in (one, two, three):
+        assert os.listxattr(node / "acl") == []
+        assert "user:1000" not in run("getfacl", "-n", "--absolute-names", node / "acl")
+
+    (one / "dir").mkdir()
+    run("setfacl", "-d", "-m", "u:1000:rwx", two / "dir")
+    (three / "dir" / "f").touch()
+    assert "user:1000:rwx" in run("getfacl", "-n", "--absolute-names", one / "dir" / "f")
+    for number, node in enumerate((one, two, three)):
+        os.setxattr(node / "acl", "user.last", b"%d" % number * 30_000)
+        for other in (one, two, three):
+            assert os.getxattr(other / "acl", "user.last") == b"%d" % number * 30_000
+    os.removexattr(one / "acl", "user.last")
+    assert os.listxattr(two / "acl") == []
+
+    kept = (two / "acl").open("r+b", buffering=0)
+    run("chattr", "+i", one / "acl")
+    for call in (lambda: kept.write(b"x"), lambda: os.unlink(three / "acl")):
+        with pytest.raises(PermissionError):
+            call()
+    kept.close()
+    run("chattr", "-i", three / "acl")
+
+    assert os.listdir(two / "dir") == ["f"]
+    rename2(one / "acl", one / "dir", RENAME_EXCHANGE)
+    assert (two / "dir").read_text() == "content"
+    assert os.listdir(three / "acl") == ["f"]
+    descriptor = os.open(two, os.O_TMPFILE | os.O_RDWR, 0o644)
+    os.write(descriptor, b"named later")
+    link_descriptor(descriptor, two / "named")
+    assert (one / "named").read_bytes() == b"named later"
+    os.close(descriptor)
+    for path in (one / "named", two / "dir", three / "acl" / "f"):
+        path.unlink()
+    (one / "acl").rmdir()
 
 
 def test_an_open_file_outlives_its_name_on_another_node(mounts):
