@@ -347,18 +347,19 @@ class FileSystem(RangeCalls):
     async def link(self, ino: int, parent: int, name: bytes) -> Attributes:
         return await self.names.link(ino, parent, name)
 
-    async def unlink(self, parent: int, name: bytes) -> None:
-        """The inode lives on while any node has it open (`open_ref`)."""
-        await self.names.remove(parent, name, directory_wanted=False)
+    async def unlink(self, parent: int, name: bytes) -> Attributes | None:
+        """The inode lives on while any node has it open (`open_ref`). Returns what was left of it
+        if this was its last name; `rmdir` and `rename` as well."""
+        return await self.names.remove(parent, name, directory_wanted=False)
 
-    async def rmdir(self, parent: int, name: bytes) -> None:
-        await self.names.remove(parent, name, directory_wanted=True)
+    async def rmdir(self, parent: int, name: bytes) -> Attributes | None:
+        return await self.names.remove(parent, name, directory_wanted=True)
 
     async def rename(
         self, parent: int, name: bytes, new_parent: int, new_name: bytes, flags: int = 0
-    ) -> None:
+    ) -> Attributes | None:
         """`flags`: 0, RENAME_NOREPLACE or RENAME_EXCHANGE; others are EINVAL."""
-        await self.renames.rename((parent, name, new_parent, new_name), flags)
+        return await self.renames.rename((parent, name, new_parent, new_name), flags)
 
     async def readdir(self, ino: int, cookie: int, limit: int) -> list[DirEntry]:
         """Entries with a cookie greater than `cookie` in the order of their cookies (0: from the

@@ -32,6 +32,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import NewType
 
+from cfs.attributes import Attributes
 from cluster.locks import Mode
 
 PAGE_BYTES = 4096
@@ -159,6 +160,9 @@ class KernelInode:
     lookups: int = 0
     handles: int = 0
     directory: bool = False
+    remains: Attributes | None = None
+    """Of an inode that lost its last name here: a working directory or an O_PATH handle may still
+    refer to it, which no request tells."""
     pages: Spans = field(default_factory=Spans)
     attributes_out: bool = False
     names_epoch: int = EPOCH_NEVER

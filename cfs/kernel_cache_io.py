@@ -108,6 +108,7 @@ class KernelCaches:
         elif inode.generation != generation:
             inode.generation = generation
             inode.directory = directory
+            inode.remains = None
         return inode
 
     def drop_if_unused(self, inode: KernelInode) -> bool:

@@ -321,7 +321,8 @@ class Mount:
         # Handles that the kernel never released (an aborted connection) still hold references.
         assert self.operations is not None
         for handle in list(self.operations.handles.values()):
-            self.fs.close_ref(handle.inode.number)
+            if not handle.removed:
+                self.fs.close_ref(handle.inode.number)
         self.operations.handles.clear()
         await self.fs.unmount()
         await backend.end()

@@ -384,8 +384,10 @@ class Names:
 
     # -- taking away -----------------------------------------------------------------------------
 
-    async def remove(self, parent: int, name: bytes, *, directory_wanted: bool) -> None:
-        """unlink and rmdir."""
+    async def remove(
+        self, parent: int, name: bytes, *, directory_wanted: bool
+    ) -> Attributes | None:
+        """unlink and rmdir. Returns what is left of an inode that has lost its last name."""
         if name == b".":
             raise FsError(errno.EINVAL)
         if name == b"..":
@@ -404,12 +406,11 @@ class Names:
             try:
                 alone, lock = await self.alone(child)
                 try:
-                    await core.run(
+                    return await core.run(
                         lambda tx, c=child, a=alone: self._remove_body(  # type: ignore[misc]
                             tx, pstate, c, name, (directory_wanted, a)
                         )
                     )
-                    return
                 except Changed:
                     continue
                 finally:
@@ -433,7 +434,7 @@ class Names:
 
     def _remove_body(
         self, tx: Tx, pstate: InodeState, child: InodeState, name: bytes, how: tuple[bool, bool]
-    ) -> None:
+    ) -> Attributes | None:
         directory_wanted, alone = how
         found = self.find(tx, pstate, name)
         if found is None or found[1] != child.ino:
@@ -450,18 +451,21 @@ class Names:
         inode = tx.edit_inode(child)
         parent = tx.edit_inode(pstate)
         self.remove_name(tx, pstate, parent, found[0])
-        self.drop_link(tx, child, inode, parent, alone=alone)
+        return self.drop_link(tx, child, inode, parent, alone=alone)
 
     def drop_link(
         self, tx: Tx, state: InodeState, inode: InodeNode, parent: InodeNode, *, alone: bool
-    ) -> None:
-        """One name of the inode is gone."""
+    ) -> Attributes | None:
+        """One name of the inode is gone. Returns its last attributes if that was the last one."""
         if inode.is_directory:
             inode.nlink = 0
             parent.nlink -= 1
         else:
             inode.nlink -= 1
         self.inode_changed(inode)
-        if not inode.nlink:
-            # It may have been opened here since `alone` was found out.
-            self.orphans.bury(tx, state, inode, alone=alone and not state.open_count)
+        if inode.nlink:
+            return None
+        last = inode.attributes()
+        # It may have been opened here since `alone` was found out.
+        self.orphans.bury(tx, state, inode, alone=alone and not state.open_count)
+        return last

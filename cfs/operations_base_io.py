@@ -42,6 +42,8 @@ class Handle:
     """Answered with direct_io: nothing of it goes through the page cache."""
     appending: trio.CancelScope | None = None
     """A hold of the lock is kept for the rest of a record that the kernel has split."""
+    removed: bool = False
+    """Of a directory that is no more; it holds no reference."""
     shared_writer: bool = False
     """Counted in `inode.writers`: a shared mapping of it can dirty pages without a request."""
 
@@ -143,6 +145,8 @@ class OperationsBase(pyfuse3.Operations):  # type: ignore[misc]
         self, inode: KernelInode, attributes: Attributes
     ) -> tuple[Attributes, float]:
         """The newest attributes there are, and how long they may be believed (seconds)."""
+        if attributes is inode.remains:
+            return attributes, 0.0
         fresh = self.fs.try_getattr(inode.number)
         if fresh is None:
             return attributes, 0.0
@@ -155,6 +159,26 @@ class OperationsBase(pyfuse3.Operations):  # type: ignore[misc]
         """An answer to GETATTR or SETATTR: the newest there is, believed while the lock is here."""
         fresh, timeout = self.current_attributes(inode, attributes)
         return entry(fresh, attribute_timeout_s=timeout, name_timeout_s=0.0)
+
+    def buried(self, last: Attributes | None) -> None:
+        """An inode has lost its last name here (None: none has)."""
+        if last is not None:
+            inode = self.caches.inodes.get(last.ino)
+            if inode is not None and inode.generation == last.generation:
+                inode.remains = last
+
+    async def attributes_of(self, inode: KernelInode) -> Attributes:
+        """Attributes of an inode that the kernel knows, also of one that is no more."""
+        try:
+            attributes = self.fs.try_getattr(inode.number)
+            if attributes is None:
+                attributes = await self.fs.getattr(inode.number)
+            self.need_same_life(inode, attributes)
+        except FsError as error:
+            if error.errno != errno.ESTALE or inode.remains is None:
+                raise
+            return inode.remains
+        return attributes
 
     @staticmethod
     def need_same_life(inode: KernelInode, attributes: Attributes) -> None:

@@ -46,15 +46,19 @@ class InodeOperations(DataOperations):
 
     def _try_statx(self, request: Request, body: bytes) -> bytes | None:
         account = self.known(request.inode)
+        if account.remains is not None:
+            return None
         attributes = self.fs.try_getattr(account.number)
-        return None if attributes is None else self._statx_answer(account, attributes)
+        if attributes is None:
+            return None
+        self.need_same_life(account, attributes)
+        return self._statx_answer(account, attributes)
 
     async def _statx(self, request: Request, body: bytes) -> bytes:
         account = self.known(request.inode)
-        return self._statx_answer(account, await self.fs.getattr(account.number))
+        return self._statx_answer(account, await self.attributes_of(account))
 
     def _statx_answer(self, account: KernelInode, attributes: Attributes) -> bytes:
-        self.need_same_life(account, attributes)
         attributes, timeout = self.current_attributes(account, attributes)
         return fuse_layout.encode_statx(attributes, timeout)
 

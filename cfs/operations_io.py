@@ -167,13 +167,13 @@ class CfsOperations(InodeOperations, XattrOperations, DataOperations):
     async def unlink(
         self, parent_inode: pyfuse3.InodeT, name: pyfuse3.FileNameT, ctx: Context
     ) -> None:
-        await self.fs.unlink(self.ino(parent_inode), name)
+        self.buried(await self.fs.unlink(self.ino(parent_inode), name))
 
     @handler
     async def rmdir(
         self, parent_inode: pyfuse3.InodeT, name: pyfuse3.FileNameT, ctx: Context
     ) -> None:
-        await self.fs.rmdir(self.ino(parent_inode), name)
+        self.buried(await self.fs.rmdir(self.ino(parent_inode), name))
 
     @handler
     async def rename(
@@ -185,9 +185,8 @@ class CfsOperations(InodeOperations, XattrOperations, DataOperations):
         flags: pyfuse3.FlagT,
         ctx: Context,
     ) -> None:
-        await self.fs.rename(
-            self.ino(parent_inode_old), name_old, self.ino(parent_inode_new), name_new, flags
-        )
+        old, new = self.ino(parent_inode_old), self.ino(parent_inode_new)
+        self.buried(await self.fs.rename(old, name_old, new, name_new, flags))
 
     @handler
     async def readlink(self, inode: pyfuse3.InodeT, ctx: Context) -> pyfuse3.FileNameT:
@@ -201,10 +200,7 @@ class CfsOperations(InodeOperations, XattrOperations, DataOperations):
     @handler
     async def getattr(self, inode: pyfuse3.InodeT, ctx: Context | None = None) -> Entry:
         account = self.known(inode)
-        attributes = self.fs.try_getattr(account.number)
-        if attributes is None:
-            attributes = await self.fs.getattr(account.number)
-        self.need_same_life(account, attributes)
+        attributes = await self.attributes_of(account)
         return self.answer_attributes(account, attributes)
 
     @handler
@@ -255,8 +251,15 @@ class CfsOperations(InodeOperations, XattrOperations, DataOperations):
     async def opendir(self, inode: pyfuse3.InodeT, ctx: Context) -> pyfuse3.FileHandleT:
         account = self.known(inode)
         number = account.number
-        if not self.fs.try_open_ref(number):
-            await self.fs.open_ref(number)
+        try:
+            if not self.fs.try_open_ref(number):
+                await self.fs.open_ref(number)
+        except FsError as error:
+            if error.errno != errno.ESTALE or account.remains is None:
+                raise
+            handle = self.add_handle(account, self.fs.inode_lock(number), 0)
+            handle.removed = True
+            return pyfuse3.FileHandleT(handle.number)
         try:
             handle = self.add_handle(account, self.fs.inode_lock(number), 0)
         except BaseException:
@@ -267,16 +270,21 @@ class CfsOperations(InodeOperations, XattrOperations, DataOperations):
     @handler
     async def releasedir(self, fh: pyfuse3.FileHandleT) -> None:
         handle = self.drop_handle(fh)
-        self.fs.close_ref(handle.inode.number)
+        if not handle.removed:
+            self.fs.close_ref(handle.inode.number)
 
     @handler
     async def fsyncdir(self, fh: pyfuse3.FileHandleT, datasync: bool) -> None:
-        await self.fs.fsync(self.handles[fh].inode.number, datasync)
+        handle = self.handles[fh]
+        if not handle.removed:
+            await self.fs.fsync(handle.inode.number, datasync)
 
     @handler
     async def readdir(
         self, fh: pyfuse3.FileHandleT, start_id: int, token: pyfuse3.ReaddirToken
     ) -> None:
+        if self.handles[fh].removed:
+            return
         parent = self.handles[fh].inode
         self.fs.accessed(parent.number)
         cookie = start_id

@@ -11,7 +11,7 @@ import stat
 from typing import NamedTuple
 
 from cfs import directory
-from cfs.attributes import LINKS_MAX, RENAME_EXCHANGE, RENAME_NOREPLACE
+from cfs.attributes import LINKS_MAX, RENAME_EXCHANGE, RENAME_NOREPLACE, Attributes
 from cfs.cache import InodeState, hold_all, release_all
 from cfs.core import Core
 from cfs.errors import FsError
@@ -45,7 +45,8 @@ class Renames:
         self.core = core
         self.names = names
 
-    async def rename(self, places: tuple[int, bytes, int, bytes], flags: int) -> None:
+    async def rename(self, places: tuple[int, bytes, int, bytes], flags: int) -> Attributes | None:
+        """Returns what is left of an inode that has lost its last name."""
         parent, name, new_parent, new_name = places
         if flags not in (0, RENAME_NOREPLACE, RENAME_EXCHANGE):
             raise FsError(errno.EINVAL)
@@ -68,8 +69,7 @@ class Renames:
                 for ino, into in movers:
                     await self._need_no_cycle(ino, into)
                 try:
-                    await self._locked(here, (source[0], target[0]), flags)
-                    return
+                    return await self._locked(here, (source[0], target[0]), flags)
                 except Changed:
                     continue
         finally:
@@ -123,7 +123,7 @@ class Renames:
                 state.release(Mode.PR)
         raise FsError(errno.ELOOP)
 
-    async def _locked(self, here: Places, found: tuple[int, int], flags: int) -> None:
+    async def _locked(self, here: Places, found: tuple[int, int], flags: int) -> Attributes | None:
         core = self.core
         states = {here.old.ino: here.old, here.new.ino: here.new}
         for ino in found:
@@ -137,14 +137,16 @@ class Renames:
             if replaces and not flags & RENAME_EXCHANGE:
                 alone, lock = await self.names.alone(states[found[1]])
             try:
-                await core.run(lambda tx: self._body(tx, here, found, flags, alone))
+                return await core.run(lambda tx: self._body(tx, here, found, flags, alone))
             finally:
                 if lock is not None:
                     lock.release(Mode.EX)
         finally:
             release_all(wants)
 
-    def _body(self, tx: Tx, here: Places, found: tuple[int, int], flags: int, alone: bool) -> None:
+    def _body(
+        self, tx: Tx, here: Places, found: tuple[int, int], flags: int, alone: bool
+    ) -> Attributes | None:
         """`alone`: no other mount has the inode open that is replaced."""
         names = self.names
         parent = names.need_alive(tx, here.new)
@@ -157,7 +159,7 @@ class Renames:
         if target is None and flags & RENAME_EXCHANGE:
             raise FsError(errno.ENOENT)
         if target is not None and target[1] == source[1]:
-            return
+            return None
         need_unprotected(tx.inode(here.old))
         need_unprotected(tx.inode(self.core.state(source[1])))
         if target is None:
@@ -168,8 +170,8 @@ class Renames:
         if flags & RENAME_EXCHANGE:
             assert target is not None
             self._exchange(tx, here, source, target)
-        else:
-            self._move(tx, here, source, target, alone=alone)
+            return None
+        return self._move(tx, here, source, target, alone=alone)
 
     def _move(
         self,
@@ -179,7 +181,7 @@ class Renames:
         target: directory.Found | None,
         *,
         alone: bool,
-    ) -> None:
+    ) -> Attributes | None:
         core, names = self.core, self.names
         moved_state = core.state(source[1])
         seen = tx.inode(moved_state)
@@ -191,17 +193,19 @@ class Renames:
         moved = tx.edit_inode(moved_state)
         old, new = tx.edit_inode(here.old), tx.edit_inode(here.new)
         names.remove_name(tx, here.old, old, source[0])
+        gone: Attributes | None = None
         if target is None:
             names.insert_name(tx, here.new, new, here.new_name, moved)
         else:
             self._put(tx, here.new, (new, target[0], here.new_name), moved)
             gone_state = core.state(target[1])
-            names.drop_link(tx, gone_state, tx.edit_inode(gone_state), new, alone=alone)
+            gone = names.drop_link(tx, gone_state, tx.edit_inode(gone_state), new, alone=alone)
         if elsewhere:
             old.nlink -= 1
             new.nlink += 1
             moved.parent = new.block
         names.inode_changed(moved)
+        return gone
 
     def _exchange(
         self, tx: Tx, here: Places, source: directory.Found, target: directory.Found

@@ -9,6 +9,7 @@ import shutil
 import stat
 import struct
 import subprocess
+import sys
 import time
 
 import pytest
@@ -286,6 +287,38 @@ def test_nameless_files(place):
     os.unlink(place / "named")
     fails(errno.ENOENT, link_descriptor, descriptor, place / "other")
     os.close(descriptor)
+
+
+def test_what_has_been_removed_still_has_attributes(place):
+    """An O_PATH handle, a working directory, an open directory, after unlink, rmdir, rename."""
+    directory, file, replaced = place / "d", place / "f", place / "r"
+    directory.mkdir(0o750)
+    for path in (file, replaced):
+        path.write_bytes(b"x" * 10_000)
+    handles = [os.open(path, os.O_PATH) for path in (directory, file, replaced)]
+    opened = os.open(directory, os.O_RDONLY)
+    before = [os.fstat(handle) for handle in handles]
+    program = (
+        "import os,sys\nos.chdir(sys.argv[1])\nprint('here',flush=True)\ninput()\n"
+        "assert os.stat('.').st_nlink == 0\nassert os.listdir('.') == []\n"
+        "for call in (os.getcwd, lambda: os.mkdir('sub'), lambda: open('f','w')):\n"
+        "    try: call()\n    except FileNotFoundError: continue\n    sys.exit(1)\n"
+    )
+    words = [sys.executable, "-c", program, directory]
+    inside = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert inside.stdout.readline() == "here\n"
+    directory.rmdir()
+    file.unlink()
+    (place / "new").touch()
+    os.rename(place / "new", replaced)
+    assert os.listdir(opened) == []
+    os.close(opened)
+    assert inside.communicate("go\n")[0] == ""
+    assert inside.returncode == 0
+    for handle, old in zip(handles, before, strict=True):
+        found = os.fstat(handle)
+        assert (found.st_nlink, found.st_ino, found.st_mode) == (0, old.st_ino, old.st_mode)
+        os.close(handle)
 
 
 def test_time_of_birth(place):
