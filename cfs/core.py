@@ -318,7 +318,7 @@ class Core:
         if any(g.node is None and not g.damaged for g in self.space.mine.values()):
             for group in list(self.space.mine.values()):
                 await self.load(Missing(group, group.block, (Kind.GROUP,)))
-            if any(self.space.available(group) for group in self.space.mine.values()):
+            if any(self.space.available(group) for group in self.space.staying()):
                 return
         for group in self.space.candidates():
             if await self._try_group(group):
@@ -326,7 +326,8 @@ class Core:
         if rounds <= SPACE_ROUNDS_MAX and await self._reclaim(rounds):
             return
         if rounds <= SPACE_ROUNDS_MAX:
-            for group in self.space.candidates():
+            leaving = [g for g in self.space.mine.values() if g.lock.demoting]
+            for group in [*self.space.candidates(), *leaving]:
                 if await self._wait_group(group):
                     return
         if rounds == 1 or (rounds <= SPACE_ROUNDS_MAX and await self._look_again()):
@@ -372,7 +373,7 @@ class Core:
         if not any(group.node is not None and group.node.freeing for group in mine):
             return False
         await self.journal.checkpoint()
-        return any(self.space.available(group) for group in mine)
+        return any(self.space.available(group) for group in self.space.staying())
 
     async def _look_again(self) -> bool:
         """Read the maps of the groups of others as they are on the disk, and the superblock."""
@@ -448,6 +449,8 @@ class Core:
 
     async def _add_to_pool(self, ino: int, *, patient: bool) -> int:
         state = self.table.get(ino)
+        if state.pins or state.open_count:
+            return 0  # Somebody looks at what this block was; it is of no use until that is over.
         state.pins += 1
         try:
             if not state.lock.try_hold(Mode.EX):

@@ -85,6 +85,10 @@ class Space:
         group.clear()
         self.mine.pop(group.number, None)
 
+    def staying(self) -> list[GroupState]:
+        """The groups at hand that nobody else is about to get: what can be used at once."""
+        return [g for g in self.mine.values() if not g.lock.demoting and not g.damaged]
+
     def available(self, group: GroupState) -> int:
         """How many blocks the group can give now."""
         node = group.node
@@ -261,7 +265,7 @@ class Space:
         if there are any, else any."""
         for home in (True, False):
             result: list[int] = []
-            for group in self.mine.values():
+            for group in self.staying():
                 node = group.node
                 if node is not None and node.free and len(result) < count:
                     self._candidates(group, node, count, result, home=home)

@@ -6,6 +6,8 @@ import errno
 import stat
 
 import pytest
+import trio
+import trio.testing
 
 from cfs.attributes import NOW, RENAME_NOREPLACE, MountOptions, SetAttributes
 from cfs.errors import FsError
@@ -354,4 +356,37 @@ async def test_remount_shows_everything() -> None:
         before = await tree_of(fs)
     async with mounted(device, QUIET) as fs:
         assert await tree_of(fs) == before
+    await fsck(device)
+
+
+async def test_making_a_file_waits_for_a_group_that_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another mount gets the only groups at hand: a create lets that happen, and never spins."""
+    device = await make_device(8, group_blocks=512)
+    async with mounted(device, MountOptions(background=False, inode_pool=4)) as fs:
+        await fs.create(fs.root_ino, b"first", 0o644, 0, 0)
+        await fs.sync()
+        fills = 0
+        fill_pool = fs.core.fill_pool
+
+        async def counted(*, patient: bool) -> None:
+            nonlocal fills
+            fills += 1
+            assert fills < 100, "it spins: no other task ever runs again"
+            await fill_pool(patient=patient)
+
+        monkeypatch.setattr(fs.core, "fill_pool", counted)
+        for group in list(fs.core.space.mine.values()):
+            group.lock.send_away()  # type: ignore[attr-defined]
+        await fs.create(fs.root_ino, b"second", 0o644, 0, 0)
+        fs.core.space.pool.clear()
+        fs.core.space._pooled.clear()
+        # Every block that could become an inode is still being looked at under its old number.
+        states = [fs.core.table.get(ino) for ino in fs.core.space.pool_candidates(10_000)]
+        for state in states:
+            state.pins += 1
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(fs.create, fs.root_ino, b"third", 0o644, 0, 0)
+            await trio.testing.wait_all_tasks_blocked()
+            for state in states:
+                state.pins -= 1
     await fsck(device)
