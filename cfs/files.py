@@ -214,6 +214,8 @@ class Files:
         pages = changes.pages
         end = offset + len(view)
         first, last = offset // BLOCK_BYTES, (end - 1) // BLOCK_BYTES
+        # A size that is durable before the bytes would show what nobody wrote.
+        changes.ordered = end > inode.size
         if inode.root is None:
             self.spill(tx, state, inode, changes)
         elif inode.size < first * BLOCK_BYTES:

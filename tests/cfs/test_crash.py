@@ -210,6 +210,24 @@ async def test_bytes_beyond_the_end_never_appear() -> None:
             assert await fs.read(made.ino, 0, 30_000) == expected
 
 
+async def test_a_size_is_never_durable_before_the_bytes() -> None:
+    """An append into the last block, and a commit that another file asks for."""
+    device = await make_device(8, group_blocks=512, log_writes=True)
+    async with mounted(device, unmount=False) as fs:
+        made = await fs.create(fs.root_ino, b"f", 0o644, 0, 0)
+        other = await fs.create(fs.root_ino, b"g", 0o644, 0, 0)
+        await fs.write(made.ino, 0, b"a" * 5000)
+        await fs.fsync(made.ino)
+        await fs.write(made.ino, 5000, b"b" * 2000)
+        await fs.write(other.ino, 0, b"c")
+        await fs.fsync(other.ino)
+    for choice in (None, random.Random(1)):
+        crashed = image(device.size_bytes, list(device.log), len(device.log), choice)
+        async with mounted(crashed) as fs:
+            content = await fs.read(made.ino, 0, 10_000)
+            assert content in (b"a" * 5000, b"a" * 5000 + b"b" * 2000)
+
+
 async def test_fdatasync_keeps_content_and_size() -> None:
     """Of small files (in the inode), of grown ones, and of overwritten ones; times may be lost."""
     device = await make_device(8, group_blocks=512, log_writes=True)
