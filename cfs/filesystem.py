@@ -408,8 +408,15 @@ class FileSystem(RangeCalls):
         return length
 
     async def fsync(self, ino: int, datasync: bool = False) -> None:
-        """Data and metadata of the inode are durable when this returns. Raises the error of a
-        write-behind that failed since."""
+        """Data and metadata of the inode are durable when this returns, whichever node changed
+        them. Raises the error of a write-behind that failed since."""
+        state = self.core.state(ino)
+        await state.hold(Mode.PR)  # who has changed it writes it before we get the lock
+        state.release(Mode.PR)
+        await self.files.sync(state, datasync=datasync)
+
+    async def sync_own(self, ino: int, *, datasync: bool) -> None:
+        """As `fsync`, but only what was changed on this node; takes no lock."""
         await self.files.sync(self.core.state(ino), datasync=datasync)
 
     # -- references ------------------------------------------------------------------------------

@@ -213,7 +213,7 @@ class DataOperations(OperationsBase):
         if inode.filled and inode.near_invalidation(arrived_ns):
             await self.caches.drop_filled(inode, off, off + len(buf))
         if flags & os.O_DSYNC:
-            await self.fs.fsync(inode.number, not flags & SYNC_BIT)
+            await self.fs.sync_own(inode.number, datasync=not flags & SYNC_BIT)
         return written
 
     async def _write_past_cache(
@@ -257,7 +257,7 @@ class DataOperations(OperationsBase):
             # idea of the end.
             self.caches.start_settle(inode, [*spans, (off, off + len(buf))])
         if flags & os.O_DSYNC:
-            await self.fs.fsync(inode.number, not flags & SYNC_BIT)
+            await self.fs.sync_own(inode.number, datasync=not flags & SYNC_BIT)
         return written
 
     def _keep_for_the_rest(self, handle: Handle) -> None:

@@ -45,6 +45,22 @@ async def test_what_one_returned_the_other_sees() -> None:
     await fsck(device)
 
 
+@pytest.mark.parametrize("datasync", [False, True])
+async def test_fsync_covers_what_another_node_wrote(datasync: bool) -> None:
+    """As on a local file system, where any process may sync what any other one wrote."""
+    device = await make_device(8, group_blocks=512, log_writes=True)
+    async with cluster(device) as group:
+        one, two = await group.mount(1), await group.mount(2)
+        made = await one.create(one.root_ino, b"f", 0o644, 0, 0)
+        await two.open_ref(made.ino)
+        await one.write(made.ino, 0, b"x" * 10_000)
+        await two.fsync(made.ino, datasync=datasync)
+        crashed = image(device.size_bytes, list(device.log), len(device.log), random.Random(1))
+        two.close_ref(made.ino)
+    async with mounted(crashed) as fs:
+        assert await fs.read(made.ino, 0, 20_000) == b"x" * 10_000
+
+
 async def test_all_append_to_one_file() -> None:
     device = await make_device(32)
     async with cluster(device) as group:

@@ -263,6 +263,9 @@ class MemoryFileSystem:
                 offset = end
             return await self.write_held(ino, offset, data)
 
+    async def sync_own(self, ino, *, datasync):
+        return None
+
     async def fsync(self, ino, datasync=False):
         pass
 
