@@ -8,8 +8,10 @@
 
 The write log: per entry 40 bytes little endian (magic u32 "GLOG", operation u32, flags u32, zero
 u32, offset u64, length u64, time ns u64), then `length` bytes of data if the operation is a write.
-Operations: 1 write, 2 flush, 3 trim, 4 zeroes; flags: 1 FUA. An entry is written before the request
-is executed and is complete in the file before the request is answered.
+Operations: 1 write, 2 flush, 3 trim, 4 zeroes, 5 open; flags: 1 FUA. An entry is written before the
+request is executed, that of a flush after it, and is complete in the file before the request is
+answered. A flush has the time when it arrived as its offset: it promises nothing for a write that
+is executed later. At an open everything unflushed is lost (if there is a `volatile` below).
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ from gnbd.intervals import IntervalSet
 
 LOG_ENTRY = struct.Struct("<IIIIQQQ")
 LOG_MAGIC = 0x474F4C47
-LOG_WRITE, LOG_FLUSH, LOG_TRIM, LOG_ZERO = 1, 2, 3, 4
+LOG_WRITE, LOG_FLUSH, LOG_TRIM, LOG_ZERO, LOG_OPEN = 1, 2, 3, 4, 5
 _COPY_BYTES = 1 << 20
 _OPTIMISTIC_READS = 3
 
@@ -186,6 +188,10 @@ class Volatile(Filter):
             return self._dirty.total()
 
 
+def _now_ns() -> int:
+    return time.clock_gettime_ns(time.CLOCK_BOOTTIME)
+
+
 class Log(Filter):
     """Appends every changing request to a file, in the order of execution."""
 
@@ -197,6 +203,7 @@ class Log(Filter):
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
         self._lock = threading.Lock()
+        self._entry(LOG_OPEN, 0, 0, 0, b"")
 
     def _entry(
         self, operation: int, flags: int, offset: int, length: int, data: bytes | memoryview
@@ -208,7 +215,7 @@ class Log(Filter):
             0,
             offset,
             length,
-            time.clock_gettime_ns(time.CLOCK_BOOTTIME),
+            _now_ns(),
         )
         written = os.writev(self._file, [head, data])
         if written != len(head) + len(data):
@@ -220,9 +227,10 @@ class Log(Filter):
             self.below.write(offset, view, fua)
 
     def flush(self) -> None:
+        arrival_ns = _now_ns()
         with self._lock:
-            self._entry(LOG_FLUSH, 0, 0, 0, b"")
             self.below.flush()
+            self._entry(LOG_FLUSH, 0, arrival_ns, 0, b"")
 
     def trim(self, offset: int, length: int) -> None:
         with self._lock:

@@ -18,6 +18,13 @@ from dlm.modes import COMPATIBLE, LVB_ZERO, Flags, Result
 from dlm.runtime_io import TrioRuntime
 
 
+class Runtime(TrioRuntime):
+    """Keeps trio's time, which a mock clock may set."""
+
+    def now_ns(self) -> int:
+        return round(trio.current_time() * 1e9)
+
+
 class Lock:
     def __init__(self, number: int, name: bytes, client: LockClient, member: MemberEngine) -> None:
         self.number = number
@@ -46,7 +53,7 @@ class LockTable:
 
     def member(self, nursery: trio.Nursery) -> LockCache:
         engine = MemberEngine(self)
-        cache = LockCache(engine, TrioRuntime(nursery))
+        cache = LockCache(engine, Runtime(nursery))
         engine.cache = cache
         return cache
 

@@ -6,6 +6,7 @@ import json
 import struct
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -116,21 +117,26 @@ def test_log_holds_everything_in_order(backend, tmp_path):
     """Entries can be replayed: data, flush and FUA in the order of execution."""
     path = tmp_path / "log"
     top = stack_filter(backend, FilterSpec("log", {"path": str(path)}))
+    before = time.clock_gettime_ns(time.CLOCK_BOOTTIME)
     top.write(0, memoryview(b"abcd"), False)
     top.flush()
+    after = time.clock_gettime_ns(time.CLOCK_BOOTTIME)
     top.write(4096, memoryview(b"xy"), True)
     top.zero(0, 512, False)
     top.trim(512, 512)
     data, entries = path.read_bytes(), []
     while data:
-        magic, operation, flags, _, offset, length, _ = LOG_ENTRY.unpack_from(data)
+        magic, operation, flags, _, offset, length, at = LOG_ENTRY.unpack_from(data)
         assert magic == LOG_MAGIC
         body = length if operation == 1 else 0
+        if operation == 2:
+            assert before <= offset <= at <= after  # arrived, and executed
+            offset = 0
         entries.append((operation, flags, offset, length, data[40 : 40 + body]))
         data = data[40 + body :]
     assert entries == [
-        (1, 0, 0, 4, b"abcd"), (2, 0, 0, 0, b""), (1, 1, 4096, 2, b"xy"), (4, 0, 0, 512, b""),
-        (3, 0, 512, 512, b""),
+        (5, 0, 0, 0, b""), (1, 0, 0, 4, b"abcd"), (2, 0, 0, 0, b""), (1, 1, 4096, 2, b"xy"),
+        (4, 0, 0, 512, b""), (3, 0, 512, 512, b""),
     ]  # fmt: skip
 
 

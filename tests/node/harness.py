@@ -202,13 +202,13 @@ class Server:
         self.addresses = [f"127.{cluster.octet}.{200 + number}.{net}" for net in (1, 2)]
         self.process = None
 
-    def configure(self, size="256M"):
+    def configure(self, size="256M", filters=("volatile",)):
         self.base.mkdir(parents=True)
         listen = json.dumps(self.addresses)
         (self.base / "exports.toml").write_text(
             f'state_dir = "{self.base}/state"\nlisten = {listen}\n'
             f'[[exports]]\nname = "disk0"\npath = "{self.base}/disk0"\nsize = "{size}"\n'
-            'access = "cluster"\nfilters = ["volatile"]\n'
+            f'access = "cluster"\nfilters = {json.dumps(list(filters))}\n'
         )
         token = self.cluster.node(1).ctl(
             "server", "add", self.name, "--id", str(128 + self.number), *_addresses(self)
