@@ -1,23 +1,23 @@
-"""How pyfuse3's workers take turns at /dev/fuse, with fewer trips through trio's scheduler.
+"""How requests are read from /dev/fuse, with few trips through trio's scheduler.
 
 pyfuse3 has a task per request in progress. They take turns: one waits, behind a `trio.Lock`, until
 the descriptor is readable, reads one request, lets the next one wait, and handles the request. It
 reaches trio through a module attribute (its asyncio support replaces it), and so does this:
 
 - the lock is a bare stack of parked tasks: a worker that has just ended is warm, and it goes first;
-- a descriptor that is readable already is not waited for. Only `IMMEDIATE_MAX` times in a row, so
-  that requests that need no wait cannot keep the other tasks of the process from running.
+- who waits for the descriptor reads it: requests that are diverted from libfuse are handed on in
+  place, and most are answered before the next one is read. After `IMMEDIATE_MAX` in a row the other
+  tasks of the process have their turn.
 """
 
 from __future__ import annotations
 
-import select
 from collections.abc import Callable
 from types import SimpleNamespace, TracebackType
 
 import trio
 
-from cfs.mount_fuse_io import pyfuse3
+from cfs.mount_fuse_io import fuse, pyfuse3
 
 IMMEDIATE_MAX = 16
 
@@ -59,39 +59,42 @@ class Turn:
             self._taken = False
 
 
-class Readiness:
-    """`trio.lowlevel.wait_readable` for one descriptor. Before it waits it hands on what the last
-    read has diverted: whoever has read comes here next, or the worker that got the turn does."""
+class Reader:
+    """Reads the session in place of `trio.lowlevel.wait_readable`: what was diverted is handled at
+    once, without a worker; it returns when there is a message for libfuse."""
 
-    def __init__(self, diverted: Callable[[], None]) -> None:
-        self._diverted = diverted
-        self._poll = select.poll()
-        self._descriptor = -1
+    def __init__(self, dispatch: Callable[[int], None]) -> None:
+        self._dispatch = dispatch
         self._immediate = 0
 
     async def wait_readable(self, descriptor: int) -> None:
-        self._diverted()
-        if descriptor != self._descriptor:
-            self._poll = select.poll()
-            self._poll.register(descriptor, select.POLLIN)
-            self._descriptor = descriptor
-        if self._immediate < IMMEDIATE_MAX and self._poll.poll(0):
+        read, dispatch = fuse.read, self._dispatch
+        while True:
+            length = read()
+            if length >= 0:
+                dispatch(length)
+            elif length == fuse.NOTHING:
+                self._immediate = 0
+                await trio.lowlevel.wait_readable(descriptor)
+                continue
             self._immediate += 1
-            return
-        self._immediate = 0
-        await trio.lowlevel.wait_readable(descriptor)
+            if self._immediate > IMMEDIATE_MAX:
+                self._immediate = 0
+                await trio.lowlevel.checkpoint()
+            if length == fuse.FOR_LIBFUSE:
+                return
 
 
-def take_turns(diverted: Callable[[], None]) -> None:
-    """Make pyfuse3's workers wait as described above; call before `pyfuse3.main`. `diverted` is
-    called after each read of the session."""
+def take_turns(dispatch: Callable[[int], None]) -> None:
+    """Make pyfuse3's workers wait as described above; call before `pyfuse3.main`. `dispatch` is
+    called with the length of the body of each diverted message."""
     lowlevel = trio.lowlevel
     pyfuse3.trio = SimpleNamespace(  # type: ignore[attr-defined]
         Lock=Turn,
         ClosedResourceError=trio.ClosedResourceError,
         open_nursery=trio.open_nursery,
         lowlevel=SimpleNamespace(
-            wait_readable=Readiness(diverted).wait_readable,
+            wait_readable=Reader(dispatch).wait_readable,
             current_task=lowlevel.current_task,
             current_trio_token=lowlevel.current_trio_token,
             notify_closing=lowlevel.notify_closing,

@@ -23,6 +23,9 @@ log = logging.getLogger("cfs.operations")
 Handler = Callable[[Request, bytes], Awaitable[bytes]]
 
 
+_OPCODES = [Opcode(number) if number in set(Opcode) else None for number in range(64)]
+
+
 class Extension(NamedTuple):
     """How one operation is answered."""
 
@@ -32,13 +35,14 @@ class Extension(NamedTuple):
 
 
 class Extensions:
-    """Takes diverted requests from the session and answers them."""
+    """Answers the diverted requests."""
 
     def __init__(self, operations: OperationsBase, table: Mapping[Opcode, Extension]) -> None:
         self._operations = operations
-        self._table = dict(table)
+        self._rows = [table.get(opcode) for opcode in _OPCODES]
+        self._names = [opcode.name.lower() if opcode else "" for opcode in _OPCODES]
         self._nursery: trio.Nursery | None = None
-        fuse.divert(self._table)
+        fuse.divert(table)
 
     async def run(self, task_status: trio.TaskStatus[None]) -> None:
         """The tasks of requests in progress live in here, until cancelled."""
@@ -46,36 +50,30 @@ class Extensions:
             task_status.started()
             await trio.sleep_forever()
 
-    def dispatch(self) -> None:
-        """Start what has been diverted. Called by whoever reads the session, after each read."""
-        while (taken := fuse.take_diverted()) is not None:
-            request, body = taken
-            extension = self._table[Opcode(request.opcode)]
-            if not self._answered_now(extension, request, body):
-                assert self._nursery is not None, "requests are read before `run` has started"
-                name = Opcode(request.opcode).name.lower()
-                self._nursery.start_soon(self._answer, name, extension, request, body, name=name)
+    def dispatch(self, length: int) -> None:
+        """Answer the diverted request that was just read, or start the task that will. `length` is
+        that of its body. Called by whoever reads the session."""
+        request = fuse.current_request()
+        body = fuse.body(length)
+        extension = self._rows[request.opcode]
+        name = self._names[request.opcode]
+        counters = self._operations.counters
+        counters[name] = counters.get(name, 0) + 1
+        assert extension is not None
+        if extension.try_now is not None:
+            try:
+                data = extension.try_now(request, body)
+            except Exception as error:
+                self._reply(name, request, self._operations.errno_of(name, error))
+                return
+            if data is not None:
+                self._reply(name, request, 0, data)
+                return
+        assert self._nursery is not None, "requests are read before `run` has started"
+        self._nursery.start_soon(self._answer, name, extension, request, body, name=name)
 
-    def _answered_now(self, extension: Extension, request: Request, body: bytes) -> bool:
-        if extension.try_now is None:
-            return False
-        name = Opcode(request.opcode).name.lower()
-        try:
-            data = extension.try_now(request, body)
-            if data is None:
-                return False
-            self._count(name)
-            self._reply(name, request, 0, data)
-        except Exception as error:
-            self._count(name)
-            self._reply(name, request, self._operations.errno_of(name, error))
-        return True
-
-    async def _answer(
-        self, name: str, extension: Extension, request: Request, body: bytes
-    ) -> None:
+    async def _answer(self, name: str, extension: Extension, request: Request, body: bytes) -> None:
         operations = self._operations
-        self._count(name)
         task = trio.lowlevel.current_task()
         operations.waits.requests[task] = request
         try:
@@ -87,11 +85,9 @@ class Extensions:
             operations.waits.finished(request.unique)
         self._reply(name, request, error, data)
 
-    def _count(self, name: str) -> None:
-        counters = self._operations.counters
-        counters[name] = counters.get(name, 0) + 1
-
     def _reply(self, name: str, request: Request, error: int, data: bytes = b"") -> None:
+        if request.opcode in fuse.UNANSWERED:
+            return
         try:
             fuse.reply(request.unique, error, data)
         except OSError as failure:  # the connection has been aborted: nobody waits

@@ -9,8 +9,8 @@ It interposes `fuse_session_new` and gives the session its own read and write fu
   right **until the first await** of the handler; take it in the first line;
 - unanswered requests stand in a table in shared memory (`requests_fd`, `pending_requests`), which
   another process may read while this one hangs;
-- requests named in `divert` never reach libfuse: operations that it or pyfuse3 lack, or of which
-  they lose arguments;
+- `read` reads a message; requests named in `divert` are the caller's, and never reach libfuse:
+  operations that it or pyfuse3 lack, or of which they lose arguments, or that shall be quick;
 - an INTERRUPT of an unanswered request wakes `interrupt_fd()`; see `native.fuse_io.Interrupts`;
 - once `set_gate` was called, an answer that may fill a kernel cache is sent inside
   `Gate.enter`/`leave` (rule G2): while the gate is closed it is kept, and sent by `gate_flush()` or
@@ -188,28 +188,34 @@ def current_request() -> Request:
     return Request._make(_REQUEST.unpack_from(_current))
 
 
-NEVER_DIVERTED = frozenset(
-    {Opcode.INIT, Opcode.DESTROY, Opcode.FORGET, Opcode.BATCH_FORGET, Opcode.INTERRUPT}
-)
+NEVER_DIVERTED = frozenset({Opcode.INIT, Opcode.DESTROY, Opcode.INTERRUPT})
+UNANSWERED = frozenset({Opcode.FORGET, Opcode.BATCH_FORGET})
+"""The kernel waits for no answer to these."""
 
 
 def divert(opcodes: Iterable[Opcode]) -> None:
-    """Keep these requests from libfuse: `take_diverted` hands them out, `reply` answers them."""
+    """Keep these requests from libfuse: `read` brings them, `reply` answers them."""
     wanted = frozenset(opcodes)
     assert not wanted & NEVER_DIVERTED
     lib.native_fuse_divert(sum(1 << opcode for opcode in wanted))
 
 
-def take_diverted() -> tuple[Request, bytes] | None:
-    """The next diverted request and what follows its header (as in linux/fuse.h). Whoever reads
-    the session calls it after each read until there is none."""
-    length = lib.native_fuse_diverted()
-    if length < 0:
-        return None
-    request = ffi.new("unsigned char[]", _REQUEST.size)
-    body = ffi.new("unsigned char[]", max(length, 1))
-    lib.native_fuse_take_diverted(request, body)
-    return Request._make(_REQUEST.unpack(ffi.buffer(request))), bytes(ffi.buffer(body, length))
+NOTHING = -1
+FOR_LIBFUSE = -2
+MESSAGE_BYTES_MAX = 1 << 20
+
+_message = memoryview(ffi.buffer(lib.native_fuse_message(), MESSAGE_BYTES_MAX))
+
+
+def read() -> int:
+    """Read the next message. NOTHING; FOR_LIBFUSE: its read takes it, and must come first; else it
+    is a diverted one, with a body of so many bytes: `current_request()` and `body` say what."""
+    return int(lib.native_fuse_read())
+
+
+def body(length: int) -> bytes:
+    """What follows the header (as in linux/fuse.h) of the message that was read last."""
+    return bytes(_message[:length])
 
 
 def reply(unique: int, error: int, data: bytes = b"") -> None:

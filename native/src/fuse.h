@@ -2,7 +2,7 @@
  *
  * fuse_session.c   interposes fuse_session_new, owns the session's read and writev, edits INIT
  * fuse_requests.c  parses requests, the shared table of unanswered ones, interrupts
- * fuse_divert.c    requests that Python answers past libfuse
+ * fuse_divert.c    requests that Python answers past libfuse; the one place that reads messages
  * fuse_gate.c      answers that may fill a kernel cache pass the lease gate or are kept
  *
  * The reader is one thread; answers and the functions for Python may come from any.
@@ -51,10 +51,14 @@ uint32_t requests_opcode(uint64_t unique, uint32_t *operation_flags);
 void requests_mark_answered(uint64_t unique);
 void requests_finished(uint64_t unique);
 
+/* fuse_session.c */
+/* As read(2) of the session; `request`: what was read, if it is a whole message. */
+ssize_t session_receive(void *buffer, size_t length, const struct fuse_current **request);
+
 /* fuse_divert.c */
 void divert_reset(void);
-/* Whether the request is kept for Python; libfuse must not see it then. */
-int divert_message(const struct fuse_current *request, const void *body, size_t length);
+/* What libfuse reads: EINTR if there is nothing for it. */
+ssize_t divert_read(void *buffer, size_t size);
 
 /* fuse_gate.c */
 void gate_reset(void);
@@ -75,9 +79,9 @@ size_t native_fuse_take_interrupts(uint64_t *out, size_t max);
 uint32_t native_fuse_request_state(uint64_t unique);
 uint32_t native_fuse_request_pid(uint64_t unique);
 void native_fuse_divert(uint64_t opcodes);
-ssize_t native_fuse_diverted(void);
-void native_fuse_take_diverted(void *request, void *body);
-int native_fuse_reply(uint64_t unique, int error, const void *data, size_t length);
+void *native_fuse_message(void);
+ssize_t native_fuse_read(void);
+int native_fuse_reply(uint64_t unique, int error, const void *data, size_t size);
 void native_fuse_set_gate(void *gate);
 size_t native_fuse_gate_flush(void);
 int native_fuse_gate_abandon(uint64_t unique, int error);

@@ -1,49 +1,57 @@
-/* Requests that Python answers itself, past libfuse (see fuse.h).
+/* Who gets a message: Python at once, or libfuse (see fuse.h).
  *
- * They are taken out where the session reads: libfuse is told that its read was interrupted. Only
- * the reader adds and takes, so the queue needs no lock; it is emptied after each read.
+ * Every message is read into one buffer, which has one of two takers: `native_fuse_read` for the
+ * operations in `opcodes`, the session's read for all others, and for errors. There is one message at
+ * a time, and one reader, so no lock is needed.
  */
 #define _GNU_SOURCE
 #include "fuse.h"
 
 #include <errno.h>
-#include <stdlib.h>
 #include <string.h>
 
-struct diverted {
-    struct diverted *next;
-    struct fuse_current request;
-    size_t length;
-    char body[];
-};
+#define MESSAGE_BYTES ((size_t)(1 << 20) + 4096) /* the most that is negotiated, and its headers */
 
-static struct diverted *first, **last = &first;
+enum { NOTHING = -1, FOR_LIBFUSE = -2 }; /* native.fuse knows them too */
+
+static enum { EMPTY, FOR_PYTHON, KEPT } state;
+static unsigned char message[MESSAGE_BYTES] __attribute__((aligned(4096)));
+static ssize_t length; /* or a negative errno */
 static uint64_t opcodes;
 
 void divert_reset(void)
 {
-    while (first) {
-        struct diverted *entry = first;
-        first = entry->next;
-        free(entry);
-    }
-    last = &first;
+    state = EMPTY;
 }
 
-int divert_message(const struct fuse_current *request, const void *body, size_t length)
+static void receive(void)
 {
-    if (request->opcode > 63 || !(opcodes >> request->opcode & 1))
-        return 0;
-    struct diverted *entry = malloc(sizeof *entry + length);
-    if (!entry) {
-        native_fuse_reply(request->unique, ENOMEM, NULL, 0);
-        return 1;
+    const struct fuse_current *request = NULL;
+    length = session_receive(message, MESSAGE_BYTES, &request);
+    if (length < 0) {
+        /* EAGAIN: the request that made it readable was withdrawn. */
+        if (errno == EAGAIN || errno == EINTR)
+            return;
+        length = -errno;
     }
-    *entry = (struct diverted){.request = *request, .length = length};
-    memcpy(entry->body, body, length);
-    *last = entry;
-    last = &entry->next;
-    return 1;
+    state = request && request->opcode < 64 && opcodes >> request->opcode & 1 ? FOR_PYTHON : KEPT;
+}
+
+ssize_t divert_read(void *buffer, size_t size)
+{
+    if (state == EMPTY)
+        receive();
+    if (state != KEPT) {
+        errno = EINTR;
+        return -1;
+    }
+    state = EMPTY;
+    if (length < 0 || (size_t)length > size) {
+        errno = length < 0 ? (int)-length : EIO;
+        return -1;
+    }
+    memcpy(buffer, message, (size_t)length);
+    return length;
 }
 
 void native_fuse_divert(uint64_t wanted)
@@ -51,28 +59,27 @@ void native_fuse_divert(uint64_t wanted)
     opcodes = wanted;
 }
 
-/* The length of the first one's body; -1: there is none. */
-ssize_t native_fuse_diverted(void)
+void *native_fuse_message(void)
 {
-    return first ? (ssize_t)first->length : -1;
+    return message + sizeof(struct fuse_in_header);
 }
 
-/* Take the first one; `body` has room for its length. */
-void native_fuse_take_diverted(void *request, void *body)
+/* Read a message. The length of its body if it is Python's (see native_fuse_current and
+ * native_fuse_message; valid until the next call); NOTHING; or FOR_LIBFUSE, which reads it now. */
+ssize_t native_fuse_read(void)
 {
-    struct diverted *entry = first;
-    memcpy(request, &entry->request, sizeof entry->request);
-    memcpy(body, entry->body, entry->length);
-    first = entry->next;
-    if (!first)
-        last = &first;
-    free(entry);
+    if (state == EMPTY)
+        receive();
+    if (state != FOR_PYTHON)
+        return state == EMPTY ? NOTHING : FOR_LIBFUSE;
+    state = EMPTY;
+    return length - (ssize_t)sizeof(struct fuse_in_header);
 }
 
 /* Answer a request; 0 or an errno (ENOENT: nobody waits for it any more). */
-int native_fuse_reply(uint64_t unique, int error, const void *data, size_t length)
+int native_fuse_reply(uint64_t unique, int error, const void *data, size_t size)
 {
-    struct fuse_out_header header = {(uint32_t)(sizeof header + length), -error, unique};
-    struct iovec iov[2] = {{&header, sizeof header}, {(void *)data, length}};
-    return gate_writev(native_fuse_session_fd(), iov, length ? 2 : 1) < 0 ? errno : 0;
+    struct fuse_out_header header = {(uint32_t)(sizeof header + size), -error, unique};
+    struct iovec iov[2] = {{&header, sizeof header}, {(void *)data, size}};
+    return gate_writev(native_fuse_session_fd(), iov, size ? 2 : 1) < 0 ? errno : 0;
 }

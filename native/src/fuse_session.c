@@ -59,41 +59,34 @@ static void note_init(const void *message, size_t length)
         info.offered |= (uint64_t)init.flags2 << 32;
 }
 
-static ssize_t read_message(int fd, void *buffer, size_t length)
+ssize_t session_receive(void *buffer, size_t length, const struct fuse_current **request)
 {
+    if (!session) {
+        errno = ENODEV;
+        return -1;
+    }
+    int fd = fuse_session_fd(session);
     if (placeholder >= 0) { /* the first read: libfuse put the mounted descriptor in its place */
         close(placeholder);
         placeholder = -1;
         fcntl(fd, F_SETFL, fcntl(fd, F_GETFL) | O_NONBLOCK);
     }
+    requests_reading();
     ssize_t result = read(fd, buffer, length);
-    if (result < 0) {
-        /* The request that made it readable was withdrawn: the caller waits again. */
-        if (errno == EAGAIN)
-            errno = EINTR;
-        return result;
+    int error = errno;
+    if (result >= (ssize_t)sizeof(struct fuse_in_header)) {
+        if (!info.agreed)
+            note_init(buffer, (size_t)result);
+        *request = requests_arrived(buffer, (size_t)result);
     }
-    size_t header_length = sizeof(struct fuse_in_header);
-    if ((size_t)result < header_length)
-        return result;
-    if (!info.agreed)
-        note_init(buffer, (size_t)result);
-    const struct fuse_current *request = requests_arrived(buffer, (size_t)result);
-    if (divert_message(request, (char *)buffer + header_length, (size_t)result - header_length)) {
-        errno = EINTR;
-        return -1;
-    }
+    requests_reading();
+    errno = error;
     return result;
 }
 
 static ssize_t session_read(int fd, void *buffer, size_t length, void *userdata)
 {
-    requests_reading();
-    ssize_t result = read_message(fd, buffer, length);
-    int error = errno;
-    requests_reading();
-    errno = error;
-    return result;
+    return divert_read(buffer, length);
 }
 
 /* Put the settings into libfuse's answer to INIT. */
