@@ -39,7 +39,7 @@ class Extensions:
 
     def __init__(self, operations: OperationsBase, table: Mapping[Opcode, Extension]) -> None:
         self._operations = operations
-        self._rows = [table.get(opcode) for opcode in _OPCODES]
+        self._rows = [table.get(opcode) if opcode else None for opcode in _OPCODES]
         self._names = [opcode.name.lower() if opcode else "" for opcode in _OPCODES]
         self._nursery: trio.Nursery | None = None
         fuse.divert(table)
