@@ -373,3 +373,26 @@ def test_access_times():
                     assert os.stat(path).st_atime_ns >= os.stat(path).st_ctime_ns
                 else:
                     assert [os.lstat(each).st_atime_ns for each in places] == [1, 1, 1]
+
+
+def test_names_and_paths_as_long_as_they_may_be(place):
+    """255 bytes of any kind but "/", and paths of 4095."""
+    for name in (b"n" * 255, bytes(range(1, 47)) + bytes(range(48, 256)), "ü".encode() * 127):
+        path = os.fsencode(place) + b"/" + name
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL))
+        assert name in os.listdir(os.fsencode(place))
+        os.unlink(path)
+        fails(errno.ENAMETOOLONG, os.open, path + b"x" * 255, os.O_CREAT)
+    at, total = str(place), 4095
+    while total - len(at) > 256:
+        at += "/" + "d" * min(255, total - len(at) - 3)
+        os.mkdir(at)
+    longest = at + "/" + "f" * (total - len(at) - 1)
+    assert len(longest) == total
+    with open(longest, "w") as file:
+        file.write("deep")
+    os.rename(longest, longest[:-1] + "g")
+    os.setxattr(longest[:-1] + "g", "user.a", b"1")
+    fails(errno.ENAMETOOLONG, os.stat, longest + "x")
+    assert run("find", place, "-type", "f").strip().endswith("g")
+    shutil.rmtree(place / os.listdir(place)[0])
