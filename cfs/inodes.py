@@ -17,7 +17,7 @@ from cfs.attributes import (
 )
 from cfs.cache import InodeState
 from cfs.core import Core
-from cfs.errors import FsError
+from cfs.errors import CorruptionError, FsError
 from cfs.files import Files
 from cfs.nodes import InodeNode
 from cfs.orphans import Orphans
@@ -100,8 +100,13 @@ class Inodes:
             return
         editor = XattrEditor(tx, state, inode, self.core.space)
         value = editor.get(ACCESS_ACL)
-        if value is not None:
-            editor.set(ACCESS_ACL, acl.encode(acl.with_mode(acl.parse(value), inode.mode)))
+        if value is None:
+            return
+        try:
+            entries = acl.decode_untrusted(value)
+        except CorruptionError as error:
+            raise self.core.damaged(error, inode.block, "an access control list") from error
+        editor.set(ACCESS_ACL, acl.encode(acl.with_mode(entries, inode.mode)))
 
     def accessed(self, state: InodeState) -> None:
         """The inode was read: move its access time in the background, if that is due."""

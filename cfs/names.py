@@ -299,7 +299,11 @@ class Names:
         if found is None:
             return False
         value = xattr.value_of(tx, pstate, found[1])
-        access, inode.mode = acl.inherited(acl.decode_untrusted(value), inode.mode)
+        try:
+            default = acl.decode_untrusted(value)
+        except CorruptionError as error:
+            raise core.damaged(error, parent.block, "a default access control list") from error
+        access, inode.mode = acl.inherited(default, inode.mode)
         editor = XattrEditor(tx, state, inode, core.space)
         if not acl.is_minimal(access):
             editor.set(ACCESS_ACL, acl.encode(access))

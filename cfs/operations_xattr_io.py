@@ -12,26 +12,14 @@ import errno
 
 from cfs import fuse_layout
 from cfs.errors import FsError
+from cfs.mount_capability_io import CAP_SYS_ADMIN, has_capability
 from cfs.mount_fuse_io import fuse
 from cfs.operations_base_io import OperationsBase
 from cfs.operations_extension_io import Extension
 from cfs.xattr import ACCESS_ACL, DEFAULT_ACL
 from native.requests import Opcode, Request
 
-CAP_SYS_ADMIN = 21
 _SIZE = fuse_layout.GETXATTR_IN
-
-
-def is_privileged(request: Request) -> bool:
-    """Whether the caller may see trusted attributes."""
-    try:
-        with open(f"/proc/{request.pid}/status", encoding="ascii", errors="replace") as file:
-            for line in file:
-                if line.startswith("CapEff:"):
-                    return bool(int(line.split()[1], 16) >> CAP_SYS_ADMIN & 1)
-    except OSError:
-        pass  # It is in another PID namespace, or gone.
-    return request.uid == 0
 
 
 def sized(wanted: int, data: bytes) -> bytes:
@@ -98,8 +86,9 @@ class XattrOperations(OperationsBase):
 
     async def _listxattr(self, request: Request, body: bytes) -> bytes:
         names = await self.fs.listxattr(self.ino(request.inode))
-        if any(n.startswith(b"trusted.") for n in names) and not is_privileged(request):
-            names = [name for name in names if not name.startswith(b"trusted.")]
+        hidden = [name for name in names if name.startswith(b"trusted.")]
+        if hidden and not has_capability(request, CAP_SYS_ADMIN):
+            names = [name for name in names if name not in hidden]
         return sized(_SIZE.unpack_from(body)[0], b"".join(name + b"\0" for name in names))
 
     async def _removexattr(self, request: Request, body: bytes) -> bytes:

@@ -233,6 +233,22 @@ async def test_a_default_list_is_handed_down() -> None:
     await fsck(device)
 
 
+async def test_a_damaged_list_is_an_error_of_what_needs_it_alone() -> None:
+    device = await make_device()
+    async with mounted(device) as fs:
+        top = (await fs.mkdir(fs.root_ino, b"top", 0o755, 0, 0)).ino
+        state = fs.core.state(top)
+        for name in (ACCESS_ACL, DEFAULT_ACL):
+            await fs.inodes._change(state, lambda editor, n=name: editor.set(n, b"rubbish"))
+        with refused(errno.EIO):
+            await fs.create(top, b"f", 0o644, 0, 0)
+        with refused(errno.EIO):
+            await fs.setattr(top, SetAttributes(mode=0o700))
+        assert fs.damage_met
+        await fs.setxattr(top, DEFAULT_ACL, acl_bytes((USER_OBJ, 7), (GROUP_OBJ, 5), (OTHER, 5)))
+        await fs.create(top, b"f", 0o644, 0, 0)
+
+
 # -- privileges, flags -----------------------------------------------------------------------
 
 
