@@ -1,8 +1,8 @@
 """`mkfs.cfs`: make a file system on a volume (`vg/lv`) or in a file.
 
 A volume is opened through clusterd as a registered instance of its own, in a mode that excludes
-every other opener: so a file system that is mounted anywhere is never overwritten. What looks like
-a file system already is refused without `--yes`.
+every other opener: so a file system that is mounted anywhere is never overwritten. What looks used
+already (a file system, a partition table, a member of LVM or RAID) is refused without `--yes`.
 """
 
 from __future__ import annotations
@@ -22,26 +22,28 @@ from cfs.stage import read_superblock
 from cfs.volume_io import with_device
 from cluster.device import BlockDevice
 from cluster.errors import RefusedError
+from cluster.signatures_io import signature
 from cluster.sizes import parse_size
 from cluster.tool_cli import ToolCommand
 
 
-async def _refuse_formatted(device: BlockDevice) -> None:
+async def _refuse_used(device: BlockDevice) -> None:
     try:
-        found = await read_superblock(device)
+        label = (await read_superblock(device)).label
+        what = "cfs file system" + (f" called {label!r}" if label else "")
     except CorruptionError:
-        return
-    label = f" called {found.label!r}" if found.label else ""
-    raise RefusedError(f"there is a cfs file system{label} already")
+        what = await signature(device)
+    if what:
+        raise RefusedError(f"there is something already: {what}")
 
 
 def _maker(
     choices: mkfs_plan.Choices, *, yes: bool, quiet: bool
 ) -> Callable[[BlockDevice], Awaitable[None]]:
     async def make(device: BlockDevice) -> None:
-        if not yes:
-            await _refuse_formatted(device)
         writes = mkfs_plan.plan(device.size_bytes // BLOCK_BYTES, choices)
+        if not yes:
+            await _refuse_used(device)
         await mkfs_plan.write_plan(device, writes)
         if not quiet:
             made = await read_superblock(device)
@@ -61,7 +63,7 @@ def _maker(
               help="Journals to begin with; mounts make more.")  # fmt: skip
 @click.option("-J", "--journal-size", default="", help="Size of a journal (default: 32M).")
 @click.option("--group-blocks", type=click.IntRange(0), default=0, hidden=True)
-@click.option("-y", "--yes", "--force", is_flag=True, help="Overwrite a file system.")
+@click.option("-y", "--yes", "--force", is_flag=True, help="Overwrite what is there.")
 @click.option("--local", is_flag=True, help="TARGET is a file or device of this machine.")
 @click.option("-q", "--quiet", is_flag=True, help="Say nothing when it worked.")
 def main(

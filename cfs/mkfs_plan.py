@@ -23,7 +23,7 @@ from cfs.journal_format import JOURNAL_BLOCKS_MIN
 from cfs.nodes import BlockState, GroupNode, InodeNode, SlotsNode, Tree
 from cfs.stage import empty_group, format_journal, usable_blocks
 from cluster.device import BlockDevice, Buffer
-from cluster.errors import UsageError
+from cluster.errors import NoSpaceError, UsageError
 
 JOURNALS_DEFAULT = 4
 JOURNAL_BYTES_DEFAULT = 32 << 20
@@ -67,11 +67,14 @@ def plan(device_blocks: int, choices: Choices) -> list[tuple[int, Buffer]]:
     """(block, bytes) of everything; the superblock comes last, so that a device is a file system
     only when all else is written. Raises UsageError if the device is too small."""
     if device_blocks < DEVICE_BLOCKS_MIN:
-        raise UsageError(f"a file system needs at least {DEVICE_BLOCKS_MIN * 4 // 1024} MiB")
+        raise NoSpaceError(f"a file system needs at least {DEVICE_BLOCKS_MIN * 4 // 1024} MiB")
     if not 1 <= choices.journals <= SLOTS_MAX:
         raise UsageError(f"1 to {SLOTS_MAX} journals")
     if len(choices.label.encode()) > 63:
         raise UsageError("a label has at most 63 bytes")
+    asked = choices.group_blocks
+    if asked and (not GROUP_BLOCKS_MIN <= asked <= GROUP_BLOCKS_MAX or asked % GROUP_BLOCKS_STEP):
+        raise UsageError(f"groups of {asked} blocks are not possible")
     group_blocks = choices.group_blocks or choose_group_blocks(device_blocks)
     most = min(GROUP_BLOCKS_MAX, device_blocks)
     if not GROUP_BLOCKS_MIN <= group_blocks <= most or group_blocks % GROUP_BLOCKS_STEP:
@@ -133,7 +136,9 @@ def _place_journal(
         if at >= 0:
             _take(group, at, size)
             return int(group.owner) * superblock.group_blocks + at, size
-    raise UsageError("the device is too small for so many journals of this size")
+    raise NoSpaceError(
+        "the device is too small for so many journals of this size", hint="fewer (-j), smaller (-J)"
+    )
 
 
 async def write_plan(device: BlockDevice, writes: list[tuple[int, Buffer]]) -> None:

@@ -61,6 +61,8 @@ LAST_GROUP_BLOCKS_MIN = 16
 
 async def read_superblock(device: BlockDevice) -> Superblock:
     """The superblock, or its copy. Raises CorruptionError if there is none."""
+    if device.size_bytes < (SUPERBLOCK_BLOCK + 1) * BLOCK_BYTES:
+        raise CorruptionError(f"no cfs file system fits into {device.size_bytes} bytes")
     data = await device.read(SUPERBLOCK_BLOCK * BLOCK_BYTES, BLOCK_BYTES)
     try:
         return decode_superblock_untrusted(SUPERBLOCK_BLOCK, data)

@@ -20,6 +20,7 @@ import msgspec
 import trio
 
 from cluster.errors import ProtocolError
+from cluster.holders_io import bind
 from cluster.identity import Identity
 from cluster.ids import Epoch, Incarnation
 from cluster.wire import (
@@ -234,16 +235,12 @@ async def connect(address: str, port: int, source: str | None, dead_ms: int) -> 
 
 
 def listen(address: str, port: int) -> socket.socket:
-    """A listening TCP socket."""
+    """A listening TCP socket. Raises BusyError, ConfigError as `holders_io.bind`."""
     sock = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET)
-    try:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        sock.bind((address, port))
-        sock.listen(256)
-        sock.setblocking(False)
-    except BaseException:
-        sock.close()
-        raise
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    bind(sock, address, port)
+    sock.listen(256)
+    sock.setblocking(False)
     return sock
 
 

@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import json
 from base64 import urlsafe_b64decode, urlsafe_b64encode
+from collections.abc import Sequence
+from ipaddress import ip_address
+from pathlib import Path
 from typing import Annotated, TypeVar
 
 import msgspec
@@ -28,6 +31,20 @@ Port = Annotated[int, msgspec.Meta(ge=1, le=65535)]
 Addresses = Annotated[list[str], msgspec.Meta(min_length=1, max_length=4)]
 
 
+def check_addresses(addresses: Sequence[str], *, listen: bool = False) -> None:
+    """Raise ValueError unless these are different IP addresses, of one interface each (when
+    listening all interfaces will do)."""
+    for number, text in enumerate(addresses):
+        try:
+            address = ip_address(text)
+        except ValueError:
+            raise ValueError(f"{text!r} is not an IP address") from None
+        if address.is_multicast or (address.is_unspecified and not listen):
+            raise ValueError(f"{text} is not the address of one interface")
+        if text in addresses[:number]:
+            raise ValueError(f"address {text} is there twice")
+
+
 class ClusterSection(msgspec.Struct, forbid_unknown_fields=True):
     """What all nodes share. `key` is the cluster key: whoever has it is trusted."""
 
@@ -43,6 +60,9 @@ class NodeSection(msgspec.Struct, forbid_unknown_fields=True):
     id: Annotated[NodeId, msgspec.Meta(ge=1, le=NODE_ID_MAX)]
     name: Name
     addresses: Addresses
+
+    def __post_init__(self) -> None:
+        check_addresses(self.addresses)
 
 
 class PortsSection(msgspec.Struct, forbid_unknown_fields=True):
@@ -73,7 +93,15 @@ def decode_config(text: str | bytes, kind: type[T], source: str) -> T:
     try:
         return msgspec.toml.decode(text, type=kind)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{source}: {error}") from error
+        raise ConfigError(f"{source}: {error}", hint=f"correct {source}") from error
+
+
+def read_config_text(path: Path) -> bytes:
+    """The bytes of a configuration file. Raises ConfigError."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
 
 
 def encode_node_config(config: NodeConfig) -> str:
@@ -102,7 +130,11 @@ def decode_token_untrusted(text: str) -> Token:
             raise ValueError("it does not start with CFS1-")
         return msgspec.msgpack.decode(_unbase64(body), type=Token)
     except (ValueError, msgspec.DecodeError) as error:
-        raise ConfigError(f"this is not an invitation token: {error}") from error
+        raise ConfigError(
+            f"this is not an invitation token: {error}",
+            hint="clusterctl invite makes one; that of clusterctl server add is for gnbd-server "
+            "--join",
+        ) from error
 
 
 def _base64(data: bytes) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 
 from cluster.control import Call, Event, Reply, decode_line_untrusted, encode_line
-from cluster.errors import ProtocolError, UnreachableError
+from cluster.errors import ProtocolError, UnreachableError, connect_failure
 from cluster.errors_wire import raise_failure
 from cluster.paths_io import control_socket
 
@@ -28,7 +28,7 @@ def _connect(path: Path, timeout_s: float | None) -> socket.socket:
         sock.connect(str(path))
     except OSError as error:
         sock.close()
-        raise UnreachableError(f"cannot reach clusterd at {path}: {error.strerror}") from error
+        raise connect_failure(error, path) from error
     return sock
 
 

@@ -26,7 +26,14 @@ import msgspec
 import trio
 
 from cluster.control import Call, Event, Failure, Reply, decode_line_untrusted, encode_line
-from cluster.errors import BusyError, ProtocolError, StackError, UnreachableError, UsageError
+from cluster.errors import (
+    BusyError,
+    ProtocolError,
+    StackError,
+    UnreachableError,
+    UsageError,
+    connect_failure,
+)
 from cluster.errors_wire import failure_of, raise_failure
 from cluster.paths_io import control_socket
 
@@ -265,7 +272,7 @@ async def connect_session(
         await sock.connect(str(path))
     except OSError as error:
         sock.close()
-        raise UnreachableError(f"cannot reach the daemon at {path}: {error.strerror}") from error
+        raise connect_failure(error, path) from error
     return Session(sock, handlers, on_event)
 
 

@@ -6,6 +6,8 @@ codes; `cvmctl` has LVM's, `fsck.cfs` those of e2fsck, `mount.cfs` those of moun
 
 from __future__ import annotations
 
+import errno
+
 EXIT_OK = 0
 EXIT_FAILED = 1
 EXIT_USAGE = 2
@@ -125,3 +127,26 @@ class BarredError(StackError):
     """This instance is barred for ever; its process must end and come back as a new one."""
 
     default_hint = "mount again; see: clusterctl events"
+
+
+_OS_KINDS: dict[int, type[StackError]] = {
+    errno.ENOSPC: NoSpaceError,
+    errno.EDQUOT: NoSpaceError,
+    errno.EACCES: NotPermittedError,
+    errno.EPERM: NotPermittedError,
+    errno.ENOENT: NotFoundError,
+}
+
+
+def connect_failure(error: OSError, where: object) -> StackError:
+    """Why a daemon's socket cannot be reached."""
+    text = f"cannot reach clusterd at {where}: {error.strerror or error}"
+    return (NotPermittedError if error.errno == errno.EACCES else UnreachableError)(text)
+
+
+def os_failure(error: OSError, doing: str = "") -> StackError:
+    """An error of the operating system as one of ours. `doing`: "cannot write /x"."""
+    what = error.strerror or str(error)
+    where = doing or (str(error.filename) if error.filename else "")
+    text = f"{where}: {what}" if where else what
+    return _OS_KINDS.get(error.errno or 0, StackError)(text)

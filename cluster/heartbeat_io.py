@@ -13,8 +13,9 @@ from collections.abc import Mapping, Sequence
 
 import msgspec
 
-from cluster.errors import ProtocolError, StackError
+from cluster.errors import ProtocolError
 from cluster.guard_events import Heard
+from cluster.holders_io import bind
 from cluster.identity import Identity
 from cluster.ids import Epoch
 from cluster.messages import (
@@ -117,16 +118,9 @@ class Datagrams:
 
 def _bind(address: str, port: int) -> socket.socket:
     sock = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_DGRAM)
-    try:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_PRIORITY, PRIORITY)
-        if sock.family == socket.AF_INET:
-            sock.setsockopt(socket.IPPROTO_IP, socket.IP_TOS, DSCP_CS6)
-        sock.bind((address, port))
-        sock.setblocking(False)
-    except OSError as error:
-        sock.close()
-        raise StackError(
-            f"cannot bind UDP {address}:{port}: {error.strerror}",
-            hint="is the address on this machine? is another clusterguard running?",
-        ) from error
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_PRIORITY, PRIORITY)
+    if sock.family == socket.AF_INET:
+        sock.setsockopt(socket.IPPROTO_IP, socket.IP_TOS, DSCP_CS6)
+    bind(sock, address, port)
+    sock.setblocking(False)
     return sock

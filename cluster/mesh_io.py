@@ -26,7 +26,7 @@ import trio
 from cluster.channel_io import Channel, accept_one, connect, listen
 from cluster.control import GroupEvent, GroupMember
 from cluster.control_io import unwrap_group
-from cluster.errors import ProtocolError
+from cluster.errors import BusyError, ProtocolError
 from cluster.identity import Identity
 from cluster.ids import Instance
 from cluster.mesh import (
@@ -269,12 +269,12 @@ def _listen_all(addresses: Sequence[str]) -> list[socket.socket]:
         try:
             for address in addresses[1:]:
                 sockets.append(listen(address, port))
-        except OSError:
+        except BusyError:
             for sock in sockets:
                 sock.close()
             continue
         return sockets
-    raise OSError(f"no port is free on all of {', '.join(addresses)}")
+    raise BusyError(f"no port is free on all of {', '.join(addresses)}")
 
 
 @contextlib.asynccontextmanager

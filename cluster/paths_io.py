@@ -7,12 +7,13 @@ directory) and carries a checksum, so a reader sees the old or the new content o
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import time
 from pathlib import Path
 
-from cluster.errors import CorruptionError
+from cluster.errors import BusyError, ConfigError, CorruptionError, os_failure
 
 RUN_DIR_DEFAULT = "/run/cfs"
 STATE_DIR_DEFAULT = "/var/lib/cfs"
@@ -45,9 +46,35 @@ def boottime_ns() -> int:
     return time.clock_gettime_ns(time.CLOCK_BOOTTIME)
 
 
+def make_directory(path: Path) -> None:
+    """Make a directory (mode 0700) if it is not there. Raises ConfigError, NotPermittedError..."""
+    try:
+        path.mkdir(parents=True, exist_ok=True, mode=0o700)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise ConfigError(f"{path} is not a directory") from error
+    except OSError as error:
+        raise os_failure(error, f"cannot make the directory {path}") from error
+
+
+def lock_directory(path: Path, program: str) -> int:
+    """Only one process may use a state directory, and a killed one holds it until its last system
+    call has ended. The descriptor is the lock. Raises BusyError that names the holder."""
+    make_directory(path)
+    fd = os.open(path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        holder = os.read(fd, 64).decode(errors="replace").strip() or "another process"
+        os.close(fd)
+        raise BusyError(f"{holder} uses {path}", hint="stop it, or use another directory") from None
+    os.truncate(fd, 0)
+    os.write(fd, f"{program} (pid {os.getpid()})\n".encode())
+    return fd
+
+
 def write_durable(path: Path, data: bytes, mode: int = 0o600) -> None:
-    """Replace `path` by `data`; on return it is on disk."""
-    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    """Replace `path` by `data`; on return it is on disk. Raises OSError: the old content stands."""
+    make_directory(path.parent)
     beside = path.with_name(path.name + ".new")
     fd = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, mode)
     try:
@@ -66,10 +93,25 @@ def write_durable(path: Path, data: bytes, mode: int = 0o600) -> None:
         os.close(directory)
 
 
+def encode_store(payload: bytes) -> bytes:
+    """A store: magic (8), BLAKE2b-128 of the payload (16), payload."""
+    return _STORE_MAGIC + hashlib.blake2b(payload, digest_size=_DIGEST_BYTES).digest() + payload
+
+
+def decode_store_untrusted(data: bytes, name: str) -> bytes:
+    """The payload of a store. Raises CorruptionError."""
+    payload = data[len(_STORE_MAGIC) + _DIGEST_BYTES :]
+    if data != encode_store(payload):
+        raise CorruptionError(
+            f"{name} is damaged",
+            hint="this voter lost its store: clusterctl voter replace, then remove the file",
+        )
+    return payload
+
+
 def write_store(path: Path, payload: bytes) -> None:
     """`write_durable` with a magic and a checksum in front."""
-    digest = hashlib.blake2b(payload, digest_size=_DIGEST_BYTES).digest()
-    write_durable(path, _STORE_MAGIC + digest + payload)
+    write_durable(path, encode_store(payload))
 
 
 def read_store(path: Path) -> bytes | None:
@@ -78,12 +120,4 @@ def read_store(path: Path) -> bytes | None:
         data = path.read_bytes()
     except FileNotFoundError:
         return None
-    head = len(_STORE_MAGIC)
-    payload = data[head + _DIGEST_BYTES :]
-    digest = hashlib.blake2b(payload, digest_size=_DIGEST_BYTES).digest()
-    if data[:head] != _STORE_MAGIC or data[head : head + _DIGEST_BYTES] != digest:
-        raise CorruptionError(
-            f"{path} is damaged",
-            hint="this voter lost its store: clusterctl voter replace, then remove the file",
-        )
-    return payload
+    return decode_store_untrusted(data, str(path))

@@ -10,7 +10,6 @@ Errors leave as `PROGRAM: sentence` and `  hint: what to do` on stderr. An excep
 
 from __future__ import annotations
 
-import errno
 import os
 import sys
 from typing import Any, NoReturn
@@ -20,31 +19,13 @@ import click
 from cluster.errors import (
     EXIT_FAILED,
     EXIT_USAGE,
-    NoSpaceError,
-    NotFoundError,
     NotPermittedError,
     StackError,
+    os_failure,
 )
 
 EXIT_INTERRUPTED = 130
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
-
-_KINDS: dict[int, type[StackError]] = {
-    errno.ENOSPC: NoSpaceError,
-    errno.EDQUOT: NoSpaceError,
-    errno.EACCES: NotPermittedError,
-    errno.EPERM: NotPermittedError,
-    errno.ENOENT: NotFoundError,
-}
-
-
-def os_failure(error: OSError, doing: str = "") -> StackError:
-    """An error of the operating system as one of ours. `doing`: "cannot write /x"."""
-    what = error.strerror or str(error)
-    where = doing or (str(error.filename) if error.filename else "")
-    text = f"{where}: {what}" if where else what
-    return _KINDS.get(error.errno or 0, StackError)(text)
-
 
 def need_root(program: str, why: str) -> None:
     """Raise NotPermittedError unless this is root."""

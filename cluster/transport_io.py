@@ -116,20 +116,11 @@ class Transport:
         async with trio.open_nursery() as nursery:
             self._nursery = nursery
             for address in self._addresses:
-                nursery.start_soon(self._accept_loop, self._listen(address))
+                nursery.start_soon(self._accept_loop, listen(address, self._port))
             for node in self._peers:
                 self._start_dialers(node)
             nursery.start_soon(self._ping_loop)
             task_status.started()
-
-    def _listen(self, address: str) -> socket.socket:
-        try:
-            return listen(address, self._port)
-        except OSError as error:
-            raise StackError(
-                f"cannot listen on {address}:{self._port}: {error.strerror}",
-                hint="is another clusterd running? is the address on this machine?",
-            ) from error
 
     def set_peers(self, peers: Mapping[NodeId, Sequence[str]]) -> None:
         """Tell the addresses of the other nodes; connections to nodes not named here close."""

@@ -10,13 +10,14 @@ what a dead coordinator left, so that no instance stays suspended.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
 from typing import Any, TypeVar
 
 import msgspec
 
-from cluster.errors import BusyError, RefusedError, StackError, UsageError
+from cluster.errors import BusyError, CorruptionError, RefusedError, StackError, UsageError
 from cluster.ids import Instance
 from cvm import requests
 from cvm.layout import VolumeMap
@@ -285,15 +286,15 @@ class Manager:
                 hint=f"see: cvmctl vgs {vg}",
             )
         await self._known_export(pv)
-        label = await self._store.read_label(pv)
-        if label is not None and label.cluster_id == self._me.cluster_id:
-            return label
-        found = "physical volume of another cluster" if label else await self._store.signature(pv)
-        if found and not overwrite:
-            raise RefusedError(
-                f'"{pv}" holds data ({found} signature detected).',
-                hint="say --yes to overwrite it",
-            )
+        label, what = None, "physical volume with a damaged label"
+        with contextlib.suppress(CorruptionError):
+            label = await self._store.read_label(pv)
+            if label is not None and label.cluster_id == self._me.cluster_id:
+                return label
+            what = f"physical volume of another cluster ({label.cluster_id})" if label else ""
+        what = what or await self._node.devices.signature(pv)
+        if what and not overwrite:
+            raise RefusedError(f'"{pv}" holds data: {what}.', hint="say --yes to overwrite it")
         return None
 
     async def _make_pv(self, pv: str) -> PvLabel:

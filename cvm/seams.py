@@ -89,6 +89,10 @@ class PhysicalDevices(Protocol):
         one too when the server does not answer in time; its writes wait."""
         ...
 
+    async def signature(self, pv: str) -> str:
+        """What seems to be on a device that is no PV, in words; empty if it looks unused."""
+        ...
+
     async def exports(self) -> list[ExportInfo]:
         """Every export of every server of the cluster with `access = "cluster"`."""
         ...

@@ -34,25 +34,6 @@ from cvm.seams import PhysicalDevices, VgEntry
 
 CACHE_MAX = 64
 _FIRST_READ_BYTES = 64 * 1024
-_SIGNATURES = (
-    ("ext2/3/4", 1080, b"\x53\xef"),
-    ("xfs", 0, b"XFSB"),
-    ("btrfs", 65600, b"_BHRfS_M"),
-    ("LVM2_member", 512, b"LABELONE"),
-    ("LVM2_member", 0, b"LABELONE"),
-    ("LUKS", 0, b"LUKS\xba\xbe"),
-    ("gpt", 512, b"EFI PART"),
-    ("swap", 4086, b"SWAPSPACE2"),
-    ("dos", 510, b"\x55\xaa"),
-)
-
-
-def find_signature(head: bytes) -> str:
-    """Name of what seems to be on a device, from its first 128 KiB; empty if nothing is known."""
-    for name, offset, magic in _SIGNATURES:
-        if head[offset : offset + len(magic)] == magic:
-            return name
-    return ""
 
 
 class MetadataStore:
@@ -167,11 +148,6 @@ class MetadataStore:
         """The label of a device, None when it has none. Raises CorruptionError if damaged."""
         device = await self._devices.open(pv)
         return decode_label_untrusted(await device.read(0, LABEL_BYTES))
-
-    async def signature(self, pv: str) -> str:
-        """What a device without a label seems to hold."""
-        device = await self._devices.open(pv)
-        return find_signature(await device.read(0, min(device.size_bytes, 128 * 1024)))
 
     async def device_bytes(self, pv: str) -> int:
         return (await self._devices.open(pv)).size_bytes

@@ -10,9 +10,19 @@ import ctypes
 import errno
 import os
 import stat
+from collections.abc import Sequence
 from pathlib import Path
 
-from cluster.errors import ConfigError
+from cluster.errors import (
+    BusyError,
+    ConfigError,
+    NoSpaceError,
+    StackError,
+    os_failure,
+)
+from cluster.holders_io import lock_file
+from cluster.paths_io import make_directory
+from gnbd.exports import SECTOR_BYTES, Export
 
 FALLOC_KEEP_SIZE = 1
 FALLOC_PUNCH_HOLE = 2
@@ -24,6 +34,39 @@ _RWF_DSYNC = os.RWF_DSYNC
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
+
+
+def open_failure(path: Path, error: OSError) -> StackError:
+    """Why a disk cannot be opened."""
+    if error.errno == errno.EBUSY:
+        return BusyError(f"{path} is mounted or in use on this machine", hint="see: lsblk")
+    return os_failure(error, f"cannot open {path}")
+
+
+def check_disks(exports: Sequence[Export]) -> None:
+    """Refuse disks that cannot be exported, before anything is made. Raises StackError."""
+    seen: dict[str, str] = {}
+    for export in exports:
+        disk = f"export {export.name!r}: {export.path}"
+        real = os.path.realpath(export.path)
+        if real in seen:
+            raise ConfigError(f"{disk} is the same disk as that of export {seen[real]!r}")
+        seen[real] = export.name
+        try:
+            found = os.stat(export.path)
+        except FileNotFoundError:
+            if export.size is None or export.read_only:
+                hint = 'with size = "4G" it is made, sparse'
+                raise ConfigError(f"{disk} does not exist", hint=hint) from None
+            continue
+        except OSError as error:
+            raise open_failure(Path(export.path), error) from error
+        if stat.S_ISDIR(found.st_mode):
+            raise ConfigError(f"{disk} is a directory")
+        if not (stat.S_ISREG(found.st_mode) or stat.S_ISBLK(found.st_mode)):
+            raise ConfigError(f"{disk} is neither a file nor a block device")
+        if export.size is None and stat.S_ISREG(found.st_mode) and found.st_size < SECTOR_BYTES:
+            raise NoSpaceError(f"{disk} is empty", hint='size = "4G" makes it large enough')
 
 
 def fallocate(fd: int, mode: int, offset: int, length: int) -> None:
@@ -107,22 +150,39 @@ class FileBackend(Backend):
         self.path = path
         self.read_only = read_only
         flags = os.O_CLOEXEC | (os.O_RDONLY if read_only else os.O_RDWR)
-        if size_bytes is not None and not read_only:
+        made = size_bytes is not None and not read_only and not path.exists()
+        if made:
             flags |= os.O_CREAT
-            path.parent.mkdir(parents=True, exist_ok=True)
+            make_directory(path.parent)
+        if path.is_block_device():
+            flags |= os.O_EXCL  # fails for a disk that is mounted or in use by md, LVM, ...
         try:
             self.fd = os.open(path, flags, 0o600)
         except OSError as error:
-            raise ConfigError(f"cannot open {path}: {error.strerror}") from error
-        if stat.S_ISBLK(os.fstat(self.fd).st_mode):
-            present = os.lseek(self.fd, 0, os.SEEK_END)
-        else:
-            present = os.fstat(self.fd).st_size
-            if size_bytes is not None and present < size_bytes and not read_only:
-                os.ftruncate(self.fd, size_bytes)
-                os.fsync(self.fd)
-                present = size_bytes
+            raise open_failure(path, error) from error
+        try:
+            # One server to a disk: another one would know nothing of our bars.
+            lock_file(self.fd, str(path), shared=read_only)
+            present = self._grow_to(size_bytes)
+        except OSError as error:
+            os.close(self.fd)
+            if made:
+                path.unlink()
+            raise os_failure(error, f"cannot make {path} {size_bytes} bytes long") from error
+        except BusyError:
+            os.close(self.fd)
+            raise
         self.size_bytes = present if size_bytes is None else min(size_bytes, present)
+
+    def _grow_to(self, size_bytes: int | None) -> int:
+        if stat.S_ISBLK(os.fstat(self.fd).st_mode):
+            return os.lseek(self.fd, 0, os.SEEK_END)
+        present = os.fstat(self.fd).st_size
+        if size_bytes is not None and present < size_bytes and not self.read_only:
+            os.ftruncate(self.fd, size_bytes)
+            os.fsync(self.fd)
+            return size_bytes
+        return present
 
     def read_into(self, offset: int, view: memoryview) -> None:
         read_exactly(self.fd, offset, view)

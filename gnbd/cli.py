@@ -6,15 +6,16 @@ import json
 import logging
 import sys
 from collections.abc import Callable
+from ipaddress import ip_address
 from pathlib import Path
 
 import click
 import msgspec
 import structlog
 
-from cluster.config import SERVER_PORT, NodeConfig, decode_config
+from cluster.config import SERVER_PORT, NodeConfig, decode_config, read_config_text
 from cluster.control_client_io import call
-from cluster.errors import ConfigError, UsageError
+from cluster.errors import ConfigError, NotFoundError, UsageError
 from cluster.ids import Incarnation
 from cluster.paths_io import state_dir
 from cluster.tool_cli import ToolCommand, ToolGroup
@@ -46,11 +47,7 @@ def _configure_log() -> None:
 def server_main(token: str | None, exports: str) -> None:
     """Serve the exports of the file EXPORTS over NBD; with --join only store the token, once."""
 
-    try:
-        data = Path(exports).read_bytes()
-    except OSError as error:
-        raise ConfigError(f"cannot read {exports}: {error.strerror}") from error
-    config = decode_exports(data, exports)
+    config = decode_exports(read_config_text(Path(exports)), exports)
     if token is not None:
         identity = decode_server_token_untrusted(token)
         new = join_cluster(Path(config.state_dir), identity)
@@ -73,11 +70,10 @@ class Target(msgspec.Struct):
 def _target(server: str, config_path: str | None) -> Target:
     path = Path(config_path) if config_path else state_dir() / "node.toml"
     try:
-        config = decode_config(path.read_text(), NodeConfig, str(path))
-    except OSError as error:
-        raise UsageError(
-            f"cannot read {path}: {error.strerror}", hint="run this on a node of the cluster"
-        ) from error
+        config = decode_config(read_config_text(path), NodeConfig, str(path))
+    except ConfigError as error:
+        error.hint = error.hint or "run this on a node of the cluster"
+        raise
     addresses, port = _addresses(server)
     keys = Keys(1, {1: bytes.fromhex(config.cluster.key)})
     peer = Peer(config.node.id, bytes.fromhex(config.cluster.id), Incarnation(0))
@@ -85,14 +81,30 @@ def _target(server: str, config_path: str | None) -> Target:
 
 
 def _addresses(server: str) -> tuple[list[str], int]:
-    """ADDRESS[:PORT], or the name of a server that clusterd knows."""
-    address, _, port = server.partition(":")
-    if "." in address or address == "localhost":
-        return [address], int(port or SERVER_PORT)
-    for row in call("cluster.status")["servers"]:
+    """ADDRESS, ADDRESS:PORT, [ADDRESS]:PORT, or the name of a server that clusterd knows."""
+    if server.count(":") > 1 and not server.startswith("["):
+        host, port = server, ""
+    else:
+        host, _, port = server.removeprefix("[").replace("]", "").rpartition(":")
+        host, port = (host, port) if host else (port, "")
+    if port or _is_address(host):
+        if not (port or str(SERVER_PORT)).isdecimal() or not 1 <= int(port or SERVER_PORT) <= 65535:
+            raise UsageError(f"{server}: {port} is not a port", hint="a port is 1 to 65535")
+        return [host], int(port or SERVER_PORT)
+    rows = call("cluster.status")["servers"]
+    for row in rows:
         if row["name"] == server:
             return list(row["addresses"]), int(row["port"])
-    raise UsageError(f"the cluster knows no server {server}", hint="see: clusterctl status")
+    names = ", ".join(sorted(row["name"] for row in rows)) or "none"
+    raise NotFoundError(f"no server is called {server}", hint=f"servers of this cluster: {names}")
+
+
+def _is_address(host: str) -> bool:
+    try:
+        ip_address(host)
+    except ValueError:
+        return host == "localhost"
+    return True
 
 
 @click.group(cls=ToolGroup, name="gnbdctl")
@@ -198,8 +210,9 @@ def keys(context: click.Context, export: str) -> None:
 def filter_command(context: click.Context, export: str, action: str, spec: str) -> None:
     """Put a filter on an export, change it, or take it away."""
 
+    parsed = parse_filter(spec)
+
     def work(control: BlockingControl) -> object:
-        parsed = parse_filter(spec)
         request = m.FilterCommand(export, action, parsed.kind, parsed.parameters)
         return control.ask(request, m.Done)
 

@@ -22,9 +22,9 @@ from typing import Annotated
 
 import msgspec
 
-from cluster.config import HEARTBEAT_PORT, SERVER_PORT, decode_config
+from cluster.config import HEARTBEAT_PORT, SERVER_PORT, check_addresses, decode_config
 from cluster.errors import ConfigError
-from cluster.sizes import parse_size
+from cluster.sizes import SIZE_BYTES_MAX, parse_size
 
 EXPORTS_MAX = 256
 FILTER_KINDS: dict[str, dict[str, type]] = {
@@ -55,8 +55,13 @@ class ServerConfig(msgspec.Struct, forbid_unknown_fields=True):
     state_dir: Annotated[str, msgspec.Meta(min_length=1)]
     listen: str | list[str] = "0.0.0.0"
     port: Annotated[int, msgspec.Meta(ge=0, le=65535)] = SERVER_PORT
-    heartbeat_port: int = HEARTBEAT_PORT
+    heartbeat_port: Annotated[int, msgspec.Meta(ge=0, le=65535)] = HEARTBEAT_PORT
     exports: list[Export] = []
+
+    def __post_init__(self) -> None:
+        if not self.addresses:
+            raise ValueError("listen names no address")
+        check_addresses(self.addresses, listen=True)
 
     @property
     def addresses(self) -> list[str]:
@@ -102,6 +107,8 @@ def checked_filter(
             result[key] = int(value) if wanted is int else str(value)
         except ValueError:
             raise ConfigError(f"filter {kind!r}: {key} must be a number") from None
+        if wanted is int and not 0 <= int(value) <= SIZE_BYTES_MAX:
+            raise ConfigError(f"filter {kind!r}: {key} must not be {value}")
     if whole and kind == "log" and "path" not in result:
         raise ConfigError("filter 'log' needs path=FILE")
     return FilterSpec(kind, result)

@@ -50,7 +50,9 @@ def decode_server_token_untrusted(text: str) -> ServerIdentity:
         return msgspec.json.decode(raw, type=ServerIdentity)
     except (ValueError, msgspec.DecodeError) as error:
         raise ConfigError(
-            f"this is not a server token: {error}", hint="make one with: clusterctl server add"
+            f"this is not a server token: {error}",
+            hint="clusterctl server add makes one; that of clusterctl invite is for clusterctl "
+            "join",
         ) from error
 
 
@@ -60,6 +62,6 @@ def encode_identity(identity: ServerIdentity) -> str:
     return "".join(f"{key} = {json.dumps(value)}\n" for key, value in values.items())
 
 
-def decode_identity(text: str, source: str) -> ServerIdentity:
+def decode_identity(text: str | bytes, source: str) -> ServerIdentity:
     """The inverse of `encode_identity`. Raises ConfigError."""
     return decode_config(text, ServerIdentity, source)

@@ -6,7 +6,6 @@ data loop (`transmission_io`). SIGTERM cuts everybody off, flushes everything, e
 
 from __future__ import annotations
 
-import fcntl
 import os
 import secrets
 import signal
@@ -19,10 +18,14 @@ from types import FrameType
 import msgspec
 import structlog
 
-from cluster.errors import BusyError, ConfigError, ProtocolError, StackError
-from cluster.paths_io import write_durable
+from cluster.errors import ConfigError, ForeignError, ProtocolError
+from cluster.holders_io import bind
+from cluster.paths_io import lock_directory, read_store, write_durable
+from cluster.register import decode_record_untrusted
+from fencing.store_io import StateFile
 from gnbd import messages as m
 from gnbd import protocol as p
+from gnbd.backends_io import check_disks
 from gnbd.control_server_io import ControlServer
 from gnbd.export_io import Connection
 from gnbd.exports import ServerConfig
@@ -126,23 +129,24 @@ class Server:
     def __init__(self, config: ServerConfig) -> None:
         self.config = config
         state_dir = Path(config.state_dir)
-        state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
-        self._state_lock = lock_state(state_dir)
+        check_before_start(config, state_dir)
+        # A refusal makes no directory; but another server is a better reason than its port.
+        used = (state_dir / "lock").exists()
+        self._state_lock = lock_directory(state_dir, "gnbd-server") if used else -1
+        self._listeners = [self._listen(address) for address in config.addresses]
+        if not used:
+            self._state_lock = lock_directory(state_dir, "gnbd-server")
         self.identity = load_identity(state_dir)
         self.service = Service(config, self.identity)
         self.voter = Voter(self.identity, state_dir) if self.identity else None
         self._stopped = threading.Event()
         self._count = threading.Semaphore(CONNECTIONS_MAX)
-        self._listeners = [self._listen(address) for address in config.addresses]
 
     def _listen(self, address: str) -> socket.socket:
         family = socket.AF_INET6 if ":" in address else socket.AF_INET
         sock = socket.socket(family, socket.SOCK_STREAM)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            sock.bind((address, self.config.port))
-        except OSError as error:
-            raise ConfigError(f"cannot listen on {address}:{self.config.port}: {error}") from error
+        bind(sock, address, self.config.port)
         sock.listen(BACKLOG)
         return sock
 
@@ -182,13 +186,7 @@ class Server:
             family = socket.AF_INET6 if ":" in address else socket.AF_INET
             sock = socket.socket(family, socket.SOCK_DGRAM)
             sock.settimeout(1.0)
-            try:
-                sock.bind((address, self.config.heartbeat_port))
-            except OSError as error:
-                raise ConfigError(
-                    f"cannot bind UDP port {self.config.heartbeat_port}: {error}",
-                    hint="set heartbeat_port in the exports file",
-                ) from error
+            bind(sock, address, self.config.heartbeat_port)
             threading.Thread(
                 target=self.voter.serve_echoes, args=(sock, self._stopped), daemon=True
             ).start()
@@ -237,25 +235,28 @@ class Server:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 6)
 
 
-def lock_state(state_dir: Path) -> int:
-    """Only one server may use a state directory, and a killed one holds it until its last system
-    call has ended. Raises BusyError."""
-    fd = os.open(state_dir / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(fd)
-        raise BusyError(f"another gnbd-server uses {state_dir}") from None
-    return fd
+def check_before_start(config: ServerConfig, state_dir: Path) -> None:
+    """Refuse what must be refused before anything is made or changed. Raises StackError."""
+    for path in (state_dir, *state_dir.parents):
+        if path.exists() and not path.is_dir():
+            raise ConfigError(f"state_dir: {path} is not a directory")
+    load_identity(state_dir)
+    StateFile(state_dir / "fencing.state").load()
+    record = read_store(state_dir / "acceptor")
+    if record is not None:
+        decode_record_untrusted(record)
+    check_disks(config.exports)
 
 
 def load_identity(state_dir: Path) -> ServerIdentity | None:
     """server.toml, if this server has joined a cluster."""
     path = state_dir / "server.toml"
     try:
-        return decode_identity(path.read_text(), str(path))
+        return decode_identity(path.read_bytes(), str(path))
     except FileNotFoundError:
         return None
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
 
 
 def join_cluster(state_dir: Path, identity: ServerIdentity) -> bool:
@@ -263,12 +264,11 @@ def join_cluster(state_dir: Path, identity: ServerIdentity) -> bool:
     present = load_identity(state_dir)
     if present is not None:
         if present != identity:
-            raise StackError(
-                f"this server is {present.name} of cluster {present.cluster_name}",
+            raise ForeignError(
+                f"this server is already {present.name} of cluster {present.cluster_name}",
                 hint=f"remove {state_dir}/server.toml if it shall leave that cluster",
             )
         return False
-    state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
     write_durable(state_dir / "server.toml", encode_identity(identity).encode())
     return True
 

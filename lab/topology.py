@@ -13,7 +13,7 @@ from pathlib import Path
 
 import msgspec
 
-from cluster.errors import UsageError
+from cluster.errors import CorruptionError, UsageError
 
 NODES_MAX = 16
 SERVERS_MAX = 8
@@ -110,4 +110,7 @@ class Lab:
             raise UsageError(
                 f"no lab in {directory}", hint="start one with: cfs-lab up (or name its --dir)"
             ) from None
-        return cls(directory, msgspec.json.decode(data, type=LabState))
+        try:
+            return cls(directory, msgspec.json.decode(data, type=LabState))
+        except msgspec.DecodeError as error:
+            raise CorruptionError(f"{directory / STATE_FILE} makes no sense: {error}") from error

@@ -14,9 +14,7 @@ import msgspec
 from cluster import control_client_io
 from cluster.config import (
     SERVER_PORT,
-    ClusterSection,
     NodeConfig,
-    NodeSection,
     decode_token_untrusted,
 )
 from cluster.errors import ConfigError, RefusedError
@@ -62,11 +60,12 @@ def init(
     """Found a cluster on this node: its only node, its only voter."""
     timing_of(profile)
     cluster_id, key = secrets.token_hex(16), secrets.token_hex(32)
-    config = NodeConfig(
-        ClusterSection(cluster_id, name, key, profile),
-        NodeSection(NodeId(number), node, list(addresses)),
+    config = _checked(
+        {
+            "cluster": {"id": cluster_id, "name": name, "key": key, "profile": profile},
+            "node": {"id": number, "name": node, "addresses": list(addresses)},
+        }
     )
-    _checked(config)
     state = initial_state(
         cluster_id, name, profile, NodeInfo(NodeId(number), node, list(addresses))
     )
@@ -79,10 +78,10 @@ def init(
     )
 
 
-def _checked(config: NodeConfig) -> None:
+def _checked(values: Any) -> NodeConfig:
     """The same checks as for node.toml."""
     try:
-        msgspec.convert(msgspec.to_builtins(config), NodeConfig)
+        return msgspec.convert(values, NodeConfig)
     except msgspec.ValidationError as error:
         raise ConfigError(str(error)) from error
 
@@ -106,7 +105,7 @@ def invite(name: str, number: int, addresses: tuple[str, ...], as_json: bool) ->
 def join(token: str, as_json: bool) -> None:
     """Store the invitation TOKEN on this node ("-": read it from stdin); then start clusterd."""
     found = decode_token_untrusted(sys.stdin.read() if token == "-" else token)
-    _checked(found.config)
+    _checked(msgspec.to_builtins(found.config))
     files = NodeFiles()
     files.create(found.config, found.known, None)
     name = found.config.node.name

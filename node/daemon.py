@@ -8,6 +8,7 @@ anew in the same process id, with a higher incarnation.
 from __future__ import annotations
 
 import gc
+import os
 import signal
 import sys
 import traceback
@@ -16,9 +17,10 @@ from collections.abc import Mapping
 import click
 import trio
 
+from cluster.config import NodeConfig
 from cluster.control_io import Handler, Session, serve_sessions
 from cluster.errors import BusyError, StackError
-from cluster.paths_io import control_socket, run_dir
+from cluster.paths_io import control_socket, lock_directory, make_directory, run_dir
 from cluster.tool_cli import ToolCommand, need_root
 from node.admin_io import Admin
 from node.clusterd_io import Clusterd, RestartNeeded, restart_process
@@ -51,8 +53,7 @@ class _Methods(dict[str, Handler]):
         return None
 
 
-async def _serve(files: NodeFiles) -> None:
-    config = files.config()
+async def _serve(files: NodeFiles, config: NodeConfig) -> None:
     incarnation = files.next_incarnation()
     stop = trio.Event()
     daemon = Clusterd(files, config, incarnation)
@@ -134,8 +135,13 @@ def main() -> None:
     """
     need_root("clusterd", "it opens sockets of the system and serves mounts")
     try:
-        run_dir().mkdir(parents=True, exist_ok=True)
-        trio.run(_serve, NodeFiles())
+        files = NodeFiles()
+        config = files.config()
+        files.check(config)
+        lock = lock_directory(files.directory, "clusterd")
+        make_directory(run_dir())
+        trio.run(_serve, files, config)
+        os.close(lock)
     except BaseException as error:
         restart = _find(error, RestartNeeded)
         if isinstance(restart, RestartNeeded):

@@ -14,10 +14,11 @@ from pathlib import Path
 
 import msgspec
 
-from cluster.config import NodeConfig, decode_config, encode_node_config
-from cluster.errors import ConfigError, CorruptionError, RefusedError
+from cluster.config import NodeConfig, decode_config, encode_node_config, read_config_text
+from cluster.errors import ConfigError, CorruptionError, ForeignError, RefusedError
 from cluster.ids import Incarnation
 from cluster.paths_io import read_store, state_dir, write_durable, write_store
+from cluster.register import decode_record_untrusted
 from cluster.state import ClusterState, decode_state_untrusted, encode_state
 
 
@@ -33,16 +34,30 @@ class NodeFiles:
 
     def config(self) -> NodeConfig:
         """node.toml. Raises ConfigError."""
-        try:
-            text = self._config.read_bytes()
-        except FileNotFoundError:
+        if not self._config.exists():
             raise ConfigError(
                 f"{self._config} does not exist: this node is in no cluster",
                 hint="clusterctl init, or clusterctl invite there and clusterctl join here",
-            ) from None
-        except OSError as error:
-            raise ConfigError(f"cannot read {self._config}: {error.strerror}") from error
-        return decode_config(text, NodeConfig, str(self._config))
+            )
+        return decode_config(read_config_text(self._config), NodeConfig, str(self._config))
+
+    def check(self, config: NodeConfig) -> None:
+        """Refuse what must be refused before a life begins. Raises StackError."""
+        known, record = self.known(), self.acceptor_record()
+        accepted = decode_record_untrusted(record).value if record is not None else None
+        for state in (known, accepted):
+            if state is not None and state.cluster_id != config.cluster.id:
+                raise ForeignError(
+                    f"{self.directory} holds the state of another cluster than node.toml names",
+                    hint="bring back the right node.toml, or join again in an empty directory",
+                )
+        for info in known.nodes:
+            if (info.id == config.node.id) != (info.name == config.node.name):
+                raise ConfigError(
+                    f"{self._config}: this is {config.node.name} with id {config.node.id}, but the "
+                    f"cluster knows {info.name} with id {info.id}",
+                    hint="ids and names are given by clusterctl invite; join again for another",
+                )
 
     def create(self, config: NodeConfig, known: ClusterState, acceptor: bytes | None) -> None:
         """Make the files of a new member (init, join). node.toml comes last: it makes the node."""

@@ -31,7 +31,8 @@ import msgspec
 from cluster.actions import Datagram, Notify
 from cluster.actions import Tick as CoreTick
 from cluster.detector import GuardCore
-from cluster.errors import StackError
+from cluster.errors import EXIT_USAGE, BusyError, StackError
+from cluster.errors_wire import failure_of
 from cluster.guard_events import (
     ClusterdDied,
     Facts,
@@ -54,6 +55,7 @@ from node.guard_messages import (
     Alive,
     BarLocal,
     Ended,
+    Failed,
     FromGuard,
     LeaseChanged,
     MountAttached,
@@ -399,8 +401,9 @@ def _take_lock(run_dir: Path) -> int:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             if time.monotonic() > deadline:
-                raise StackError(
-                    "another clusterguard is running here", hint="stop it, then start clusterd"
+                raise BusyError(
+                    f"another clusterguard is running with {run_dir}",
+                    hint="stop it, then start clusterd",
                 ) from None
             time.sleep(0.02)
         else:
@@ -410,18 +413,19 @@ def _take_lock(run_dir: Path) -> int:
 def main() -> None:
     """Entry of the process: the last argument is the number of the socket pair's descriptor."""
     try:
-        descriptor = int(sys.argv[-1])
-    except ValueError:
-        sys.exit("clusterguard is started by clusterd")
-    pipe = socket.socket(fileno=descriptor)
-    settings = decode_to_guard(pipe.recv(PACKET_BYTES_MAX))
-    assert isinstance(settings, Settings)
+        pipe = socket.socket(fileno=int(sys.argv[-1]))
+        settings = decode_to_guard(pipe.recv(PACKET_BYTES_MAX))
+        assert isinstance(settings, Settings)
+    except (ValueError, OSError, msgspec.DecodeError, AssertionError):
+        asked = {"-h", "--help"} & set(sys.argv)
+        print("clusterguard: only clusterd starts it; see: clusterd --help", file=sys.stderr)
+        sys.exit(0 if asked else EXIT_USAGE)
     try:
         lock = _take_lock(Path(settings.run_dir))
         process = Guard(settings, pipe)
     except StackError as error:
-        print(f"clusterguard: {error.message} ({error.hint})", file=sys.stderr, flush=True)
-        sys.exit(1)
+        pipe.send(msgspec.msgpack.encode(Failed(failure_of(error))))
+        sys.exit(error.exit_code)
     pipe.setblocking(False)
     _prefer_this_process()
     process.run()

@@ -22,6 +22,7 @@ import msgspec
 import trio
 
 from cluster.errors import StackError
+from cluster.errors_wire import raise_failure
 from cluster.ids import InstanceNo
 from cluster.paths_io import boottime_ns
 from native.gate import Gate, Word
@@ -29,6 +30,7 @@ from node.fuse_connection_io import abort, open_connections
 from node.guard_messages import (
     PACKET_BYTES_MAX,
     Alive,
+    Failed,
     FromGuard,
     MountAttached,
     MountDetached,
@@ -135,6 +137,9 @@ class GuardLink:
                 self.abort_all()
                 raise StackError("clusterguard has died", hint="see the log of clusterd")
             message = decode_from_guard(data)
+            if isinstance(message, Failed):
+                self.lost = True
+                raise_failure(message.failure)
             if isinstance(message, Ready) and not ready:
                 ready = True
                 task_status.started()

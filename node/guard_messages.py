@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import msgspec
 
-from cluster.control import Timing
+from cluster.control import Failure, Timing
 from cluster.guard_events import Facts, Sighting, Vouch, Vouched
 from cluster.ids import Instance, InstanceNo, NodeId
 
@@ -90,8 +90,15 @@ class MountDetached(msgspec.Struct, frozen=True, tag="detached"):
     number: InstanceNo
 
 
+class Failed(msgspec.Struct, frozen=True, tag="failed"):
+    """Instead of `Ready`: the guard cannot start and ends."""
+
+    failure: Failure
+
+
 FromGuard = (
     Ready
+    | Failed
     | MountAttached
     | MountDetached
     | PurgedLocal

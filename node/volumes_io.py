@@ -28,6 +28,7 @@ from cluster.device import BlockDevice
 from cluster.errors import BusyError, StackError, UnreachableError, UsageError
 from cluster.events import EventName
 from cluster.ids import Instance, InstanceNo, NodeId, ServerId
+from cluster.signatures_io import signature
 from cluster.state import (
     ClusterState,
     SetVolumeGroup,
@@ -420,6 +421,10 @@ class Devices:
     async def open(self, pv: str) -> BlockDevice:
         """See cvm.seams.PhysicalDevices."""
         return BoundedDevice(pv, await self._volumes.open_pv(pv))
+
+    async def signature(self, pv: str) -> str:
+        """See cvm.seams.PhysicalDevices."""
+        return await signature(await self.open(pv))
 
     async def exports(self) -> list[ExportInfo]:
         """See cvm.seams.PhysicalDevices."""

@@ -16,6 +16,7 @@ from cluster.device import BlockDevice
 from cluster.device_memory import MemoryDevice
 from cluster.errors import DeviceError
 from cluster.ids import Incarnation, Instance, InstanceNo, NodeId, ServerId
+from cluster.signatures_io import signature
 from cluster.state import SetVolumeGroup, VolumeGroup
 from cvm.entries import change_for, entries_of
 from cvm.layout import VolumeMap, same_layout
@@ -168,6 +169,9 @@ class FakeDevices:
         if pv in self._cluster.away:
             raise DeviceError(f"{pv} does not answer")
         return _FaultyDevice(self._cluster.disks[pv], self._faults)  # type: ignore[return-value]
+
+    async def signature(self, pv: str) -> str:
+        return await signature(await self.open(pv))
 
     async def exports(self) -> list[ExportInfo]:
         return [

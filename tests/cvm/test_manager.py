@@ -222,8 +222,10 @@ def test_a_pv_that_does_not_answer_is_shown_and_stops_changes_only() -> None:
 def test_a_device_with_foreign_data_needs_yes() -> None:
     async def scenario() -> None:
         cluster = Cluster()
-        await cluster.disks["s1/disk0"].write(0, b"XFSB" + bytes(508))
-        with pytest.raises(RefusedError, match="xfs"):
+        partition = bytes.fromhex("0000020083000201 00080000 00100000")
+        sector = bytes(446) + partition + bytes(48) + b"\x55\xaa"
+        await cluster.disks["s1/disk0"].write(0, sector)
+        with pytest.raises(RefusedError, match="dos partition table"):
             await cluster.manager().call("pvcreate", {"pvs": ["s1/disk0"]})
         await cluster.manager().call("pvcreate", {"pvs": ["s1/disk0"], "yes": True})
 

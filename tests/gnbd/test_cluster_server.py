@@ -294,7 +294,7 @@ def test_a_state_directory_has_one_server(server):
 
     done = subprocess.run(server.command(), capture_output=True, text=True)
     assert done.returncode == 5
-    assert "another gnbd-server" in done.stderr
+    assert f"gnbd-server (pid {server.process.pid}) uses" in done.stderr
 
 
 def test_join_is_idempotent(server):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import io
+import signal
 import sys
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
@@ -27,6 +28,7 @@ TOOLS = {
 USAGE = {"cvmctl": 3, "fsck.cfs": 16}
 """The exit code of a wrong command line where it is not 2."""
 TEXT_MAX = 300
+RUN_S = 8
 
 
 class Ended(NamedTuple):
@@ -45,17 +47,27 @@ def command_of(tool: str) -> click.Command:
     return command
 
 
+def _runs(_number: int, _frame: object) -> None:
+    raise AssertionError("it accepts this and runs")
+
+
 def run(tool: str, *words: str) -> Ended:
     """Run a tool as its entry point does, in this process."""
     out, err = io.StringIO(), io.StringIO()
     old, sys.argv = sys.argv, [tool, *words]
+    handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    signal.signal(signal.SIGALRM, _runs)
+    signal.alarm(RUN_S)
     try:
         with redirect_stdout(out), redirect_stderr(err):
             command_of(tool)()
     except SystemExit as end:
         code = end.code
     finally:
+        signal.alarm(0)
         sys.argv = old
+        for number, handler in zip((signal.SIGTERM, signal.SIGINT), handlers, strict=True):
+            signal.signal(number, handler)
     assert isinstance(code, int), code
     return Ended(code, out.getvalue(), err.getvalue())
 
