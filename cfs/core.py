@@ -64,6 +64,7 @@ class Core:
         self._journal: Journal | None = None
         self.error: BaseException | None = None
         self.damage = DamageLog(environment.damaged, self.runtime.now_ns)
+        self.pages.on_lost = self._tell_of_loss
         self.versions = Versions()
         self.cold: set[int] = set()
         self.seen_ns = 0
@@ -86,6 +87,10 @@ class Core:
         if self.error is None:
             self.error = error
             self.kernel.failed(error)
+
+    def _tell_of_loss(self, state: InodeState, pages: int) -> None:
+        text = f"inode {state.ino}: the disk refused {pages} pages of data; they are lost"
+        self.environment.damaged(state.ino, text)
 
     def now(self, previous_ns: int) -> int:
         """A time stamp that is later than the one it replaces, whatever the clocks of the nodes,

@@ -389,9 +389,10 @@ class FileSystem(RangeCalls):
     ) -> int:
         """Write all or nothing. `append`: at the true end of file whatever `offset` says (the
         kernel is told through `KernelCache.changed` when they differ). `sync`: durable before it
-        returns. `direct`: past the write-behind buffer. `kill`: the writer may not keep set-user-id
-        and set-group-id."""
+        returns, or FsError. `direct`: past the write-behind buffer. `kill`: the writer may not keep
+        set-user-id and set-group-id."""
         state = self.core.state(ino)
+        losses = state.errors.count
         at = None if append else offset
         await state.hold(Mode.EX)
         try:
@@ -401,6 +402,8 @@ class FileSystem(RangeCalls):
                 done, length = await self.files.write(state, at, data, kill=kill)
             if sync:
                 await self.files.sync(state, datasync=True)
+                if state.errors.count != losses:
+                    raise FsError(state.errors.errno)
         finally:
             state.release(Mode.EX)
         if done != offset:
@@ -409,7 +412,8 @@ class FileSystem(RangeCalls):
 
     async def fsync(self, ino: int, datasync: bool = False) -> None:
         """Data and metadata of the inode are durable when this returns, whichever node changed
-        them. Raises the error of a write-behind that failed since."""
+        them; except data that was lost (`take_error` tells each handle of that). Raises
+        FsError(EIO) if the mount cannot go on."""
         state = self.core.state(ino)
         await state.hold(Mode.PR)  # who has changed it writes it before we get the lock
         state.release(Mode.PR)

@@ -4,6 +4,10 @@
 |---|---|
 | getxattr_in | size u32, padding u32, then the name; answer to size 0: size u32, padding u32 |
 | setxattr_in | size u32, flags u32, extra flags u32, padding u32; name, value |
+| fallocate_in | handle u64, offset u64, length u64, mode u32, padding u32 |
+| lseek_in | handle u64, offset u64, whence u32, padding u32; answer: offset u64 |
+| copy_file_range_in | handle u64, offset u64, node out u64, handle out u64, offset out u64, \
+length u64, flags u64; answer: size u32, padding u32, of COPY_FILE_RANGE_64: size u64 |
 | ioctl_in | handle u64, flags u32, command u32, argument u64, in size u32, out size u32; data |
 | ioctl_out | result i32, flags u32, in and out vectors u32; data |
 | create_in | open flags u32, mode u32, umask u32, more flags u32; name |
@@ -21,6 +25,12 @@ from cfs.attributes import BLOCK_BYTES, Attributes
 
 GETXATTR_IN = struct.Struct("=II")
 SETXATTR_IN = struct.Struct("=IIII")
+FALLOCATE_IN = struct.Struct("=QQQII")
+LSEEK_IN = struct.Struct("=QQII")
+LSEEK_OUT = struct.Struct("=Q")
+COPY_IN = struct.Struct("=7Q")
+COPY_OUT = struct.Struct("=II")
+COPY_64_OUT = struct.Struct("=Q")
 IOCTL_IN = struct.Struct("=QIIQII")
 IOCTL_OUT = struct.Struct("=iIII")
 CREATE_IN = struct.Struct("=IIII")

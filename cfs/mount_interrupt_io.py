@@ -72,6 +72,11 @@ class RequestWaits:
         """Whether the kernel has been told that this request ended."""
         return unique in self._abandoned
 
+    def is_killed(self, request: Request) -> bool:
+        """Whether the caller of a request in progress is being killed: for handlers that can stop
+        half-way."""
+        return request.unique in self._signalled and fatal_signal_pending(request.pid)
+
     def finished(self, unique: int) -> None:
         """The handler has returned."""
         self._signalled.discard(unique)

@@ -44,6 +44,8 @@ class Handle:
     """A hold of the lock is kept for the rest of a record that the kernel has split."""
     removed: bool = False
     """Of a directory that is no more; it holds no reference."""
+    losses_heard: int = 0
+    """Losses of written data that this handle has been told of (`cfs.write_errors`)."""
     shared_writer: bool = False
     """Counted in `inode.writers`: a shared mapping of it can dirty pages without a request."""
 

@@ -8,7 +8,7 @@ ever filled at the end of file that the kernel believes in) goes through the cor
 
 from __future__ import annotations
 
-import errno
+import logging
 import os
 import time
 
@@ -22,9 +22,12 @@ from cfs.kernel_cache_io import KernelCaches
 from cfs.mount_fuse_io import pyfuse3
 from cfs.mount_interrupt_io import RequestWaits
 from cfs.operations_base_io import Handle, OperationsBase, handler
+from cfs.operations_extension_io import Extension
 from cfs.protection import need_openable
 from cluster.locks import CachedLock, Mode
-from native.requests import Request
+from native.requests import Opcode, Request
+
+log = logging.getLogger("cfs.operations")
 
 READ_BYTES_MAX = 512 << 20
 """Data of READs being answered; above it further ones wait (their lock held, their turn near)."""
@@ -86,6 +89,7 @@ class DataOperations(OperationsBase):
         except BaseException:
             self.fs.close_ref(number)
             raise
+        handle.losses_heard = self.fs.error_mark(number)
         handle.uncached = bool(flags & os.O_APPEND)
         if flags & os.O_ACCMODE == os.O_RDWR:
             if self.mmap_coherent:
@@ -99,17 +103,25 @@ class DataOperations(OperationsBase):
     async def _start_shared_writing(self, handle: Handle) -> None:
         """From now on the inode's pages are valid only under EX (rule G5). Those that are cached
         under PR stay valid if the lock goes up without having gone down; if it does go down
-        first, the revocation drops them because `writers` is up."""
+        first, the revocation drops them because `writers` is up. Pages of holes go in any case: a
+        store into them would find no block reserved."""
+        inode, lock = handle.inode, handle.lock
         handle.shared_writer = True
-        handle.inode.writers += 1
-        if not handle.lock.try_hold(Mode.EX):
+        inode.writers += 1
+        try:
+            if not lock.try_hold(Mode.EX):
+                await lock.hold(Mode.EX)
             try:
-                await handle.lock.hold(Mode.EX)
-            except BaseException:
-                self.drop_handle(handle.number)
-                self.fs.close_ref(handle.inode.number)
-                raise
-        handle.lock.release(Mode.EX)
+                if inode.writers == 1 and inode.pages:
+                    start, end = inode.pages.spans[0][0], inode.pages.spans[-1][1]
+                    if await self.fs.has_holes_held(inode.number, start, end):
+                        await self.caches.drop_all_pages(inode.number)
+            finally:
+                lock.release(Mode.EX)
+        except BaseException:
+            self.drop_handle(handle.number)
+            self.fs.close_ref(inode.number)
+            raise
 
     @handler
     async def open(
@@ -126,14 +138,37 @@ class DataOperations(OperationsBase):
             handle.lock.release(Mode.EX)
         self.fs.close_ref(handle.inode.number)
 
-    @handler
-    async def flush(self, fh: pyfuse3.FileHandleT) -> None:
-        """close() must not wait for us: the kernel hears so once and asks no more."""
-        raise FsError(errno.ENOSYS)
+    # -- what became of written data -----------------------------------------------------------
+
+    def data_extensions(self) -> dict[Opcode, Extension]:
+        return {Opcode.FLUSH: Extension(self._flush, self._try_flush)}
+
+    def _try_flush(self, request: Request, body: bytes) -> bytes:
+        """close() waits for nothing, and tells of data that was lost by now."""
+        handle = self.handles.get(request.handle)
+        if handle is not None:
+            self._hear(handle)
+        return b""
+
+    async def _flush(self, request: Request, body: bytes) -> bytes:
+        return self._try_flush(request, body)
+
+    def _hear(self, handle: Handle) -> None:
+        """Raise for data that was lost since this handle was told last."""
+        number, handle.losses_heard = self.fs.take_error(handle.inode.number, handle.losses_heard)
+        if number:
+            raise FsError(number, "data written earlier was lost")
+
+    async def sync_written(self, handle: Handle, flags: int = os.O_DSYNC) -> None:
+        """After a write through a handle with O_DSYNC or O_SYNC: durable before the answer."""
+        await self.fs.sync_own(handle.inode.number, datasync=not flags & SYNC_BIT)
+        self._hear(handle)
 
     @handler
     async def fsync(self, fh: pyfuse3.FileHandleT, datasync: bool) -> None:
-        await self.fs.fsync(self.handles[fh].inode.number, datasync)
+        handle = self.handles[fh]
+        await self.fs.fsync(handle.inode.number, datasync)
+        self._hear(handle)
 
     # -- reading -------------------------------------------------------------------------------
 
@@ -213,19 +248,26 @@ class DataOperations(OperationsBase):
         if inode.filled and inode.near_invalidation(arrived_ns):
             await self.caches.drop_filled(inode, off, off + len(buf))
         if flags & os.O_DSYNC:
-            await self.fs.sync_own(inode.number, datasync=not flags & SYNC_BIT)
+            await self.sync_written(handle, flags)
         return written
 
     async def _write_past_cache(
         self, handle: Handle, flags: int, off: int, buf: bytes, kill: bool
     ) -> int:
         inode = handle.inode
-        direct, sync = bool(flags & os.O_DIRECT), bool(flags & os.O_DSYNC)
-        written = await self.fs.write(inode.number, off, buf, sync=sync, direct=direct, kill=kill)
+        direct = bool(flags & os.O_DIRECT)
+        try:
+            written = await self.fs.write(inode.number, off, buf, direct=direct, kill=kill)
+        except FsError:
+            # If data was lost on the way through the buffer, the handle is told of it now.
+            _, handle.losses_heard = self.fs.take_error(inode.number, handle.losses_heard)
+            raise
         if handle.uncached:
             await self.caches.settle(inode, [(off, off + len(buf))])
         else:
             inode.note_write(off, off + len(buf))  # the kernel itself drops what it overlaps
+        if flags & os.O_DSYNC:
+            await self.sync_written(handle, flags)
         return written
 
     async def _append(self, handle: Handle, flags: int, off: int, buf: bytes, kill: bool) -> int:
@@ -257,7 +299,7 @@ class DataOperations(OperationsBase):
             # idea of the end.
             self.caches.start_settle(inode, [*spans, (off, off + len(buf))])
         if flags & os.O_DSYNC:
-            await self.fs.sync_own(inode.number, datasync=not flags & SYNC_BIT)
+            await self.sync_written(handle, flags)
         return written
 
     def _keep_for_the_rest(self, handle: Handle) -> None:
@@ -302,5 +344,10 @@ class DataOperations(OperationsBase):
             # grant is on its way.
             self.launder_waits += 1
             await lock.hold(Mode.EX)
-        await self._write_under(inode, lock, off, buf, laundered=True)
+        try:
+            await self._write_under(inode, lock, off, buf, laundered=True)
+        except FsError as error:
+            # The kernel drops the page whatever it is told. Whoever has the file open hears of it.
+            log.error("inode %d: a page of a mapping is lost: %s", inode.number, error)
+            self.fs.note_error(inode.number, error.errno)
         return len(buf)

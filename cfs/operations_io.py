@@ -16,10 +16,10 @@ from cfs.errors import FsError
 from cfs.kernel_cache import KernelInode
 from cfs.mount_fuse_io import pyfuse3
 from cfs.operations_base_io import handler
-from cfs.operations_data_io import DataOperations
 from cfs.operations_entry_io import absent
 from cfs.operations_extension_io import Extension
 from cfs.operations_inode_io import InodeOperations
+from cfs.operations_range_io import RangeOperations
 from cfs.operations_xattr_io import XattrOperations
 from native.requests import SETATTR_ATIME_NOW, SETATTR_MTIME_NOW, Opcode
 
@@ -29,12 +29,17 @@ Entry = pyfuse3.EntryAttributes
 Context = pyfuse3.RequestContext
 
 
-class CfsOperations(InodeOperations, XattrOperations, DataOperations):
+class CfsOperations(InodeOperations, XattrOperations, RangeOperations):
     """What pyfuse3 calls, and the answers to what it does not know (`extensions`)."""
 
     def extensions(self) -> dict[Opcode, Extension]:
         """The requests that are answered past pyfuse3."""
-        return {**self.xattr_extensions(), **self.inode_extensions()}
+        return {
+            **self.data_extensions(),
+            **self.range_extensions(),
+            **self.xattr_extensions(),
+            **self.inode_extensions(),
+        }
 
     # -- names -----------------------------------------------------------------------------------
 

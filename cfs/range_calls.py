@@ -38,10 +38,12 @@ class RangeCalls:
         offset: int,
         length: int,
         *,
+        kill: bool = False,
         stopped: Callable[[], bool] = lambda: False,
     ) -> None:
         """fallocate(2): mode 0, KEEP_SIZE, PUNCH_HOLE | KEEP_SIZE, ZERO_RANGE [| KEEP_SIZE]; others
-        are EOPNOTSUPP. All or nothing. `stopped` true ends it with EINTR."""
+        are EOPNOTSUPP. All or nothing. `kill`: the caller may not keep set-user-id and
+        set-group-id. `stopped` true ends it with EINTR."""
         if offset < 0 or length <= 0:
             raise FsError(errno.EINVAL)
         if offset + length > OFFSET_MAX:
@@ -55,6 +57,7 @@ class RangeCalls:
         try:
             inode = await self.core.see(lambda: READER.inode(state))
             (need_unprotected if what else need_mutable)(inode)
+            await self.ranges.take_privileges(state, kill=kill)
             if what == FALLOC_PUNCH_HOLE:
                 await self.ranges.punch(state, offset, end)
             elif what == FALLOC_ZERO_RANGE:
@@ -81,16 +84,18 @@ class RangeCalls:
             state.release(Mode.PR)
 
     async def copy_range(
-        self, source: int, offset: int, target: int, to: int, length: int
+        self, source: int, offset: int, target: int, to: int, length: int, *, kill: bool = False
     ) -> int:
-        """copy_file_range(2); see `FileRanges.copy`. Raises FsError(EINVAL) for a range that
-        overlaps itself."""
+        """copy_file_range(2); see `FileRanges.copy`. `kill` as of `fallocate`. Raises
+        FsError(EINVAL) for a range that overlaps itself."""
         one, two = self.core.state(source), self.core.state(target)
         if offset < 0 or to < 0 or (one is two and abs(offset - to) < length):
             raise FsError(errno.EINVAL)
         wants = [(two, Mode.EX)] if one is two else [(one, Mode.PR), (two, Mode.EX)]
         await hold_all(wants)
         try:
+            need_mutable(await self.core.see(lambda: READER.inode(two)))
+            await self.ranges.take_privileges(two, kill=kill)
             return await self.ranges.copy(one, offset, two, to, length)
         finally:
             release_all(wants)

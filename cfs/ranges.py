@@ -67,6 +67,17 @@ class FileRanges:
         self.reader = reader
         self.files = files
 
+    async def take_privileges(self, state: InodeState, *, kill: bool) -> None:
+        """The content is going to be changed. `kill`: by somebody who may not keep set-user-id and
+        set-group-id."""
+
+        def body(tx: Tx) -> None:
+            seen = self._regular(tx, state)
+            if seen.mode & 0o6000 or seen.xattrs is not None:
+                self.files.drop_privileges(tx, state, tx.edit_inode(state), kill=kill)
+
+        await self.core.run(body)
+
     # -- allocating ------------------------------------------------------------------------------
 
     async def allocate(
@@ -161,7 +172,6 @@ class FileRanges:
         inode = tx.edit_inode(state)
         if not keep_size and end > inode.size:
             self.files.extend(tx, state, inode, end)
-        self.files.drop_privileges(tx, state, inode, kill=False)  # the kernel has done that
         self.files.touch(inode)
         self.files.mark_changed(tx, state)
 
@@ -341,7 +351,7 @@ class FileRanges:
                     step = min(step, COPY_STEP_BYTES)
                     budget -= step
                     content = await self.reader.read(source, at, step)
-                    await self.files.write(target, to + done, content)
+                    await self.files.write(target, to + done, content, kill=False)
                 else:
                     await self._copy_hole(target, to + done, to + done + step)
                 done += step

@@ -86,6 +86,7 @@ class Opcode(enum.IntEnum):
     SYNCFS = 50
     TMPFILE = 51
     STATX = 52
+    COPY_FILE_RANGE_64 = 53
 
 
 WRITE_CACHE = 1 << 0

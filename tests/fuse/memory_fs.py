@@ -110,6 +110,15 @@ class MemoryFileSystem:
     async def reserve_held(self, ino, offset, size):
         pass
 
+    async def has_holes_held(self, ino, offset, end):
+        return False
+
+    def error_mark(self, ino):
+        return 0
+
+    def take_error(self, ino, mark):
+        return 0, mark
+
     async def setattr_held(self, ino, changes):
         node = self.node(ino)
         if changes.size is not None:

@@ -98,8 +98,15 @@ def scratch():
 
 
 @contextlib.contextmanager
-def local_mount(directory: Path, *options: str, image_bytes: int = 1 << 30, name: str = "mnt"):
-    """A local mount of a fresh (or, the second time, the same) image."""
+def local_mount(
+    directory: Path,
+    *options: str,
+    image_bytes: int = 1 << 30,
+    name: str = "mnt",
+    program: tuple[str, ...] = ("cfs.mount",),
+):
+    """A local mount of a fresh (or, the second time, the same) image. `program`: the module that
+    serves it, and what comes before the arguments of mount.cfs."""
     image = directory / "image"
     if not image.exists():
         with image.open("wb") as file:
@@ -111,7 +118,7 @@ def local_mount(directory: Path, *options: str, image_bytes: int = 1 << 30, name
         assert made.returncode == 0, made.stderr
     path = directory / name
     path.mkdir(exist_ok=True)
-    command = ["-m", "cfs.mount", str(image), str(path), "-f", "-o", ",".join(("local", *options))]
+    command = ["-m", *program, str(image), str(path), "-f", "-o", ",".join(("local", *options))]
     mounted = Mounted(command, path, directory / f"{name}.log")
     try:
         yield mounted
