@@ -14,6 +14,7 @@ from typing import Annotated, TypeVar
 
 import msgspec
 
+from cluster.decoding import BROKEN
 from cluster.errors import ConfigError
 from cluster.ids import NODE_ID_MAX, NodeId
 from cluster.state import ClusterState
@@ -92,7 +93,7 @@ def decode_config(text: str | bytes, kind: type[T], source: str) -> T:
     """Decode TOML. Raises ConfigError that names `source` and the key path."""
     try:
         return msgspec.toml.decode(text, type=kind)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except BROKEN as error:
         raise ConfigError(f"{source}: {error}", hint=f"correct {source}") from error
 
 
@@ -129,7 +130,7 @@ def decode_token_untrusted(text: str) -> Token:
         if kind != "CFS1":
             raise ValueError("it does not start with CFS1-")
         return msgspec.msgpack.decode(_unbase64(body), type=Token)
-    except (ValueError, msgspec.DecodeError) as error:
+    except BROKEN as error:
         raise ConfigError(
             f"this is not an invitation token: {error}",
             hint="clusterctl invite makes one; that of clusterctl server add is for gnbd-server "

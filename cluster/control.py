@@ -19,6 +19,7 @@ from typing import Any
 
 import msgspec
 
+from cluster.decoding import decode_untrusted
 from cluster.ids import Epoch, Incarnation, Instance, InstanceNo, NodeId, ServerId
 
 
@@ -146,6 +147,5 @@ _decoder: msgspec.json.Decoder[_Message] = msgspec.json.Decoder(_Message)
 
 
 def decode_line_untrusted(line: bytes) -> Call | Reply | Event:
-    """The inverse of `encode_line`. Raises msgspec.DecodeError."""
-    message: Call | Reply | Event = _decoder.decode(line)
-    return message
+    """The inverse of `encode_line`. Raises ProtocolError."""
+    return decode_untrusted(_decoder, line, "control line")

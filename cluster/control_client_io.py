@@ -10,10 +10,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import msgspec
-
 from cluster.control import Call, Event, Reply, decode_line_untrusted, encode_line
-from cluster.errors import ProtocolError, UnreachableError, connect_failure
+from cluster.errors import UnreachableError, connect_failure
 from cluster.errors_wire import raise_failure
 from cluster.paths_io import control_socket
 
@@ -47,10 +45,7 @@ def _messages(sock: socket.socket) -> Iterator[Call | Reply | Event]:
         while (end := buffer.find(b"\n")) >= 0:
             line = bytes(buffer[:end])
             del buffer[: end + 1]
-            try:
-                yield decode_line_untrusted(line)
-            except msgspec.DecodeError as error:
-                raise ProtocolError(f"bad line from clusterd: {error}") from error
+            yield decode_line_untrusted(line)
 
 
 def call(

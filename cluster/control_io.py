@@ -208,10 +208,7 @@ class Session:
                 raise ProtocolError("control line is too long")
 
     def _take(self, line: bytes, nursery: trio.Nursery) -> None:
-        try:
-            message = decode_line_untrusted(line)
-        except msgspec.DecodeError as error:
-            raise ProtocolError(f"bad control line: {error}") from error
+        message = decode_line_untrusted(line)
         if isinstance(message, Event):
             self._on_event(message.event, message.data)
         elif isinstance(message, Reply):

@@ -11,8 +11,6 @@ from __future__ import annotations
 import socket
 from collections.abc import Mapping, Sequence
 
-import msgspec
-
 from cluster.errors import ProtocolError
 from cluster.guard_events import Heard
 from cluster.holders_io import bind
@@ -102,7 +100,7 @@ class Datagrams:
         try:
             frame = unseal_untrusted(identity.keys, identity.cluster_id, data)
             message = decode_message_untrusted(frame.payload)
-        except (ProtocolError, msgspec.DecodeError):
+        except ProtocolError:
             return None
         if frame.kind != KIND_DATAGRAM or not isinstance(message, Heartbeat | Echo):
             return None

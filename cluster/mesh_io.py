@@ -26,6 +26,7 @@ import trio
 from cluster.channel_io import Channel, accept_one, connect, listen
 from cluster.control import GroupEvent, GroupMember
 from cluster.control_io import unwrap_group
+from cluster.decoding import decode_untrusted
 from cluster.errors import BusyError, ProtocolError
 from cluster.identity import Identity
 from cluster.ids import Instance
@@ -160,22 +161,19 @@ class TrioMesh:
                     channel = Channel(sock, self._identity())
                     with contextlib.closing(channel):
                         reply = await channel.dial(self._hello(member.instance, path))
-                        hello = _hellos.decode(reply.payload)
+                        hello = decode_untrusted(_hellos, reply.payload, "hello")
                         if hello.instance != member.instance or not self._core.hello_ok(hello):
                             raise ProtocolError("another process answers there")
                         wait_s = REDIAL_FIRST_S
                         await self._run(channel, hello)
-                except (OSError, ProtocolError, msgspec.DecodeError, trio.TooSlowError):
+                except (OSError, ProtocolError, trio.TooSlowError):
                     pass
                 await trio.sleep(wait_s)
                 wait_s = min(wait_s * 2, REDIAL_MAX_S)
 
     async def _answer(self, frame: Frame) -> bytes:
         """Decide on a dialer's hello; waits while its membership is not known here."""
-        try:
-            hello = _hellos.decode(frame.payload)
-        except msgspec.DecodeError as error:
-            raise ProtocolError(f"bad hello: {error}") from error
+        hello = decode_untrusted(_hellos, frame.payload, "hello")
         if hello.to != self.me or hello.group != self._group or not 0 <= hello.path < PATHS_MAX:
             raise ProtocolError("hello for somebody else")
         if not self._core.hello_ok(hello):
@@ -197,10 +195,11 @@ class TrioMesh:
                     await self._changed.wait()
             channel = Channel(sock, self._identity())
             with contextlib.closing(channel):
-                hello = _hellos.decode((await channel.accept(self._answer)).payload)
+                accepted = await channel.accept(self._answer)
+                hello = decode_untrusted(_hellos, accepted.payload, "hello")
                 if self._core.hello_ok(hello):
                     await self._run(channel, hello)
-        except (OSError, ProtocolError, msgspec.DecodeError, trio.TooSlowError):
+        except (OSError, ProtocolError, trio.TooSlowError):
             pass
         finally:
             sock.close()
@@ -221,10 +220,11 @@ class TrioMesh:
                 while (frame := await channel.receive()) is not None:
                     if self._channels.get(key) is not channel:
                         break
-                    self._perform(self._core.receive(key[0], _batches.decode(frame.payload)))
+                    batch = decode_untrusted(_batches, frame.payload, "batch")
+                    self._perform(self._core.receive(key[0], batch))
                     self._wake.set()
                 nursery.cancel_scope.cancel()
-        except* (ProtocolError, msgspec.DecodeError):
+        except* ProtocolError:
             pass
         finally:
             if self._channels.get(key) is channel:

@@ -11,6 +11,7 @@ from typing import Any
 import msgspec
 
 from cluster.control import GroupMember, MemberInfo
+from cluster.decoding import decode_untrusted
 from cluster.ids import Epoch, Incarnation, Instance, InstanceNo, NodeId
 from cluster.state import ClusterState, Tombstone
 
@@ -323,7 +324,7 @@ def encode_message(message: Message) -> bytes:
 
 
 def decode_message_untrusted(data: bytes | memoryview) -> Message:
-    """The inverse of `encode_message`. Raises msgspec.DecodeError."""
-    result = _decoder.decode(data)
+    """The inverse of `encode_message`. Raises ProtocolError."""
+    result = decode_untrusted(_decoder, data, "cluster message")
     assert isinstance(result, Message)
     return result

@@ -21,6 +21,7 @@ import zlib
 import msgspec
 
 from cluster.actions import Action, Notify, Persist, Received, Send, Tick
+from cluster.decoding import BROKEN
 from cluster.errors import CorruptionError
 from cluster.guard_events import Vouch, Vouched
 from cluster.messages import (
@@ -71,7 +72,7 @@ def decode_record_untrusted(data: bytes) -> Record:
         )
     try:
         return msgspec.msgpack.decode(data[12:], type=Record)
-    except msgspec.DecodeError as error:
+    except BROKEN as error:
         raise CorruptionError(f"the acceptor's store makes no sense: {error}") from error
 
 

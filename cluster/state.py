@@ -19,6 +19,7 @@ from typing import Any
 import msgspec
 
 from cluster.control import MemberInfo, ServerInfo
+from cluster.decoding import decode_untrusted
 from cluster.errors import RefusedError, StackError, UsageError
 from cluster.ids import (
     INSTANCE_NO_MAX,
@@ -492,5 +493,5 @@ _decoder = msgspec.msgpack.Decoder(ClusterState)
 
 
 def decode_state_untrusted(data: bytes) -> ClusterState:
-    """The inverse of `encode_state`. Raises msgspec.DecodeError."""
-    return _decoder.decode(data)
+    """The inverse of `encode_state`. Raises ProtocolError."""
+    return decode_untrusted(_decoder, data, "value of the register")

@@ -24,6 +24,7 @@ import trio
 from cluster.channel_io import Channel, accept_one, connect, listen
 from cluster.control import Failure, Timing
 from cluster.control_io import unwrap_group
+from cluster.decoding import decode_untrusted
 from cluster.errors import ProtocolError, StackError, UnreachableError, UsageError
 from cluster.errors_wire import failure_of, raise_failure
 from cluster.identity import Identity
@@ -269,13 +270,13 @@ class Transport:
         try:
             with contextlib.closing(channel):
                 frame = await channel.accept(answer)
-                greeting = _greetings.decode(frame.payload)
+                greeting = decode_untrusted(_greetings, frame.payload, "greeting")
                 if frame.sender != greeting.node or not 1 <= frame.sender <= NODE_ID_MAX:
                     raise ProtocolError("greeting of somebody else")
                 if greeting.node == self.me or not 0 <= greeting.path < NETWORKS_MAX:
                     raise ProtocolError("impossible greeting")
                 await self._run_channel(channel, greeting.node, greeting.path)
-        except (OSError, ProtocolError, msgspec.DecodeError, trio.TooSlowError):
+        except (OSError, ProtocolError, trio.TooSlowError):
             pass
 
     async def _run_channel(self, channel: Channel, node: NodeId, path: int) -> None:
@@ -290,9 +291,9 @@ class Transport:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(channel.write_loop)
                 while (frame := await channel.receive()) is not None:
-                    self._take(node, channel, _packets.decode(frame.payload))
+                    self._take(node, channel, decode_untrusted(_packets, frame.payload, "packet"))
                 nursery.cancel_scope.cancel()
-        except* (ProtocolError, msgspec.DecodeError):
+        except* ProtocolError:
             pass
         finally:
             if self._channels.get(key) is channel:

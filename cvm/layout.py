@@ -22,6 +22,7 @@ from collections.abc import Sequence
 import msgspec
 
 from cluster.control import ServerInfo
+from cluster.decoding import BROKEN
 from cluster.device import Buffer
 from cluster.errors import CorruptionError
 from cluster.ids import ServerId
@@ -99,7 +100,7 @@ def decode_map_untrusted(data: object) -> VolumeMap:
     """Build a map from the value that came over the control socket. Raises CorruptionError."""
     try:
         volume_map = msgspec.convert(data, VolumeMap)
-    except msgspec.ValidationError as error:
+    except BROKEN as error:
         raise CorruptionError(f"not a volume map: {error}") from error
     check_map(volume_map)
     return volume_map

@@ -63,6 +63,7 @@ import zlib
 import msgspec
 
 from cluster.control import ServerInfo
+from cluster.decoding import BROKEN
 from cluster.errors import CorruptionError, StackError, UsageError
 from cluster.ids import ServerId
 from cvm.layout import Leg, Segment, Stripe, VolumeMap
@@ -216,7 +217,7 @@ def decode_text_untrusted(text: bytes) -> VgRecord:
     """The inverse of `encode_text`, checked. Raises CorruptionError."""
     try:
         vg = msgspec.json.decode(text, type=VgRecord)
-    except msgspec.DecodeError as error:
+    except BROKEN as error:
         raise CorruptionError(f"volume group metadata is damaged: {error}") from error
     check_vg(vg)
     return vg

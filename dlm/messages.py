@@ -33,6 +33,7 @@ from typing import Annotated
 
 import msgspec
 
+from cluster.decoding import BROKEN
 from cluster.errors import ProtocolError
 from cluster.ids import Instance
 from cluster.locks import Mode
@@ -214,5 +215,5 @@ def decode_untrusted(payload: bytes) -> Batch:
     """Raises ProtocolError. Lengths of names and value blocks and all numbers are checked here."""
     try:
         return _decoder.decode(payload)
-    except msgspec.DecodeError as error:
+    except BROKEN as error:
         raise ProtocolError(f"not a lock manager message: {error}") from error

@@ -19,6 +19,7 @@ import struct
 
 import msgspec
 
+from cluster.decoding import BROKEN
 from cluster.errors import CorruptionError
 from fencing.admission import InstallRecord
 from fencing.reservations import ReservationState
@@ -73,5 +74,5 @@ def decode_state_untrusted(data: bytes) -> ServerState:
         raise CorruptionError("the checksum is wrong")
     try:
         return _decoder.decode(payload)
-    except msgspec.DecodeError as error:
+    except BROKEN as error:
         raise CorruptionError(f"the payload makes no sense: {error}") from error

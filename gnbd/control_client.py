@@ -7,6 +7,7 @@ from typing import TypeVar
 
 import msgspec
 
+from cluster.decoding import decode_untrusted
 from cluster.errors import ProtocolError, StackError, UsageError
 from cluster.ids import Epoch
 from cluster.wire import Keys
@@ -17,6 +18,9 @@ from gnbd.dialogues import option_exchange
 
 CONNECT_TIMEOUT_S = 5.0
 T = TypeVar("T", bound=m.Answer)
+
+
+_welcomes = msgspec.msgpack.Decoder(m.ControlWelcome)
 
 
 class InstallRefusedError(StackError):
@@ -49,10 +53,7 @@ class ControlProtocol:
         raw = yield from option_exchange(
             p.OPT_CONTROL, msgspec.msgpack.encode(m.ControlHello(nonce))
         )
-        try:
-            welcome = msgspec.msgpack.decode(raw, type=m.ControlWelcome)
-        except msgspec.DecodeError as error:
-            raise ProtocolError(f"bad welcome: {error}") from error
+        welcome = decode_untrusted(_welcomes, raw, "welcome of a server")
         self.server_id, self.server_name = welcome.server_id, welcome.name
         self._session = ControlSession(self._keys, self._identity, nonce, welcome.nonce)
 
@@ -63,10 +64,7 @@ class ControlProtocol:
         sealed = session.seal(msgspec.msgpack.encode(request), self.epoch)
         frame = session.open_untrusted((yield from option_exchange(p.OPT_CONTROL, sealed)))
         self.epoch = frame.epoch
-        try:
-            return m.decode_answer_untrusted(frame.payload)
-        except msgspec.DecodeError as error:
-            raise ProtocolError(f"bad answer: {error}") from error
+        return m.decode_answer_untrusted(frame.payload)
 
 
 def expect(answer: m.Answer, kind: type[T]) -> T:

@@ -42,10 +42,7 @@ class ControlServer:
         if self._session is None:
             return self._hello(data)
         frame = self._session.open_untrusted(data)
-        try:
-            request = m.decode_request_untrusted(frame.payload)
-        except msgspec.DecodeError as error:
-            raise ProtocolError(f"bad control request: {error}") from error
+        request = m.decode_request_untrusted(frame.payload)
         self._service.heard(NodeId(frame.sender), frame.incarnation)
         try:
             answer = self._perform(frame, request)
@@ -56,10 +53,7 @@ class ControlServer:
         return self._session.seal(msgspec.msgpack.encode(answer), self._service.admission.epoch)
 
     def _hello(self, data: bytes) -> bytes:
-        try:
-            hello = m.decode_opening_untrusted(data)
-        except msgspec.DecodeError as error:
-            raise ProtocolError(f"bad control opening: {error}") from error
+        hello = m.decode_opening_untrusted(data)
         if not isinstance(hello, m.ControlHello) or len(hello.nonce) != m.NONCE_BYTES:
             raise ProtocolError("a control session begins with a nonce")
         identity = self._identity
@@ -106,10 +100,7 @@ class ControlServer:
         return m.Done(service.admission.epoch)
 
     def _cluster(self, frame: Frame, payload: bytes) -> m.Answer:
-        try:
-            message = decode_message_untrusted(payload)
-        except msgspec.DecodeError as error:
-            raise ProtocolError(f"bad cluster message: {error}") from error
+        message = decode_message_untrusted(payload)
         answers: list[Message]
         if isinstance(message, Install):
             answers = [self._install(frame, message)]

@@ -11,6 +11,7 @@ from collections.abc import Generator
 
 import msgspec
 
+from cluster.decoding import BROKEN
 from cluster.errors import ProtocolError, StackError
 from cluster.wire import login_proof
 from gnbd import messages as m
@@ -47,7 +48,7 @@ def login_dialogue(
         proof = login_proof(secret, nonce, hello.path, hello.generation)
         raw = yield from option_exchange(p.OPT_LOGIN, msgspec.msgpack.encode(m.LoginProof(proof)))
         result = msgspec.msgpack.decode(raw, type=m.LoginResult)
-    except msgspec.DecodeError as error:
+    except BROKEN as error:
         raise ProtocolError(f"bad login answer: {error}") from error
     expected = login_proof(secret, hello.nonce, hello.path, hello.generation)
     if result.status != m.LOGIN_REFUSED and not hmac.compare_digest(result.proof, expected):

@@ -13,6 +13,7 @@ from typing import Annotated
 import msgspec
 
 from cluster.config import Hex16, Hex32, Name, decode_config
+from cluster.decoding import BROKEN
 from cluster.errors import ConfigError
 from cluster.ids import SERVER_ID_MAX, SERVER_ID_MIN, ServerId
 from cluster.wire import Keys
@@ -48,7 +49,7 @@ def decode_server_token_untrusted(text: str) -> ServerIdentity:
     try:
         raw = urlsafe_b64decode(text + "=" * (-len(text) % 4))
         return msgspec.json.decode(raw, type=ServerIdentity)
-    except (ValueError, msgspec.DecodeError) as error:
+    except BROKEN as error:
         raise ConfigError(
             f"this is not a server token: {error}",
             hint="clusterctl server add makes one; that of clusterctl invite is for clusterctl "

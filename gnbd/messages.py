@@ -15,6 +15,7 @@ from __future__ import annotations
 import msgspec
 
 from cluster.control import MemberInfo
+from cluster.decoding import decode_untrusted
 from cluster.ids import Epoch, Incarnation, Instance, NodeId, ServerId
 from cluster.wire import Keys, derived_key
 from fencing.reservations import Capabilities, FullStatus
@@ -77,8 +78,8 @@ _opening: msgspec.msgpack.Decoder[Opening] = msgspec.msgpack.Decoder(Opening)
 
 
 def decode_opening_untrusted(data: bytes) -> Opening:
-    """A clear-text private request. Raises msgspec.DecodeError."""
-    return _opening.decode(data)
+    """A clear-text private request. Raises ProtocolError."""
+    return decode_untrusted(_opening, data, "login or control opening")
 
 
 class Ping(msgspec.Struct, frozen=True, tag_field="t", tag="ping"):
@@ -258,13 +259,13 @@ _answer: msgspec.msgpack.Decoder[Answer] = msgspec.msgpack.Decoder(Answer)
 
 
 def decode_request_untrusted(data: bytes) -> Request:
-    """Payload of a request frame. Raises msgspec.DecodeError."""
-    return _request.decode(data)
+    """Payload of a request frame. Raises ProtocolError."""
+    return decode_untrusted(_request, data, "control request")
 
 
 def decode_answer_untrusted(data: bytes) -> Answer:
-    """Payload of an answer frame. Raises msgspec.DecodeError."""
-    return _answer.decode(data)
+    """Payload of an answer frame. Raises ProtocolError."""
+    return decode_untrusted(_answer, data, "control answer")
 
 
 def session_keys(keys: Keys, client_nonce: bytes, server_nonce: bytes) -> Keys:

@@ -109,7 +109,7 @@ class _Negotiation:
             return handshake.private_reply(option, self._control.handle_untrusted(data))
         try:
             opening = m.decode_opening_untrusted(data)
-        except msgspec.DecodeError:
+        except ProtocolError:
             return handshake.refusal(option, p.REP_ERR_INVALID, "malformed login")
         if isinstance(opening, m.LoginHello) and self._connection.session is None:
             self._hello = opening

@@ -12,7 +12,6 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 
-import msgspec
 import structlog
 
 from cluster.actions import Notify, Persist, Received, Send
@@ -116,7 +115,7 @@ class Voter:
         try:
             frame = unseal_untrusted(identity.keys, identity.cluster_id_bytes, data)
             message = decode_message_untrusted(frame.payload)
-        except (StackError, msgspec.DecodeError):
+        except StackError:
             return None
         if not isinstance(message, Heartbeat) or message.node != frame.sender:
             return None

@@ -36,7 +36,7 @@ from cluster.core_events import (
     StateChanged,
     TakeIncarnation,
 )
-from cluster.errors import NotQuorateError
+from cluster.errors import NotQuorateError, ProtocolError
 from cluster.events import EventLog, EventName, EventRecord
 from cluster.guard_events import Facts, Sighting, Vouch, Vouched
 from cluster.identity import Identity
@@ -284,7 +284,7 @@ class Clusterd:
     def _received(self, node: NodeId, incarnation: Incarnation, body: bytes) -> None:
         try:
             message = decode_message_untrusted(body)
-        except msgspec.DecodeError:
+        except ProtocolError:
             return
         self._route(node, incarnation, message)
 

@@ -12,10 +12,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import msgspec
-
 from cluster.config import NodeConfig, decode_config, encode_node_config, read_config_text
-from cluster.errors import ConfigError, CorruptionError, ForeignError, RefusedError
+from cluster.errors import ConfigError, CorruptionError, ForeignError, ProtocolError, RefusedError
 from cluster.ids import Incarnation
 from cluster.paths_io import read_store, state_dir, write_durable, write_store
 from cluster.register import decode_record_untrusted
@@ -98,7 +96,7 @@ class NodeFiles:
             raise ConfigError(f"{self._known} is missing", hint="join the cluster again")
         try:
             return decode_state_untrusted(data)
-        except msgspec.DecodeError as error:
+        except ProtocolError as error:
             raise CorruptionError(f"{self._known} makes no sense: {error}") from error
 
     def save_known(self, state: ClusterState) -> None:

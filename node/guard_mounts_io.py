@@ -21,6 +21,7 @@ from typing import Any
 
 import msgspec
 
+from cluster.decoding import BROKEN
 from cluster.errors import StackError
 from cluster.ids import Instance
 from native.gate import Gate, create_gate_memory
@@ -103,7 +104,7 @@ class MountSocket:
             for fd in fds:
                 os.set_inheritable(fd, False)
             return Mount(sock, request, fds)
-        except (ValueError, msgspec.DecodeError) as error:
+        except BROKEN as error:
             for fd in fds:
                 os.close(fd)
             self._answer(sock, {"error": f"bad attach: {error}"})
