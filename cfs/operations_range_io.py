@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 
 from cfs import fuse_layout
+from cfs.mount_capability_io import CAP_FSETID, has_capability
 from cfs.operations_data_io import DataOperations
 from cfs.operations_extension_io import Extension
 from cfs.range_calls import FALLOC_KEEP_SIZE
@@ -35,9 +36,11 @@ class RangeOperations(DataOperations):
         handle = self.handles[number]
         inode = handle.inode
         await self.fs.fallocate(
-            inode.number, mode, offset, length, kill=request.uid != 0,
+            inode.number, mode, offset, length,
+            kill=not has_capability(request, CAP_FSETID),
             stopped=lambda: self.waits.is_killed(request),
         )  # fmt: skip
+        await self.caches.attributes_settled(inode)
         if mode & ~FALLOC_KEEP_SIZE:
             inode.note_write(offset, offset + length)
         if handle.flags & os.O_DSYNC:
@@ -65,8 +68,9 @@ class RangeOperations(DataOperations):
         handle = self.handles[target]
         done = await self.fs.copy_range(
             self.handles[source].inode.number, offset, handle.inode.number, to, min(length, most),
-            kill=request.uid != 0,
+            kill=not has_capability(request, CAP_FSETID),
         )  # fmt: skip
+        await self.caches.attributes_settled(handle.inode)
         handle.inode.note_write(to, to + done)
         if handle.flags & os.O_DSYNC:
             await self.sync_written(handle)

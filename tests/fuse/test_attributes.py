@@ -21,6 +21,10 @@ RENAME_EXCHANGE = 2
 AT_FDCWD, AT_SYMLINK_FOLLOW, AT_EMPTY_PATH = -100, 0x400, 0x1000
 STATX_BTIME = 0x800
 ACCESS, DEFAULT = "system.posix_acl_access", "system.posix_acl_default"
+COPY = (
+    "import os,sys\nsource=os.open(sys.argv[1],os.O_RDONLY)\n"
+    "assert os.copy_file_range(source,os.open(sys.argv[2],os.O_WRONLY),9000)\n"
+)
 libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -185,7 +189,9 @@ def test_setgid_and_sticky_directories(place):
     assert as_user("rm", "-f", shared / "mine", uid=1001)[0] == 0  # it is gone
 
 
-@pytest.mark.parametrize("how", ["write", "append", "truncate", "open", "chown"])
+@pytest.mark.parametrize(
+    "how", ["write", "append", "truncate", "open", "chown", "fallocate", "copy"]
+)
 def test_writers_lose_privileges(place, how):
     """set-user-id goes when somebody without CAP_FSETID changes a file, capabilities always."""
     path = place / "program"
@@ -196,7 +202,10 @@ def test_writers_lose_privileges(place, how):
         "truncate": ["truncate", "-s", "0", path],
         "open": ["sh", "-c", f": > {path}"],
         "chown": ["chown", "1000:1000", path],
+        "fallocate": ["fallocate", "-l", "100000", path],
+        "copy": ["/usr/bin/python3", "-c", COPY, place / "source", path],
     }[how]
+    (place / "source").write_bytes(bytes(9000))
 
     def arm():
         os.chown(path, 1000, 1000)
