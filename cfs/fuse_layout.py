@@ -12,6 +12,9 @@ length u64, flags u64; answer: size u32, padding u32, of COPY_FILE_RANGE_64: siz
 | ioctl_out | result i32, flags u32, in and out vectors u32; data |
 | create_in | open flags u32, mode u32, umask u32, more flags u32; name |
 | entry_out | node u64, generation u64, name and attribute timeouts (seconds u64; ns u32); attr |
+| attr_out | attribute timeout (seconds u64, ns u32), padding u32; attr |
+| forget_in | count u64 |
+| batch_forget_in | entries u32, padding u32; node u64, count u64 each |
 | open_out | handle u64, flags u32, padding |
 | statx_in | flags u32, reserved u32, handle u64, sync flags u32, mask u32 |
 | statx_out | timeout (seconds u64, ns u32), flags u32, spare u64 twice, statx of 256 bytes |
@@ -36,6 +39,10 @@ IOCTL_OUT = struct.Struct("=iIII")
 CREATE_IN = struct.Struct("=IIII")
 OPEN_OUT = struct.Struct("=QIi")
 STATX_IN = struct.Struct("=IIQII")
+FORGET_IN = struct.Struct("=Q")
+_BATCH_FORGET = struct.Struct("=II")
+_FORGET_ONE = struct.Struct("=QQ")
+_ATTR_HEAD = struct.Struct("=QII")
 _ENTRY_HEAD = struct.Struct("=QQQQII")
 _ATTR = struct.Struct("=QQQqqqIIIIIIIIII")
 _STATX_HEAD = struct.Struct("=QIIQQ")
@@ -90,6 +97,25 @@ def encode_entry(
     attribute_s, attribute_ns = _timeout(attribute_timeout_s)
     head = _ENTRY_HEAD.pack(node, attributes.generation, name_s, attribute_s, name_ns, attribute_ns)
     return head + encode_attributes(attributes)
+
+
+def encode_absent(name_timeout_s: float) -> bytes:
+    """`fuse_entry_out` of a name that is not there."""
+    seconds, ns = _timeout(name_timeout_s)
+    return _ENTRY_HEAD.pack(0, 0, seconds, 0, ns, 0) + bytes(_ATTR.size)
+
+
+def encode_attr_out(attributes: Attributes, attribute_timeout_s: float) -> bytes:
+    """`fuse_attr_out`."""
+    seconds, ns = _timeout(attribute_timeout_s)
+    return _ATTR_HEAD.pack(seconds, ns, 0) + encode_attributes(attributes)
+
+
+def decode_batch_forget(body: bytes) -> list[tuple[int, int]]:
+    """(node, count) of each entry."""
+    count, _ = _BATCH_FORGET.unpack_from(body)
+    start = _BATCH_FORGET.size
+    return list(_FORGET_ONE.iter_unpack(body[start : start + count * _FORGET_ONE.size]))
 
 
 def encode_statx(attributes: Attributes, attribute_timeout_s: float) -> bytes:

@@ -129,6 +129,15 @@ class OperationsBase(pyfuse3.Operations):  # type: ignore[misc]
         self, attributes: Attributes, name_timeout_s: float
     ) -> pyfuse3.EntryAttributes:
         """An answer that makes the kernel know an inode: counted until it is forgotten."""
+        inode, attributes, timeout = self.count_entry(attributes)
+        found = entry(attributes, attribute_timeout_s=timeout, name_timeout_s=name_timeout_s)
+        if inode.node != attributes.ino:
+            found.st_ino = pyfuse3.InodeT(inode.node)
+        return found
+
+    def count_entry(self, attributes: Attributes) -> tuple[KernelInode, Attributes, float]:
+        """Count an answer that makes the kernel know an inode. Its account, its newest attributes,
+        and how long they may be believed (seconds)."""
         ino = attributes.ino
         fresh = self.fs.try_getattr(ino)
         inode = self.caches.know(ino, attributes.generation, directory=attributes.is_directory)
@@ -138,10 +147,7 @@ class OperationsBase(pyfuse3.Operations):  # type: ignore[misc]
             attributes = fresh
             lock = self.fs.inode_lock(ino)
             timeout = self.caches.attribute_timeout(inode, lock, inode.revision)
-        found = entry(attributes, attribute_timeout_s=timeout, name_timeout_s=name_timeout_s)
-        if inode.node != ino:
-            found.st_ino = pyfuse3.InodeT(inode.node)
-        return found
+        return inode, attributes, timeout
 
     def current_attributes(
         self, inode: KernelInode, attributes: Attributes

@@ -36,16 +36,6 @@ def entry(
     return found
 
 
-def absent(name_timeout_s: float) -> pyfuse3.EntryAttributes:
-    """An answer that says that the name is not there, and for how long."""
-    found = pyfuse3.EntryAttributes()
-    found.st_ino = pyfuse3.InodeT(0)
-    found.entry_timeout = name_timeout_s
-    found.attr_timeout = 0.0
-    found.st_mode = pyfuse3.ModeT(0)
-    return found
-
-
 class PlainEntry:
     """A directory entry that only says name, number and type.
 

@@ -9,16 +9,15 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Sequence
 
 from cfs.attributes import NOW, Attributes, DirEntry, SetAttributes
 from cfs.errors import FsError
 from cfs.kernel_cache import KernelInode
 from cfs.mount_fuse_io import pyfuse3
 from cfs.operations_base_io import handler
-from cfs.operations_entry_io import absent
 from cfs.operations_extension_io import Extension
 from cfs.operations_inode_io import InodeOperations
+from cfs.operations_lookup_io import LookupOperations
 from cfs.operations_range_io import RangeOperations
 from cfs.operations_xattr_io import XattrOperations
 from native.requests import SETATTR_ATIME_NOW, SETATTR_MTIME_NOW, Opcode
@@ -29,12 +28,13 @@ Entry = pyfuse3.EntryAttributes
 Context = pyfuse3.RequestContext
 
 
-class CfsOperations(InodeOperations, XattrOperations, RangeOperations):
+class CfsOperations(LookupOperations, InodeOperations, XattrOperations, RangeOperations):
     """What pyfuse3 calls, and the answers to what it does not know (`extensions`)."""
 
     def extensions(self) -> dict[Opcode, Extension]:
         """The requests that are answered past pyfuse3."""
         return {
+            **self.lookup_extensions(),
             **self.data_extensions(),
             **self.range_extensions(),
             **self.xattr_extensions(),
@@ -43,45 +43,8 @@ class CfsOperations(InodeOperations, XattrOperations, RangeOperations):
 
     # -- names -----------------------------------------------------------------------------------
 
-    @handler
-    async def lookup(
-        self, parent_inode: pyfuse3.InodeT, name: pyfuse3.FileNameT, ctx: Context | None = None
-    ) -> Entry:
-        parent = self.known(parent_inode)
-        number = parent.number
-        revision = parent.revision
-        unique = self.request.unique
-        try:
-            attributes = self.fs.try_lookup(number, name)
-            if attributes is None:
-                attributes = await self.fs.lookup(number, name)
-                self.stop_if_abandoned(unique)
-        except FsError as error:
-            timeout = self._name_timeout(parent, revision)
-            if error.errno != errno.ENOENT or not timeout:
-                raise
-            return absent(timeout)
-        return self.answer_entry(attributes, self._name_timeout(parent, revision))
-
-    def _name_timeout(self, parent: KernelInode, revision: int) -> float:
-        return self.caches.name_timeout(parent, self.fs.inode_lock(parent.number), revision)
-
     def _made(self, parent: KernelInode, revision: int, attributes: Attributes) -> Entry:
-        return self.answer_entry(attributes, self._name_timeout(parent, revision))
-
-    @handler
-    async def forget(self, inode_list: Sequence[tuple[pyfuse3.InodeT, int]]) -> None:
-        inodes = self.caches.inodes
-        unused = []
-        for node, count in inode_list:
-            inode = inodes.get(self.ino(node))
-            if inode is None:
-                continue
-            inode.lookups = max(0, inode.lookups - count)
-            if self.caches.drop_if_unused(inode):
-                unused.append(inode.number)
-        if unused:
-            self.fs.forget(unused)
+        return self.answer_entry(attributes, self.name_timeout(parent, revision))
 
     @handler
     async def create(
@@ -203,12 +166,6 @@ class CfsOperations(InodeOperations, XattrOperations, RangeOperations):
     # -- attributes --------------------------------------------------------------------------------
 
     @handler
-    async def getattr(self, inode: pyfuse3.InodeT, ctx: Context | None = None) -> Entry:
-        account = self.known(inode)
-        attributes = await self.attributes_of(account)
-        return self.answer_attributes(account, attributes)
-
-    @handler
     async def setattr(
         self,
         inode: pyfuse3.InodeT,
@@ -301,7 +258,7 @@ class CfsOperations(InodeOperations, XattrOperations, RangeOperations):
             if self.waits.is_abandoned(unique):
                 self._uncount(counted)
                 raise FsError(errno.EINTR)
-            timeout = self._name_timeout(parent, revision)
+            timeout = self.name_timeout(parent, revision)
             for item in found:
                 if not self._reply_name(token, item, timeout, counted):
                     return
