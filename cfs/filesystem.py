@@ -134,8 +134,8 @@ class FileSystem(RangeCalls):
         core = self.core
         try:
             await core.pages.flush_all()
-            if checkpoint and not core.journal.is_clean:
-                await core.journal.checkpoint()
+            if checkpoint and not core.journal.is_empty:
+                await core.journal.checkpoint(move_tail=True)
             elif core.journal.running:
                 await core.journal.commit()
         except Exception as error:

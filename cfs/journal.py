@@ -30,6 +30,9 @@ from cfs.seams import Event, Runtime
 from cluster.device import BlockDevice, Buffer
 
 JOIN_BYTES_MAX = 1 << 20
+TAIL_LAG_BLOCKS_MAX = 256
+"""Log behind the tail whose images may be in their places already. A hand-over of a lock does not
+wait for the tail to move; what a replay would then read once more is bounded by this."""
 
 
 class Ordered(Protocol):
@@ -123,6 +126,7 @@ class Journal:
         self._commit_done = 0
         self._checkpoint_wanted = 0
         self._checkpoint_done = 0
+        self._move_tail = False
         self._waiters: list[Event] = []
         self._working = False
 
@@ -141,6 +145,11 @@ class Journal:
     def is_clean(self) -> bool:
         return not (self.running or self.sealed or self.committed)
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether a replay would have nothing to do."""
+        return self.is_clean and self._header.tail == self._head
+
     def is_dirty(self, block: int) -> bool:
         """Whether the block waits for its commit or for its place."""
         return block in self.running or block in self.committed or block in self.sealed
@@ -150,9 +159,11 @@ class Journal:
         self._commit_wanted += 1
         await self._wait(commit=self._commit_wanted, checkpoint=0)
 
-    async def checkpoint(self) -> None:
-        """Everything that was changed before this call is in its place, flushed."""
+    async def checkpoint(self, *, move_tail: bool = False) -> None:
+        """Everything that was changed before this call is in its place, flushed. `move_tail`: and a
+        replay will have nothing to do."""
         self._checkpoint_wanted += 1
+        self._move_tail = self._move_tail or move_tail
         await self._wait(commit=0, checkpoint=self._checkpoint_wanted)
 
     async def _wait(self, commit: int, checkpoint: int) -> None:
@@ -250,6 +261,7 @@ class Journal:
         assert blocks <= self.log_blocks, "a transaction is larger than its journal"
         if self._head + blocks - self._durable_tail <= self.log_blocks:
             return
+        self._move_tail = True
         await self._checkpoint()
         if self._head + blocks - self._durable_tail > self.log_blocks:
             await self._flush()
@@ -258,7 +270,8 @@ class Journal:
     # -- checkpoint ------------------------------------------------------------------------------
 
     async def _checkpoint(self) -> None:
-        """Write all committed images in place and move the tail up to the head."""
+        """Write all committed images in place; move the tail up to the head if it is time."""
+        move_tail, self._move_tail = self._move_tail, False
         batch = dict(self.committed)
         maps: list[tuple[int, Buffer]] = []
         others: list[tuple[int, Buffer]] = []
@@ -268,13 +281,17 @@ class Journal:
             if writes:
                 await self._device.write_many(joined(writes))
                 self._counter.wrote()
-        await self._flush()
+        if batch:
+            await self._flush()
+        else:
+            await self._counter.ensure(self._counter.written)
         for block, entry in batch.items():
             if self.committed.get(block) is entry:
                 del self.committed[block]
             if isinstance(entry[0], GroupNode):
                 self.on_placed(entry[0])
-        if self._header.tail != self._head:
+        lag = self._head - self._header.tail
+        if lag and (move_tail or lag > min(TAIL_LAG_BLOCKS_MAX, self.log_blocks // 4)):
             await self._write_header(in_use=True)
 
     async def _write_header(self, *, in_use: bool) -> None:

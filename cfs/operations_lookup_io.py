@@ -75,15 +75,19 @@ class LookupOperations(OperationsBase):
 
     def _try_getattr(self, request: Request, body: bytes) -> bytes | None:
         account = self.known(request.inode)
+        if account.remains is not None:
+            return None
         attributes = self.fs.try_getattr(account.number)
-        return None if attributes is None else self._attributes(account, attributes)
+        if attributes is None:
+            return None
+        self.need_same_life(account, attributes)
+        return self._attributes(account, attributes)
 
     async def _getattr(self, request: Request, body: bytes) -> bytes:
         account = self.known(request.inode)
-        return self._attributes(account, await self.fs.getattr(account.number))
+        return self._attributes(account, await self.attributes_of(account))
 
     def _attributes(self, account: KernelInode, attributes: Attributes) -> bytes:
-        self.need_same_life(account, attributes)
         attributes, timeout = self.current_attributes(account, attributes)
         return fuse_layout.encode_attr_out(attributes, timeout)
 
