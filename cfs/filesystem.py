@@ -68,6 +68,7 @@ class FileSystem(RangeCalls):
         Raises CorruptionError (no file system), BusyError (mkfs or fsck at work, no journal free).
         """
         superblock = await stage.read_superblock(device)
+        stage.need_mountable(superblock)
         core = Core(device, locks, environment, options or MountOptions(), superblock)
         lock = await locks.try_lock(MOUNT_LOCK, Mode.PR)
         if lock is None:

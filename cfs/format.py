@@ -85,9 +85,15 @@ class Feature(enum.IntFlag):
 
     UNWRITTEN = 1
     """Extents may be flagged as unwritten."""
+    REPAIRING = 2
+    """fsck has begun to write repairs and has not ended: no mount."""
+    METADATA_ONLY = 4
+    """Restored from a dump of metadata: there is no data, and names may be hashes. No mount."""
 
 
-FEATURES_KNOWN = Feature.UNWRITTEN
+FEATURES_MADE = Feature.UNWRITTEN
+"""What mkfs sets, and the first mount that knows it."""
+FEATURES_KNOWN = Feature.UNWRITTEN | Feature.REPAIRING | Feature.METADATA_ONLY
 
 
 class Header(msgspec.Struct, frozen=True, gc=False):

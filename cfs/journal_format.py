@@ -4,7 +4,8 @@ A journal is a run of blocks: two pairs of headers, `ORPHAN_BLOCKS` orphan block
 blocks. The pairs are written in turn; the valid header with the higher change counter counts. Both
 headers of a pair say the same: a header that rots takes nothing with it. When both of a pair are
 unreadable the other pair does not count either, because it may be the older one, and the log behind
-its tail may be overwritten.
+its tail may be overwritten. (A power cut leaves no such pair: what changes in a header is in its
+first sector.)
 
 Header, at 64 (kind JOURNAL_HEADER, owner: slot, change: rises with every write):
 

@@ -9,7 +9,7 @@ import msgspec
 from cfs.attributes import BLOCK_BYTES
 from cfs.format import (
     DEVICE_BLOCKS_MIN,
-    FEATURES_KNOWN,
+    FEATURES_MADE,
     FIRST_GROUP_BLOCK,
     GROUP_BLOCKS_MAX,
     GROUP_BLOCKS_MIN,
@@ -89,7 +89,7 @@ def plan(device_blocks: int, choices: Choices) -> list[tuple[int, Buffer]]:
         root_ino=ROOT_BLOCK,
         version=1,
         created_ns=choices.now_ns,
-        features_incompatible=FEATURES_KNOWN,
+        features_incompatible=FEATURES_MADE,
     )
     fs = superblock.fs
     groups = [empty_group(superblock, number) for number in range(superblock.group_count)]

@@ -179,7 +179,7 @@ def decode_tree_untrusted(kind: Kind, level: int, count: int, data: bytes) -> Tr
     """Raises CorruptionError unless keys rise and all entries are whole. What they say is another
     matter (`cfs.sanity`)."""
     if level >= LEVELS_MAX:
-        raise CorruptionError("a tree block stands at an impossible level")
+        raise CorruptionError("an impossible level of a tree")
     keys: list[int] = []
     values: list[Value] = []
     try:
@@ -202,9 +202,9 @@ def decode_tree_untrusted(kind: Kind, level: int, count: int, data: bytes) -> Tr
         else:
             used = _decode_names(count, data, keys, values)
     except struct.error:
-        raise CorruptionError("a tree block is cut short") from None
+        raise CorruptionError("a tree that is cut short") from None
     if len(keys) != count or any(a >= b for a, b in itertools.pairwise(keys)):
-        raise CorruptionError("a tree block has keys out of order")
+        raise CorruptionError("keys out of order")
     return Tree(level, keys, values, used)
 
 
@@ -215,7 +215,7 @@ def _decode_names(count: int, data: bytes, keys: list[int], values: list[Value])
         offset += NAME_ENTRY.size
         name = data[offset : offset + length]
         if len(name) != length or not length:
-            raise CorruptionError("a directory entry is cut short")
+            raise CorruptionError("a name that is cut short")
         offset += length
         keys.append(cookie)
         values.append((ino, kind, name))
@@ -231,7 +231,7 @@ def _decode_xattrs(count: int, data: bytes, keys: list[int], values: list[Value]
         offset = start + (8 * blocks if blocks else size)
         whole = not blocks or blocks == -(-size // VALUE_BYTES)
         if not name or offset > len(data) or size > XATTR_BYTES_MAX or not whole:
-            raise CorruptionError("an extended attribute makes no sense")
+            raise CorruptionError("an extended attribute")
         keys.append(cookie)
         if blocks:
             numbers = struct.unpack_from(f"<{blocks}Q", data, start)
@@ -497,7 +497,17 @@ class SlotsNode(Node):
 
 
 def decode_node_untrusted(header: Header, block: bytes) -> Node:
-    """The object of a block whose header was checked. Raises CorruptionError."""
+    """The object of a block whose header was checked. Raises CorruptionError naming the block."""
+    try:
+        return _decode_node(header, block)
+    except CorruptionError as error:
+        if error.block:
+            raise
+        text = f"block {header.block} makes no sense: {error.message}"
+        raise CorruptionError(text, block=header.block) from None
+
+
+def _decode_node(header: Header, block: bytes) -> Node:
     match header.kind:
         case Kind.INODE:
             return _decode_inode(header, block)
@@ -518,12 +528,12 @@ def decode_node_untrusted(header: Header, block: bytes) -> Node:
         case Kind.SLOTS:
             count = _U64.unpack_from(block, HEADER_BYTES)[0]
             if count > SLOTS_MAX:
-                raise CorruptionError("the slot table makes no sense")
+                raise CorruptionError("too many journals")
             first = HEADER_BYTES + 8
             journals = list(INDEX_ENTRY.iter_unpack(block[first : first + 16 * count]))
             return SlotsNode(header.block, header.change, journals)
         case _:
-            raise CorruptionError(f"block {header.block} has an unknown kind {header.kind}")
+            raise CorruptionError(f"the unknown kind {header.kind}")
 
 
 def _decode_inode(header: Header, block: bytes) -> InodeNode:
@@ -535,7 +545,7 @@ def _decode_inode(header: Header, block: bytes) -> InodeNode:
     ) = INODE.unpack_from(block, HEADER_BYTES)  # fmt: skip
     end = CONTENT_OFFSET + content_bytes
     if end + xattr_bytes > BLOCK_BYTES:
-        raise CorruptionError(f"inode {header.block} makes no sense: content size")
+        raise CorruptionError("content size")
     content = block[CONTENT_OFFSET:end]
     if xattr_bytes:
         node.xattrs = _decode_xattr_root(block[end : end + xattr_bytes])
@@ -548,7 +558,7 @@ def _decode_inode(header: Header, block: bytes) -> InodeNode:
 
 def _decode_xattr_root(data: bytes) -> Tree:
     if len(data) < XATTR_ROOT.size:
-        raise CorruptionError("the root of the extended attributes is cut short")
+        raise CorruptionError("extended attributes that are cut short")
     level, count = XATTR_ROOT.unpack_from(data)
     return decode_tree_untrusted(Kind.XATTR_TREE, level, count, data[XATTR_ROOT.size :])
 
@@ -556,7 +566,7 @@ def _decode_xattr_root(data: bytes) -> Tree:
 def _decode_group(header: Header, block: bytes) -> GroupNode:
     group, generation, blocks, free, freeing = GROUP.unpack_from(block, HEADER_BYTES)
     if group != header.owner or blocks > (BLOCK_BYTES - GROUP_MAP_OFFSET) * 4:
-        raise CorruptionError(f"group block {header.block} makes no sense")
+        raise CorruptionError("a group of this number or size")
     states = unpack_map(block[GROUP_MAP_OFFSET:], blocks)
     node = GroupNode(header.block, group, header.change, generation, states)
     if node.free != free or node.freeing != freeing:

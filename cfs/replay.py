@@ -202,6 +202,12 @@ class Replayer:
         caller marks it clean with `finish` when all else is done."""
         log = LogReader(self.device, *place)
         images, head, count = await read_log(self.fs, log, header)
+        applied = await self.apply(images)
+        self._head = head, header.sequence + count
+        return Replayed(header.slot, count, applied, len(images) - applied)
+
+    async def apply(self, images: dict[int, Image]) -> int:
+        """Put the images in place that are newer and belong there, flushed; how many. Maps last."""
         maps = {b: image for b, image in images.items() if image[0].kind == Kind.GROUP}
         newer_maps = await self._newer(maps)
         others = await self._allowed(images, newer_maps)
@@ -211,9 +217,7 @@ class Replayer:
             if writes:
                 await self.device.write_many(joined(writes))
         await self.device.flush()
-        self._head = head, header.sequence + count
-        applied = len(newer) + len(newer_maps)
-        return Replayed(header.slot, count, applied, len(images) - applied)
+        return len(newer) + len(newer_maps)
 
     async def finish(self, place: tuple[int, int], header: JournalHeader) -> None:
         """Mark a replayed journal as free."""

@@ -17,7 +17,7 @@ from cfs.attributes import BLOCK_BYTES
 from cfs.core import Core
 from cfs.errors import REMEDY, CorruptionError, FsError
 from cfs.format import (
-    FEATURES_KNOWN,
+    FEATURES_MADE,
     FIRST_GROUP_BLOCK,
     GROUP_BLOCKS_MAX,
     GROUP_BLOCKS_MIN,
@@ -25,6 +25,7 @@ from cfs.format import (
     SLOT_TABLE_BLOCK,
     SLOTS_MAX,
     SUPERBLOCK_BLOCK,
+    Feature,
     Kind,
     Superblock,
     decode_superblock_untrusted,
@@ -50,7 +51,7 @@ from cfs.orphans import Orphans, adopt
 from cfs.replay import Replayed, Replayer
 from cfs.transaction import NeedSpace, Tx
 from cluster.device import BlockDevice, Buffer
-from cluster.errors import BusyError
+from cluster.errors import BusyError, RefusedError
 from cluster.ids import Incarnation, Instance, InstanceNo, NodeId
 from cluster.locks import Mode
 
@@ -71,6 +72,20 @@ async def read_superblock(device: BlockDevice) -> Superblock:
         if found is None:
             raise error
         return found
+
+
+def need_mountable(superblock: Superblock) -> None:
+    """Raises RefusedError if this is nothing to mount."""
+    if superblock.features_incompatible & Feature.REPAIRING:
+        raise RefusedError(
+            "a repair of this file system was begun and has not ended",
+            hint="run fsck.cfs --repair again",
+        )
+    if superblock.features_incompatible & Feature.METADATA_ONLY:
+        raise RefusedError(
+            "this was restored from a dump of metadata: there is no data in it",
+            hint="fsck.cfs can check it",
+        )
 
 
 async def find_superblock_copy(device: BlockDevice) -> Superblock | None:
@@ -316,11 +331,9 @@ async def _write_superblock(core: Core, new: Superblock) -> None:
 async def _enable_features(core: Core) -> None:
     """Let a file system of an older version have what this one may write into it."""
     old = core.superblock
-    features = old.features_incompatible | FEATURES_KNOWN
+    features = old.features_incompatible | FEATURES_MADE
     if features != old.features_incompatible and not core.options.read_only:
-        new = msgspec.structs.replace(
-            old, features_incompatible=features, version=old.version + 1
-        )
+        new = msgspec.structs.replace(old, features_incompatible=features, version=old.version + 1)
         await _write_superblock(core, new)
 
 

@@ -28,10 +28,13 @@ def is_local(target: str, local: bool) -> bool:
     return local or target.startswith(("/", ".")) or os.path.exists(target)
 
 
-async def with_device(target: str, local: bool, kind: str, work: Work) -> None:
-    """Run `work` with the target open; nobody else has the volume open meanwhile."""
+async def with_device(
+    target: str, local: bool, kind: str, work: Work, *, writing: bool = True
+) -> None:
+    """Run `work` with the target open; nobody else has it open meanwhile. Raises BusyError if
+    somebody has."""
     if is_local(target, local):
-        with take_file(target), FileDevice(target, read_only=kind == "fsck") as device:
+        with take_file(target), FileDevice(target, read_only=not writing) as device:
             await work(device)
         return
     if target.count("/") != 1 or "" in target.split("/"):

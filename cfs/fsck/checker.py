@@ -1,144 +1,160 @@
-"""Checks every structure of a file system, read-only.
+"""Checks and repairs every structure of a file system.
 
-Journals that are in use are replayed into memory first: what is checked is what a mount would see.
-Then: superblock and its copy, slot table, journals, groups; every inode that a name or an orphan
-list leads to, with its tree; names, cookies, hashes, types, parents, link counts; at the end the
-maps against what was found in use.
+The passes, each on what the ones before have left: superblock, slot table, journals (replayed),
+maps as they are, orphan lists; every inode that a name or an orphan list leads to and those that
+nothing leads to any more; blocks that several claim; names; links; then the inodes that need it are
+written anew, and at last the maps are held against what is in use.
+
+A check does the same as a repair, in memory only: so one fault is not told as many. A repair is
+written when all of it is known (`Volume.write`), and checked again.
 """
 
 from __future__ import annotations
 
+import contextlib
+
 from cfs.attributes import BLOCK_BYTES
 from cfs.errors import CorruptionError
-from cfs.format import (
-    SLOT_TABLE_BLOCK,
-    SUPERBLOCK_BLOCK,
-    Superblock,
-    decode_superblock_untrusted,
-    open_block_untrusted,
-)
-from cfs.fsck.claims import Claims
-from cfs.fsck.inodes import InodeChecker
-from cfs.fsck.overlay import OverlayDevice
+from cfs.format import SLOT_TABLE_BLOCK, Superblock
+from cfs.fsck import tables
+from cfs.fsck.conflicts import ConflictResolver
+from cfs.fsck.inodes import InodeWalk
+from cfs.fsck.logs import LogChecker
+from cfs.fsck.lost import Connector, LostInodes
+from cfs.fsck.maps import MapChecker
+from cfs.fsck.names import NameWalk
 from cfs.fsck.report import Report
-from cfs.journal_format import HEADER_BLOCKS, LOG_OFFSET, ORPHAN_BLOCKS
-from cfs.nodes import BlockState, GroupNode, Node, OrphanNode, SlotsNode, decode_node_untrusted
-from cfs.replay import Replayer
-from cfs.stage import read_superblock
+from cfs.fsck.rewrite import Rewriter
+from cfs.fsck.session import Session
+from cfs.fsck.volume import NoRoomError, Step, Volume
+from cfs.journal_format import JOURNAL_BLOCKS_MIN
+from cfs.nodes import BlockState, SlotsNode
+from cfs.stage import format_journal, read_superblock
 from cluster.device import BlockDevice
 
+ROUNDS_MAX = 4
+"""A repair may bring to light what was hidden before; so often it is tried."""
 
-async def check(device: BlockDevice) -> Report:
-    """Check the file system on a device that nobody changes meanwhile."""
-    report = Report()
+
+async def check(device: BlockDevice, session: Session | None = None) -> Report:
+    """Check the file system on a device that nobody changes meanwhile; write nothing."""
+    session = session or Session(Report())
+    assert not session.repairing
+    superblock = await _superblock(device, session)
+    if superblock is not None:
+        await Checker(Volume(device, superblock, session)).run()
+    return session.report
+
+
+async def repair(device: BlockDevice, session: Session) -> Report:
+    """Check and repair as far as the session's consent goes. What is left is in the report's
+    `left_count`: found by a check after the last repair. Raises NeedsHumanError."""
+    assert session.repairing
+    left = 0
+    for _ in range(ROUNDS_MAX):
+        superblock = await _superblock(device, session)
+        if superblock is None:
+            return session.report
+        volume = Volume(device, superblock, session)
+        await Checker(volume).run()
+        if not volume.is_dirty:
+            return session.report
+        await volume.write()
+        again = await check(device, Session(Report(), show=session.show))
+        left = again.error_count
+        if not left or again.errors == session.report.errors:
+            break
+        session.report.left_count = 0
+    session.report.left_count = left
+    return session.report
+
+
+async def _superblock(device: BlockDevice, session: Session) -> Superblock | None:
     try:
         superblock = await read_superblock(device)
     except CorruptionError as error:
-        report.error(f"superblock: {error}")
-        return report
-    await Checker(device, superblock, report).run()
-    return report
+        session.report.unusable = True
+        session.give_up(f"superblock: {error}")
+        return None
+    if superblock.total_blocks * BLOCK_BYTES > device.size_bytes:
+        session.report.unusable = True
+        session.give_up("the file system is larger than its device")
+        return None
+    return superblock
 
 
 class Checker:
-    """One run over one device."""
+    """One run over one volume."""
 
-    def __init__(self, device: BlockDevice, superblock: Superblock, report: Report) -> None:
-        self.device = OverlayDevice(device)
-        self.superblock = superblock
-        self.report = report
-        self.claims = Claims(superblock, report)
-        self.inodes = InodeChecker(self.device, superblock, report, self.claims)
-        report.total_blocks = superblock.total_blocks
+    def __init__(self, volume: Volume) -> None:
+        self.volume = volume
+        self.session = volume.session
+        report = volume.session.report
+        report.total_blocks = volume.superblock.total_blocks
+        report.inodes = report.directories = report.names = 0
+        report.data_blocks = report.free_blocks = 0
 
     async def run(self) -> None:
-        if self.superblock.total_blocks * BLOCK_BYTES > self.device.size_bytes:
-            self.report.error("the file system is larger than its device")
+        volume = self.volume
+        await tables.check_superblocks(volume)
+        logs = LogChecker(volume, await tables.read_slots(volume))
+        await logs.run()
+        # A transaction may have entered one more journal.
+        places = await self._slots_again(logs.places)
+        tables.claim_journals(volume, places)
+        await tables.read_groups(volume)
+        orphans = tables.OrphanLists(volume, places)
+        await orphans.read()
+        walk = InodeWalk(volume, orphans.inos)
+        await walk.walk([volume.superblock.root_ino])
+        await walk.walk(orphans.inos)
+        lost = LostInodes(volume, walk)
+        await lost.find()
+        await ConflictResolver(walk).run()
+        names = NameWalk(walk)
+        await names.run()
+        await Connector(names, orphans, lost.untrusted).run()
+        await Rewriter(volume, walk).run()
+        await self._missing_journals(places)
+        await MapChecker(volume, logs.unsure).run()
+
+    async def _slots_again(self, places: list[tables.Place]) -> list[tables.Place]:
+        if SLOT_TABLE_BLOCK in self.volume.steps:
+            return places
+        again = await tables.read_slots(self.volume)
+        return again if len(again) > len(places) else places
+
+    async def _missing_journals(self, places: list[tables.Place]) -> None:
+        """Slots whose journals were not found get new ones."""
+        volume = self.volume
+        if all(length for _, length in places):
             return
-        places = await self._slots()
-        await self._replay(places)
-        await self._superblocks()
-        orphans: list[int] = []
-        for slot, place in enumerate(await self._slots()):
-            orphans += await self._journal(slot, place)
-        await self.inodes.walk(orphans)
-        await self._groups()
-
-    async def _node(self, block: int) -> Node | None:
-        data = await self.device.read(block * BLOCK_BYTES, BLOCK_BYTES)
-        try:
-            header = open_block_untrusted(self.superblock.fs, block, data)
-            return decode_node_untrusted(header, data)
-        except CorruptionError as error:
-            self.report.error(str(error))
-            return None
-
-    async def _superblocks(self) -> None:
-        for block in (SUPERBLOCK_BLOCK, self.superblock.backup_block):
-            data = await self.device.read(block * BLOCK_BYTES, BLOCK_BYTES)
-            try:
-                found = decode_superblock_untrusted(block, data)
-            except CorruptionError as error:
-                self.report.error(f"superblock: {error}")
+        for slot, (_, length) in enumerate(places):
+            if length:
                 continue
-            if found != self.superblock:
-                self.report.error(f"the superblock in block {block} differs from the other one")
+            with contextlib.suppress(NoRoomError):
+                places[slot] = place = self._journal_place()
+                for block, data in format_journal(volume.fs, slot, place):
+                    for index in range(len(data) // BLOCK_BYTES):
+                        part = bytes(data[index * BLOCK_BYTES : (index + 1) * BLOCK_BYTES])
+                        volume.put_raw(block + index, part, Step.FRESH)
+        while places and not all(length for _, length in places):
+            places.pop()
+            self.session.give_up("there is no room for a journal whose place is not known")
+        volume.put(SlotsNode(SLOT_TABLE_BLOCK, 1 << 20, places), Step.FINAL)
 
-    async def _slots(self) -> list[tuple[int, int]]:
-        node = await self._node(SLOT_TABLE_BLOCK)
-        if not isinstance(node, SlotsNode):
-            self.report.error("the slot table is damaged")
-            return []
-        return node.journals
+    def _journal_place(self) -> tables.Place:
+        volume, size = self.volume, volume_journal_blocks(self.volume)
+        wanted = bytes(size)
+        for group, node in enumerate(volume.maps):
+            at = -1 if node is None else node.states.find(wanted)
+            first = group * volume.superblock.group_blocks + at
+            if at >= 0 and not any(volume.claims.states[first : first + size]):
+                volume.claims.take(first, size, BlockState.META)
+                return first, size
+        raise NoRoomError
 
-    async def _replay(self, places: list[tuple[int, int]]) -> None:
-        replayer = Replayer(self.device, self.superblock)
-        for slot, place in enumerate(places):
-            try:
-                header = await replayer.header(place)
-            except CorruptionError as error:
-                self.report.error(str(error))
-                continue
-            if header.in_use:
-                done = await replayer.replay(place, header)
-                self.report.note(
-                    f"journal {slot} was not closed by {header.owner}: checked as after the "
-                    f"replay of {done.transactions} transactions"
-                )
 
-    async def _journal(self, slot: int, place: tuple[int, int]) -> list[int]:
-        """Claim a journal's blocks; the inodes in its orphan list."""
-        first, length = place
-        if not self.claims.claim(first, length, BlockState.META, f"journal {slot}"):
-            return []
-        if length <= LOG_OFFSET:
-            self.report.error(f"journal {slot} is too short")
-            return []
-        try:
-            header = await Replayer(self.device, self.superblock).header(place)
-            if header.slot != slot:
-                self.report.error(f"journal {slot} says that it is journal {header.slot}")
-        except CorruptionError as error:
-            self.report.error(str(error))
-        inos: list[int] = []
-        for index in range(ORPHAN_BLOCKS):
-            node = await self._node(first + HEADER_BLOCKS + index)
-            if isinstance(node, OrphanNode) and node.owner == slot:
-                inos += [ino for ino in node.inos if ino]
-            else:
-                self.report.error(f"the orphan list of journal {slot} is damaged")
-        return inos
-
-    async def _groups(self) -> None:
-        for number in range(self.superblock.group_count):
-            node = await self._node(self.superblock.group_block(number))
-            if not isinstance(node, GroupNode) or node.owner != number:
-                self.report.error(f"the block of group {number} is damaged")
-                continue
-            self.report.free_blocks += node.free + node.freeing
-            if len(node.states) < self.superblock.group_length(number):
-                # A crash between growing the superblock and the group: the rest is out of use.
-                self.report.note(f"group {number} can still grow: see cfsctl grow")
-                missing = self.superblock.group_length(number) - len(node.states)
-                node.states += bytes(missing)
-            self.claims.compare(number, node.states)
+def volume_journal_blocks(volume: Volume) -> int:
+    """How long a journal that has to be made anew is."""
+    return min(max(volume.superblock.group_blocks // 4, JOURNAL_BLOCKS_MIN), 8192)

@@ -2,53 +2,55 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from cfs.format import FIRST_GROUP_BLOCK, Superblock
-from cfs.fsck.report import Report
 from cfs.nodes import BlockState
 
 
 class Claims:
     """One byte per block: what it is used for (`BlockState`, FREE: unclaimed)."""
 
-    def __init__(self, superblock: Superblock, report: Report) -> None:
+    def __init__(self, superblock: Superblock) -> None:
         self.superblock = superblock
-        self.report = report
         self.states = bytearray(superblock.total_blocks)
-        self._take(0, FIRST_GROUP_BLOCK + 1)
+        self.conflicts: dict[int, bool] = {}
+        """Blocks that were claimed again, and whether metadata is one of the claimants."""
+        self.take(0, FIRST_GROUP_BLOCK + 1, BlockState.META)
         for group in range(1, superblock.group_count):
-            self._take(superblock.group_block(group), 1)
-        self._take(superblock.backup_block, 1)
+            self.take(superblock.group_block(group), 1, BlockState.META)
+        self.take(superblock.backup_block, 1, BlockState.META)
 
-    def _take(self, first: int, count: int) -> None:
-        self.states[first : first + count] = bytes((BlockState.META,)) * count
-
-    def claim(self, first: int, count: int, state: BlockState, who: str) -> bool:
-        """Say that `who` uses the blocks; False if they are out of range or taken."""
-        if first <= 0 or count <= 0 or first + count > len(self.states):
-            self.report.error(f"{who} uses blocks {first}+{count}, which do not exist")
-            return False
-        taken = self.states[first : first + count]
-        good = taken.count(0) == count
-        if not good:
-            self.report.error(f"{who} uses blocks {first}+{count}, which something else uses too")
+    def take(self, first: int, count: int, state: BlockState) -> None:
         self.states[first : first + count] = bytes((state,)) * count
-        return good
 
-    def compare(self, group: int, states: bytes | bytearray) -> None:
-        """Hold the map of a group against the claims."""
+    def is_free(self, block: int) -> bool:
+        return not self.states[block]
+
+    def exist(self, first: int, count: int) -> bool:
+        return first > 0 < count and first + count <= len(self.states)
+
+    def claim(self, first: int, count: int, state: BlockState) -> bool:
+        """Take blocks that exist; False if something else has some of them. Those are conflicts;
+        metadata is stronger than data."""
+        taken = self.states[first : first + count]
+        if taken.count(0) == count:
+            self.take(first, count, state)
+            return True
+        for block, before in enumerate(taken, first):
+            if before:
+                meta = BlockState.META in (before, state)
+                self.conflicts[block] = self.conflicts.get(block, False) or meta
+            if before != BlockState.META:
+                self.states[block] = state
+        return False
+
+    def release(self, blocks: Iterable[int]) -> None:
+        """These blocks are used no more."""
+        for block in blocks:
+            self.states[block] = BlockState.FREE
+
+    def of_group(self, group: int) -> bytearray:
+        """The claims of one group."""
         base = group * self.superblock.group_blocks
-        claimed = self.states[base : base + len(states)]
-        if len(claimed) != self.superblock.group_length(group):
-            self.report.error(f"group {group} has a map of {len(states)} blocks")
-            return
-        expected = bytes(states).replace(bytes((BlockState.FREEING,)), b"\0")
-        if claimed == expected:
-            return
-        wrong = [i for i in range(len(claimed)) if claimed[i] != expected[i]]
-        for index in wrong[:8]:
-            self.report.error(
-                f"block {base + index} is {BlockState(claimed[index]).name} by use but "
-                f"{BlockState(states[index]).name} in the map of group {group}"
-            )
-        if len(wrong) > 8:
-            self.report.error(f"{len(wrong) - 8} more blocks of group {group} differ from its map")
+        return self.states[base : base + self.superblock.group_length(group)]

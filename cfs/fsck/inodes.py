@@ -1,277 +1,306 @@
-"""Checks inodes and what hangs on them: trees, names, attributes, link counts."""
+"""Inodes under check: everything that a name or an orphan list leads to, with all its blocks.
+
+Goes from inode to inode in large batches. What is wrong with an inode by itself is told here and
+noted in `Fixes`; it is written when all blocks in use are known (`cfs.fsck.rewrite`).
+"""
 
 from __future__ import annotations
 
 import stat
-from collections import deque
+from collections.abc import Iterable
 
-from cfs.attributes import BLOCK_BYTES, NAME_BYTES_MAX
+import msgspec
+
+from cfs.attributes import BLOCK_BYTES, FILE_BYTES_MAX, FLAG_LINKABLE, FLAGS_SETTABLE
 from cfs.errors import CorruptionError
-from cfs.format import COOKIE_FIRST, HASH_SHIFT, Kind, Superblock, open_block_untrusted
-from cfs.fsck.claims import Claims
-from cfs.fsck.report import Report
-from cfs.nodes import (
-    CONTENT_BYTES_MAX,
-    BlockState,
-    Extent,
-    InodeNode,
-    Tree,
-    TreeNode,
-    Value,
-    ValueNode,
-    Xattr,
-    XattrTree,
-    decode_node_untrusted,
-)
-from cfs.tree import Rooted
-from cfs.xattr import check_entry
-from cluster.device import BlockDevice
+from cfs.fsck.attributes import AttributeChecker
+from cfs.fsck.salvage import is_name, salvage_inode
+from cfs.fsck.trees import Entry, TreeWalker, Walked
+from cfs.fsck.volume import Step, Volume
+from cfs.mkfs_plan import root_inode
+from cfs.nodes import BlockState, Extent, InodeNode, Tree
+from cfs.sanity import COUNTER_MAX, FILE_BLOCKS_MAX, TYPES
 
-READ_MANY_MAX = 128
-KINDS = (
-    stat.S_IFREG, stat.S_IFDIR, stat.S_IFLNK, stat.S_IFIFO, stat.S_IFSOCK, stat.S_IFCHR,
-    stat.S_IFBLK,
-)  # fmt: skip
+BATCH_INODES = 512
+AHEAD_BLOCKS_MAX = 4096
+Piece = tuple[int, Extent]
+"""First logical block, extent."""
 
 
-class InodeChecker:
-    """Walks from the root and from the orphans."""
+class Record(msgspec.Struct, gc=False):
+    """What is remembered of a good inode."""
 
-    def __init__(
-        self, device: BlockDevice, superblock: Superblock, report: Report, claims: Claims
-    ) -> None:
-        self.device = device
-        self.superblock = superblock
-        self.report = report
-        self.claims = claims
-        self.inodes: dict[int, InodeNode] = {}
-        self.links: dict[int, int] = {}
-        self.subdirectories: dict[int, int] = {}
-        self.types: dict[int, int] = {}
-        self.parents: dict[int, int] = {}
-        self.orphans: set[int] = set()
+    mode: int
+    nlink: int
+    parent: int
 
-    async def walk(self, orphans: list[int]) -> None:
-        root = self.superblock.root_ino
+    @property
+    def is_directory(self) -> bool:
+        return stat.S_ISDIR(self.mode)
+
+
+class Fixes(msgspec.Struct):
+    """What is to be changed in an inode."""
+
+    values: dict[str, int] = {}
+    rebuild: bool = False
+    """The tree of names or extents."""
+    rebuild_xattrs: bool = False
+    drop_content: bool = False
+    holes: set[int] = set()
+    """Physical blocks to take out of a file."""
+    clones: set[int] = set()
+    """Physical blocks of which a file gets a copy."""
+    drop_names: set[tuple[int, bytes]] = set()
+    """(cookie, name) of entries to drop."""
+    types: dict[tuple[int, bytes], int] = {}
+    """(cookie, name) -> right type."""
+    new_names: list[tuple[bytes, int, int]] = []
+    """(name, inode, type) to add."""
+
+
+class InodeWalk:
+    """Walks all inodes of a volume."""
+
+    def __init__(self, volume: Volume, orphans: Iterable[int]) -> None:
+        self.volume = volume
+        self.session = volume.session
+        self.report = volume.session.report
         self.orphans = set(orphans)
-        if len(self.orphans) != len(orphans):
-            self.report.error("an inode stands in the orphan lists twice")
-        self.links[root] = 0
-        self.parents[root] = root
-        self.types[root] = stat.S_IFDIR >> 12
-        queue = deque([root])
-        await self._walk(queue)
-        queue.extend(ino for ino in orphans if ino not in self.inodes)
-        await self._walk(queue)
-        for ino, inode in self.inodes.items():
-            self._check_links(ino, inode)
+        self.records: dict[int, Record] = {}
+        self.gone: dict[int, bool] = {}
+        """Inodes that something leads to and that are none; whether their names go."""
+        self.fixes: dict[int, Fixes] = {}
+        self._done = 0
 
-    async def _walk(self, queue: deque[int]) -> None:
-        while queue:
-            batch = [queue.popleft() for _ in range(min(len(queue), READ_MANY_MAX))]
-            batch = [ino for ino in dict.fromkeys(batch) if ino not in self.inodes]
-            good = [ino for ino in batch if 0 < ino < self.superblock.total_blocks]
-            for ino in set(batch) - set(good):
-                self.report.error(f"inode {ino} does not exist")
-            ranges = [(ino * BLOCK_BYTES, BLOCK_BYTES) for ino in good]
-            for ino, data in zip(good, await self.device.read_many(ranges), strict=True):
-                inode = self._decode(ino, data)
-                if inode is not None:
-                    self.inodes[ino] = inode
-                    queue.extend(await self._check(ino, inode))
+    def fix_of(self, ino: int) -> Fixes:
+        return self.fixes.setdefault(ino, Fixes())
 
-    def _decode(self, ino: int, data: bytes) -> InodeNode | None:
-        try:
-            header = open_block_untrusted(self.superblock.fs, ino, data)
-            node = decode_node_untrusted(header, data)
-        except CorruptionError as error:
-            self.report.error(f"inode {ino}: {error}")
+    # -- the walk --------------------------------------------------------------------------------
+
+    async def walk(self, starts: Iterable[int]) -> None:
+        """These inodes and all that they lead to."""
+        frontier = self._new(starts)
+        while frontier:
+            children: list[int] = []
+            for start in range(0, len(frontier), BATCH_INODES):
+                children += await self._batch(frontier[start : start + BATCH_INODES])
+            frontier = self._new(children)
+
+    def _new(self, inos: Iterable[int]) -> list[int]:
+        fresh = {ino for ino in inos if ino not in self.records and ino not in self.gone}
+        return sorted(fresh)
+
+    async def _batch(self, inos: list[int]) -> list[int]:
+        data = await self.volume.read_blocks(ino for ino in inos if self.volume.exists(ino))
+        nodes: list[tuple[InodeNode, bool]] = []
+        for ino in inos:
+            found = await self._open(ino, data.get(ino))
+            if found is not None:
+                nodes.append(found)
+        ahead = [
+            child
+            for node, _ in nodes
+            for root in (node.root, node.xattrs)
+            if root is not None and root.level
+            for child in root.values
+            if isinstance(child, int)
+        ]
+        await self.volume.read_ahead(ahead[:AHEAD_BLOCKS_MAX])
+        children: list[int] = []
+        for node, whole in nodes:
+            children += await self._check(node, whole=whole)
+        await self.volume.read_ahead(())
+        self._done += len(inos)
+        self.session.show("checking inodes", self._done, 0)
+        return children
+
+    async def _open(self, ino: int, data: bytes | None) -> tuple[InodeNode, bool] | None:
+        """The inode, if it is one; else it is told, and what becomes of its names is decided."""
+        text = ""
+        lossy = True
+        if data is None:
+            text, lossy = f"inode {ino} does not exist", False
+        else:
+            try:
+                node, whole = salvage_inode(self.volume.fs, ino, data)
+                if not node.mode:
+                    text, lossy = f"inode {ino} is dead but still referred to", False
+                elif node.mode >> 12 not in TYPES:
+                    text = f"inode {ino} has an unknown type"
+                elif node.generation >= COUNTER_MAX or node.change >= COUNTER_MAX:
+                    text = f"inode {ino} has an impossible version"
+            except CorruptionError as error:
+                text = f"inode {ino}: {error}"
+        if not text:
+            return node, whole
+        if ino == self.volume.superblock.root_ino:
+            if await self.session.fix(text, "Make a new root directory", lossy=True):
+                return self._new_root(), True
+            self.gone[ino] = False
             return None
-        if not isinstance(node, InodeNode) or header.owner != ino:
-            self.report.error(f"block {ino} holds no inode")
-            return None
-        if not node.mode:
-            self.report.error(f"inode {ino} is dead but still referred to")
-            return None
+        self.gone[ino] = await self.session.fix(text, "Remove what refers to it", lossy=lossy)
+        return None
+
+    def _new_root(self) -> InodeNode:
+        volume = self.volume
+        node = root_inode(volume.superblock.created_ns)
+        node.block = node.owner = node.parent = volume.superblock.root_ino
+        node.generation = volume.next_generation(volume.superblock.group_of(node.block))
+        volume.put(node.clone(), Step.PLACE)
+        node.change += 1
         return node
 
-    async def _check(self, ino: int, inode: InodeNode) -> list[int]:
+    # -- one inode -------------------------------------------------------------------------------
+
+    async def _check(self, node: InodeNode, *, whole: bool) -> list[int]:
         """One inode; the inodes that it names."""
+        ino = node.block
         self.report.inodes += 1
-        self.claims.claim(ino, 1, BlockState.META, f"inode {ino}")
-        if stat.S_IFMT(inode.mode) not in KINDS:
-            self.report.error(f"inode {ino} has an unknown type")
-        entries: list[tuple[int, Value]] = []
+        self.volume.claims.claim(ino, 1, BlockState.META)
+        self.volume.saw(ino, node.generation)
+        self.records[ino] = Record(node.mode, node.nlink, node.parent)
+        if not whole:
+            await self._content(ino, "its content is longer than an inode", lossy=True)
+        children: list[int] = []
         blocks = 0
-        if inode.root is not None:
-            entries, blocks = await self._tree(ino, inode)
-        elif inode.is_directory:
-            self.report.error(f"directory {ino} has no tree")
-        elif len(inode.data) > CONTENT_BYTES_MAX or len(inode.data) > inode.size:
-            self.report.error(f"inode {ino} holds more bytes than its size says")
-        if inode.is_directory:
-            children = self._names(ino, entries)
+        if node.is_directory:
+            children, blocks = await self._directory(node)
+        elif node.is_regular:
+            blocks = await self._file(node)
         else:
-            children = []
-            blocks += self._extents(ino, inode, entries)
-        if inode.xattrs is not None:
-            blocks += await self._xattrs(ino, inode)
-        if blocks != inode.blocks:
-            self.report.error(f"inode {ino} counts {inode.blocks} blocks but has {blocks}")
+            await self._special(node)
+        if node.xattrs is not None:
+            blocks += await AttributeChecker(self.volume, self.fix_of).check(ino, node.xattrs)
+        await self._numbers(node, blocks)
         return children
 
-    # -- trees -----------------------------------------------------------------------------------
+    async def _content(self, ino: int, fault: str, *, lossy: bool) -> None:
+        text = f"inode {ino}: {fault}"
+        if await self.session.fix(text, "Keep what can be read", lossy=lossy):
+            self.fix_of(ino).rebuild = True
 
-    async def _tree(self, ino: int, inode: Rooted) -> tuple[list[tuple[int, Value]], int]:
-        """All entries of a tree in order, and the number of its blocks."""
-        assert inode.root is not None
-        entries: list[tuple[int, Value]] = []
-        count = 0
-        stack: list[tuple[Tree, int, int]] = [(inode.root, 0, 1 << 63)]
-        while stack:
-            tree, low, high = stack.pop()
-            if tree.keys and not (low <= tree.keys[0] and tree.keys[-1] < high):
-                self.report.error(f"a tree block of inode {ino} has keys that belong elsewhere")
-            if not tree.level:
-                entries += zip(tree.keys, tree.values, strict=True)
-                continue
-            if not tree.keys:
-                self.report.error(f"inode {ino} has an index without children")
-            for position in range(len(tree.keys) - 1, -1, -1):
-                child = tree.values[position]
-                assert isinstance(child, int)
-                count += 1
-                found = await self._tree_block(ino, inode.tree_kind, child, tree.level - 1)
-                if found is not None:
-                    lowest = tree.keys[position] if position else low
-                    highest = tree.keys[position + 1] if position + 1 < len(tree.keys) else high
-                    stack.append((found, lowest, highest))
-        return entries, count
+    async def _tree(self, node: InodeNode, root: Tree) -> Walked:
+        """Walk the tree of names or extents; tell what is wrong with its shape."""
+        ino = node.block
+        what = f"the tree of inode {ino}"
+        walked = await TreeWalker(self.volume, ino, node.tree_kind, what).walk(root, claim=True)
+        for text, lossy in walked.faults:
+            if await self.session.fix(text, "Make the tree anew from what is left", lossy=lossy):
+                self.fix_of(ino).rebuild = True
+        return walked
 
-    async def _tree_block(self, ino: int, kind: Kind, block: int, level: int) -> Tree | None:
-        if not self.claims.claim(block, 1, BlockState.META, f"the tree of inode {ino}"):
-            return None
-        data = await self.device.read(block * BLOCK_BYTES, BLOCK_BYTES)
-        try:
-            header = open_block_untrusted(self.superblock.fs, block, data)
-            node = decode_node_untrusted(header, data)
-        except CorruptionError as error:
-            self.report.error(f"tree of inode {ino}: {error}")
-            return None
-        if not isinstance(node, TreeNode) or node.kind != kind or node.owner != ino:
-            self.report.error(f"block {block} is no tree block of inode {ino}")
-            return None
-        if node.tree.level != level or not node.tree.keys:
-            self.report.error(f"tree block {block} of inode {ino} is empty or at a wrong level")
-            return None
-        return node.tree
+    async def _directory(self, node: InodeNode) -> tuple[list[int], int]:
+        ino = node.block
+        self.report.directories += 1
+        if node.root is None:
+            text = f"directory {ino} has no tree"
+            if await self.session.fix(text, "Make it empty", lossy=True):
+                self.fix_of(ino).drop_content = True
+            return [], 0
+        walked = await self._tree(node, node.root)
+        children = [value[0] for leaf in walked.leaves for value in leaf.values if is_name(value)]
+        return children, len(walked.blocks)
 
-    def _extents(self, ino: int, inode: InodeNode, entries: list[tuple[int, Value]]) -> int:
-        end = written_end = 0
-        blocks = 0
-        length = self.superblock.group_blocks
-        for logical, value in entries:
-            if not isinstance(value, Extent) or not inode.is_regular:
-                self.report.error(f"inode {ino} has an entry that is no extent")
-                continue
-            physical, count, unwritten = value
-            if logical < end:
-                self.report.error(f"extents of inode {ino} overlap at block {logical}")
-            end = logical + count
-            if not unwritten:
-                written_end = end
-            blocks += count
-            if self.claims.claim(physical, count, BlockState.DATA, f"inode {ino}"):
-                self.report.data_blocks += count
-            if physical // length != (physical + count - 1) // length:
-                self.report.error(f"an extent of inode {ino} crosses a group")
-        if written_end > -(-inode.size // BLOCK_BYTES) and ino not in self.orphans:
-            self.report.error(f"inode {ino} has blocks beyond its end")
+    async def _special(self, node: InodeNode) -> None:
+        """Symbolic links, devices, pipes, sockets."""
+        ino = node.block
+        link = stat.S_ISLNK(node.mode)
+        if (node.root is not None or (node.data and not link)) and await self.session.fix(
+            f"inode {ino} has content that its type has not", "Drop it"
+        ):
+            self.fix_of(ino).drop_content = True
+        if link and node.size != len(node.data):
+            text = f"inode {ino} is a symbolic link of {len(node.data)} bytes, not {node.size}"
+            await self._correct(ino, text, "size", len(node.data))
+
+    async def _file(self, node: InodeNode) -> int:
+        ino = node.block
+        if node.root is None:
+            if len(node.data) > node.size:
+                text = f"inode {ino} holds more bytes than its size says"
+                await self._correct(ino, text, "size", len(node.data))
+            return 0
+        walked = await self._tree(node, node.root)
+        extents = ExtentFilter(self.volume)
+        kept = extents.keep(walked.entries)
+        for fault in extents.faults:
+            text = f"inode {ino} {fault}"
+            if await self.session.fix(text, "Drop that part of the file", lossy=True):
+                self.fix_of(ino).rebuild = True
+        blocks = len(walked.blocks)
+        for _, extent in kept:
+            blocks += extent.length
+            self.report.data_blocks += extent.length
+            self.volume.claims.claim(extent.block, extent.length, BlockState.DATA)
+        await self._end(node, kept)
         return blocks
 
-    # -- extended attributes ---------------------------------------------------------------------
+    async def _end(self, node: InodeNode, kept: list[Piece]) -> None:
+        """Size and extents must agree; a file in the orphan list may be in the middle of a cut."""
+        ino = node.block
+        end = extents_end(kept)
+        if node.size > FILE_BYTES_MAX:
+            text = f"inode {ino} has the impossible size {node.size}"
+            await self._correct(ino, text, "size", end * BLOCK_BYTES)
+        elif end > -(-node.size // BLOCK_BYTES) and ino not in self.orphans:
+            text = f"inode {ino} has blocks beyond its end"
+            if await self.session.fix(text, "Free them"):
+                self.fix_of(ino).rebuild = True
 
-    async def _xattrs(self, ino: int, inode: InodeNode) -> int:
-        """Check all attributes; the number of their blocks."""
-        entries, count = await self._tree(ino, XattrTree(inode))
-        seen: set[bytes] = set()
-        for cookie, entry in entries:
-            if not isinstance(entry, Xattr):
-                self.report.error(f"inode {ino} has an entry that is no attribute")
+    async def _numbers(self, node: InodeNode, blocks: int) -> None:
+        ino = node.block
+        fixes = self.fixes.get(ino)
+        if blocks != node.blocks and not (fixes and (fixes.rebuild or fixes.rebuild_xattrs)):
+            text = f"inode {ino} counts {node.blocks} blocks but has {blocks}"
+            await self._correct(ino, text, "blocks", blocks)
+        for name in ("atime_ns", "mtime_ns", "ctime_ns", "birth_ns"):
+            if not -COUNTER_MAX < getattr(node, name) < COUNTER_MAX:
+                await self._correct(ino, f"inode {ino} has an impossible {name}", name, 0)
+        if node.counter >= COUNTER_MAX:
+            await self._correct(ino, f"inode {ino} has an impossible counter", "counter", 0)
+        unknown = node.flags & ~(FLAGS_SETTABLE | FLAG_LINKABLE)
+        if unknown:
+            text = f"inode {ino} has unknown flags {unknown:#x}"
+            await self._correct(ino, text, "flags", node.flags & ~unknown)
+
+    async def _correct(
+        self, ino: int, text: str, name: str, value: int, *, lossy: bool = False
+    ) -> None:
+        """Report a wrong number and set it right."""
+        if await self.session.fix(text, f"Set it to {value}", lossy=lossy):
+            self.fix_of(ino).values[name] = value
+
+
+class ExtentFilter:
+    """Which extents of a file can be."""
+
+    def __init__(self, volume: Volume) -> None:
+        self._volume = volume
+        self.faults: list[str] = []
+
+    def keep(self, entries: list[Entry]) -> list[Piece]:
+        """Those that can be, in order and without overlaps."""
+        result: list[Piece] = []
+        end = 0
+        size = self._volume.superblock.group_blocks
+        for logical, value in sorted(entries, key=lambda entry: entry[0]):
+            if not isinstance(value, Extent):
+                self.faults.append("has an entry that is no extent")
                 continue
-            try:
-                check_entry(cookie, self.superblock.name_hash(entry.name), entry)
-            except CorruptionError as error:
-                self.report.error(f"inode {ino} has {error.message}")
-            if entry.name in seen:
-                self.report.error(f"inode {ino} has the attribute {entry.name!r} twice")
-            seen.add(entry.name)
-            for block in entry.blocks:
-                count += 1
-                await self._value_block(ino, block)
-        return count
+            physical, count, _ = value
+            if not self._volume.claims.exist(physical, count):
+                self.faults.append(f"uses blocks {physical}+{count}, which do not exist")
+            elif physical // size != (physical + count - 1) // size:
+                self.faults.append(f"has an extent that crosses a group, {physical}+{count}")
+            elif logical < end or logical + count > FILE_BLOCKS_MAX:
+                self.faults.append(f"has extents that overlap at block {logical}")
+            else:
+                result.append((logical, value))
+                end = logical + count
+        return result
 
-    async def _value_block(self, ino: int, block: int) -> None:
-        if not self.claims.claim(block, 1, BlockState.META, f"an attribute of inode {ino}"):
-            return
-        data = await self.device.read(block * BLOCK_BYTES, BLOCK_BYTES)
-        try:
-            node = decode_node_untrusted(
-                open_block_untrusted(self.superblock.fs, block, data), data
-            )
-        except CorruptionError as error:
-            self.report.error(f"attribute of inode {ino}: {error}")
-            return
-        if not isinstance(node, ValueNode) or node.owner != ino:
-            self.report.error(f"block {block} is no attribute value of inode {ino}")
 
-    # -- names -----------------------------------------------------------------------------------
-
-    def _names(self, ino: int, entries: list[tuple[int, Value]]) -> list[int]:
-        self.report.directories += 1
-        children = []
-        seen: set[bytes] = set()
-        for cookie, value in entries:
-            if not isinstance(value, tuple) or isinstance(value, Extent):
-                self.report.error(f"directory {ino} has an entry that is no name")
-                continue
-            child, kind, name = value
-            self.report.names += 1
-            self._check_name(ino, cookie, name)
-            if name in seen:
-                self.report.error(f"directory {ino} has {name!r} twice")
-            seen.add(name)
-            self.links[child] = self.links.get(child, 0) + 1
-            if self.types.setdefault(child, kind) != kind:
-                self.report.error(f"names of inode {child} disagree about its type")
-            if kind == stat.S_IFDIR >> 12:
-                self.subdirectories[ino] = self.subdirectories.get(ino, 0) + 1
-                self.parents.setdefault(child, ino)
-            children.append(child)
-        return children
-
-    def _check_name(self, ino: int, cookie: int, name: bytes) -> None:
-        hashed = self.superblock.name_hash(name)
-        if cookie < COOKIE_FIRST or cookie >> HASH_SHIFT != hashed:
-            self.report.error(f"directory {ino}: the cookie of {name!r} does not fit its hash")
-        if len(name) > NAME_BYTES_MAX or b"/" in name or b"\0" in name or name in (b".", b".."):
-            self.report.error(f"directory {ino} has the impossible name {name!r}")
-
-    def _check_links(self, ino: int, inode: InodeNode) -> None:
-        named = self.links.get(ino, 0)
-        root = ino == self.superblock.root_ino
-        if ino in self.types and self.types[ino] != inode.mode >> 12:
-            self.report.error(f"inode {ino} is of another type than its name says")
-        if not inode.is_directory:
-            if inode.nlink != named:
-                self.report.error(f"inode {ino} counts {inode.nlink} names but has {named}")
-            if not named and ino not in self.orphans:
-                self.report.error(f"inode {ino} has no name and is in no orphan list")
-            return
-        if named != (0 if root or not inode.nlink else 1):
-            self.report.error(f"directory {ino} has {named} names")
-        expected = 2 + self.subdirectories.get(ino, 0) if inode.nlink else 0
-        if inode.nlink != expected:
-            self.report.error(f"directory {ino} counts {inode.nlink} links but has {expected}")
-        if inode.nlink and inode.parent != self.parents.get(ino):
-            self.report.error(f"directory {ino} names {inode.parent} as its parent, wrongly")
+def extents_end(pieces: list[Piece]) -> int:
+    """The block after the last one that must be inside the file: unwritten ones may lie behind."""
+    return max((at + extent.length for at, extent in pieces if not extent.unwritten), default=0)

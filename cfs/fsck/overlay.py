@@ -1,4 +1,4 @@
-"""A device whose writes stay in memory: how fsck replays journals without touching the disk."""
+"""A device whose writes stay in memory: how fsck replays and repairs without touching the disk."""
 
 from __future__ import annotations
 
@@ -12,29 +12,32 @@ class OverlayDevice:
     """Reads from `base`, except blocks that were written here. Whole blocks only."""
 
     def __init__(self, base: BlockDevice) -> None:
-        self._base = base
+        self.base = base
         self.written: dict[int, bytes] = {}
 
     @property
     def size_bytes(self) -> int:
-        return self._base.size_bytes
+        return self.base.size_bytes
 
     async def read(self, offset_bytes: int, length_bytes: int) -> bytes:
-        first, count = offset_bytes // BLOCK_BYTES, length_bytes // BLOCK_BYTES
-        data = await self._base.read(offset_bytes, length_bytes)
-        if not any(first <= block < first + count for block in self.written):
-            return data
-        copy = bytearray(data)
-        for index in range(count):
-            block = self.written.get(first + index)
-            if block is not None:
-                copy[index * BLOCK_BYTES : (index + 1) * BLOCK_BYTES] = block
-        return bytes(copy)
+        return (await self.read_many([(offset_bytes, length_bytes)]))[0]
 
     async def read_many(self, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
-        if not self.written:
-            return await self._base.read_many(ranges)
-        return [await self.read(offset, length) for offset, length in ranges]
+        found = await self.base.read_many(ranges)
+        written = self.written
+        if not written:
+            return found
+        for position, (offset, length) in enumerate(ranges):
+            first = offset // BLOCK_BYTES
+            numbers = range(first, first + length // BLOCK_BYTES)
+            changed = [block for block in numbers if block in written]
+            if changed:
+                copy = bytearray(found[position])
+                for block in changed:
+                    start = (block - first) * BLOCK_BYTES
+                    copy[start : start + BLOCK_BYTES] = written[block]
+                found[position] = bytes(copy)
+        return found
 
     async def write(self, offset_bytes: int, data: Buffer, *, fua: bool = False) -> None:
         view = memoryview(data)

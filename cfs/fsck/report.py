@@ -1,4 +1,4 @@
-"""What a check found."""
+"""What a check found and what became of it."""
 
 from __future__ import annotations
 
@@ -13,12 +13,20 @@ class Report(msgspec.Struct):
     errors: list[str] = []
     notes: list[str] = []
     error_count: int = 0
+    lossy_count: int = 0
+    """Errors whose repair loses something."""
+    fixed_count: int = 0
+    left_count: int = 0
+    """Errors that are still there: nothing was repaired, or it was refused or impossible."""
+    unusable: bool = False
+    """There is nothing to check: no superblock, or a device that is too short."""
     inodes: int = 0
     directories: int = 0
     names: int = 0
     data_blocks: int = 0
     free_blocks: int = 0
     total_blocks: int = 0
+    reconnected: int = 0
 
     def error(self, text: str) -> None:
         self.error_count += 1

@@ -9,11 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cfs import directory, extents, tree
-from cfs.attributes import BLOCK_BYTES, SetAttributes
+from cfs.attributes import BLOCK_BYTES
 from cfs.cache import Covered
 from cfs.errors import CorruptionError
 from cfs.format import Header, Kind, Superblock, open_block_untrusted, seal_block
-from cfs.fsck.checker import check
 from cfs.journal import joined
 from cfs.journal_format import (
     HEADER_BLOCKS,
@@ -30,8 +29,6 @@ from cfs.nodes import Extent, InodeNode, Node, Tree, decode_node_untrusted, pack
 from cfs.space import find_run, usable_freeing
 from cfs.stage import NOBODY
 from cfs.transaction import READER, Tx
-from cluster.device_memory import MemoryDevice
-from tests.cfs.harness import make_device, mounted
 
 FS = 0x03020100
 
@@ -345,104 +342,3 @@ def test_neighbours_are_written_together() -> None:
 def test_name_hashes_have_47_bits() -> None:
     superblock = Superblock(bytes(16), "", bytes(16), 512, 4096, 19, 1, 0)
     assert all(superblock.name_hash(b"%d" % n) < 1 << 47 for n in range(1000))
-
-
-# -- what fsck finds -------------------------------------------------------------------------------
-
-
-async def damaged(change: str) -> list[str]:
-    """A file system with one thing wrong, put there through the file system's own transactions."""
-    device = await make_device(8, group_blocks=512)
-    async with mounted(device) as fs:
-        root = fs.root_ino
-        made = await fs.mkdir(root, b"d", 0o755, 0, 0)
-        file = await fs.create(made.ino, b"f", 0o644, 0, 0)
-        await fs.write(file.ino, 0, b"x" * 20_000)
-        other = await fs.create(root, b"o", 0o644, 0, 0)
-        await fs.write(other.ino, 0, b"y" * 20_000)
-        core = fs.core
-        state, parent = core.state(file.ino), core.state(made.ino)
-
-        def spoil(tx: Tx) -> None:
-            inode, holder = tx.edit_inode(state), tx.edit_inode(parent)
-            assert inode.root is not None
-            assert holder.root is not None
-            if change == "links":
-                inode.nlink += 1
-            elif change == "directory links":
-                holder.nlink += 1
-            elif change == "parent":
-                holder.parent = file.ino
-            elif change == "blocks":
-                inode.blocks += 1
-            elif change == "beyond":
-                inode.size = 5
-            elif change == "shared":
-                inode.root.values[0] = core.state(other.ino).node.root.values[0]  # type: ignore[union-attr]
-            elif change == "dangling":
-                core.space.free(tx, file.ino, 1)
-                inode.mode = 0
-            elif change == "cookie":
-                holder.root.keys[0] += 1 << 20
-            elif change == "type":
-                value = holder.root.values[0]
-                assert isinstance(value, tuple)
-                holder.root.values[0] = (value[0], 4, value[2])  # type: ignore[misc]
-            elif change == "leak":
-                core.space.allocate(tx, 0, 1)
-            elif change == "freed":
-                (extent,) = inode.root.values
-                assert isinstance(extent, tuple)
-                core.space.free(tx, extent[0], 1)
-            elif change == "lost":
-                holder.root.keys.clear()
-                holder.root.values.clear()
-
-        await state.hold(5)  # type: ignore[arg-type]
-        await parent.hold(5)  # type: ignore[arg-type]
-        await core.run(spoil)
-        state.release(5)  # type: ignore[arg-type]
-        parent.release(5)  # type: ignore[arg-type]
-    return (await check(device)).errors
-
-
-@pytest.mark.trio
-@pytest.mark.parametrize(
-    ("change", "text"),
-    [
-        ("links", "counts 2 names but has 1"),
-        ("directory links", "links but has"),
-        ("parent", "as its parent, wrongly"),
-        ("blocks", "blocks but has"),
-        ("beyond", "beyond its end"),
-        ("shared", "something else uses too"),
-        ("dangling", "dead but still referred to"),
-        ("cookie", "does not fit its hash"),
-        ("type", "of another type"),
-        ("leak", "FREE by use but DATA"),
-        ("freed", "DATA by use but FREEING"),
-        ("lost", "FREE by use but META"),
-    ],
-)
-async def test_fsck_finds(change: str, text: str) -> None:
-    errors = await damaged(change)
-    assert any(text in error for error in errors), errors
-
-
-@pytest.mark.trio
-async def test_fsck_finds_damaged_blocks() -> None:
-    """Any metadata block with a flipped bit is an error, and no damage makes the check fail."""
-    device = await make_device(8, group_blocks=512)
-    async with mounted(device) as fs:
-        for number in range(200):
-            made = await fs.create(fs.root_ino, b"f%d" % number, 0o644, 0, 0)
-        await fs.write(made.ino, 0, b"x" * 20_000)
-        await fs.setattr(made.ino, SetAttributes(size=5))
-    rng = random.Random(3)
-    for block in (16, 17, 18, 19, 20, 511, 512, made.ino):
-        copy: MemoryDevice = device.snapshot()
-        data = bytearray(await copy.read(block * BLOCK_BYTES, BLOCK_BYTES))
-        data[rng.randrange(BLOCK_BYTES)] ^= 4
-        await copy.write(block * BLOCK_BYTES, data)
-        report = await check(copy)
-        assert report.errors or block == 20, block

@@ -26,12 +26,16 @@ class Damage:
     """Paths that a mount cannot know to be wrong."""
     told: str = ""
     """In the one line of the log; "" if a mount does not meet or cannot see the damage."""
+    told_by_chance: bool = False
+    """Whether a mount meets it depends on where it puts new blocks."""
     refused: str = ""
     """In the error of a mount that is refused."""
     crashed: bool = False
     """Planted into a disk with a journal that is in use."""
     says: str = ""
     """In an error of fsck."""
+    errors_max: int = 40
+    """One fault is not told as many."""
     lossy: bool = False
     """The repair asks, because something is lost."""
     lost: tuple[str, ...] = ()

@@ -1,0 +1,86 @@
+"""fsck.cfs as a command, on the image of a local mount."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from cfs.attributes import BLOCK_BYTES
+from tests.fuse.mounting import ROOT, local_mount, scratch
+
+IMAGE_BYTES = 64 << 20
+
+
+def fsck(*words: object, **how: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "cfs.fsck.cli", *map(str, words)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, **how)
+
+
+@pytest.fixture
+def image():
+    """An image with some files; and where the inode of one of them is."""
+    with scratch() as directory:
+        with local_mount(directory, image_bytes=IMAGE_BYTES) as mount:
+            for number in range(20):
+                (mount.path / f"file{number}").write_text("x" * 10_000)
+            (mount.path / "victim").write_text("short")
+            ino = (mount.path / "victim").stat().st_ino
+        yield directory, directory / "image", ino
+
+
+def spoil(path: Path, block: int) -> None:
+    with path.open("r+b") as file:
+        file.seek(block * BLOCK_BYTES + 300)
+        file.write(b"rotten")
+
+
+def test_a_mounted_image_is_refused(image) -> None:
+    directory, path, _ = image
+    with local_mount(directory, image_bytes=IMAGE_BYTES):
+        for options in ((), ("-y",)):
+            ended = fsck(*options, path)
+            assert ended.returncode == 8
+            assert "is in use" in ended.stderr
+
+
+def test_a_damaged_image_is_checked_mounted_repaired_and_clean(image) -> None:
+    directory, path, ino = image
+    assert fsck(path).returncode == 0
+    spoil(path, ino)
+    before = path.read_bytes()
+    ended = fsck("-n", path)
+    assert ended.returncode == 4
+    assert f"inode {ino}" in ended.stdout
+    refused = fsck("-p", path)
+    assert refused.returncode == 4
+    assert "would lose something" in refused.stderr
+    assert path.read_bytes() == before
+    with local_mount(directory, image_bytes=IMAGE_BYTES) as mount:
+        with pytest.raises(OSError, match="Input/output error"):
+            (mount.path / "victim").read_text()
+        assert (mount.path / "file7").read_text() == "x" * 10_000
+        (mount.path / "new").write_text("y" * 50_000)
+        assert mount.log.read_text().count(f"damage: block {ino} ") == 1
+    repaired = fsck("-y", "--json", "-C", path)
+    assert repaired.returncode == 1, repaired.stderr
+    assert json.loads(repaired.stdout)["left_count"] == 0
+    assert "checking inodes" in repaired.stderr
+    again = fsck(path)
+    assert again.returncode == 0
+    assert again.stdout.startswith("clean")
+    with local_mount(directory, image_bytes=IMAGE_BYTES) as mount:
+        assert not (mount.path / "victim").exists()
+        assert (mount.path / "new").read_text() == "y" * 50_000
+
+
+def test_wrong_command_lines_have_exit_code_16_and_a_wreck_8(tmp_path) -> None:
+    (tmp_path / "nothing").write_bytes(bytes(8 << 20))
+    path = tmp_path / "nothing"
+    assert fsck(path).returncode == 8
+    for words in (("-n", "-y"), ("-p", "-y"), ("--repair",), ("-n", "--repair")):
+        assert fsck(*words, path, stdin=subprocess.DEVNULL).returncode == 16
+    assert path.read_bytes() == bytes(8 << 20)
