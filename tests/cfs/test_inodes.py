@@ -111,6 +111,7 @@ async def test_a_nameless_file_goes_with_its_last_handle_or_gets_a_name() -> Non
         named = await fs.tmpfile(root, 0o600, 0, 0)
         await fs.write(named.ino, 0, b"kept")
         assert (await fs.link(named.ino, root, b"name")).nlink == 1
+        assert named.ino not in fs.orphans.where
         fs.close_ref(named.ino)
         await trio.testing.wait_all_tasks_blocked()
         assert await fs.read((await fs.lookup(root, b"name")).ino, 0, 10) == b"kept"
