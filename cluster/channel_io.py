@@ -26,6 +26,8 @@ from cluster.ids import Epoch, Incarnation
 from cluster.wire import (
     HEADER_BYTES,
     KIND_STREAM,
+    MAC_BYTES,
+    PAYLOAD_BYTES_MAX,
     Frame,
     Keys,
     derived_key,
@@ -38,6 +40,8 @@ NONCE_BYTES = 16
 HANDSHAKE_S = 5.0
 CONNECT_S = 2.0
 BACKLOG_BYTES_MAX = 256 << 20
+STRANGER_FRAME_BYTES_MAX = 64 << 10
+"""Until the first authenticated frame: hellos are short."""
 _READ_BYTES = 1 << 18
 
 
@@ -52,6 +56,7 @@ class Channel:
         self._sent = 0
         self._seen = 0
         self._buffer = bytearray()
+        self._frame_bytes_max = STRANGER_FRAME_BYTES_MAX
         self._out: deque[memoryview] = deque()
         self._out_bytes = 0
         self._wake = trio.Event()
@@ -126,6 +131,8 @@ class Channel:
         while True:
             if len(self._buffer) >= HEADER_BYTES:
                 need = frame_bytes_untrusted(self._buffer)
+                if need > self._frame_bytes_max:
+                    raise ProtocolError(f"a stranger announces a frame of {need} bytes")
                 if len(self._buffer) >= need:
                     data = bytes(memoryview(self._buffer)[:need])
                     del self._buffer[:need]
@@ -192,6 +199,7 @@ class Channel:
     def _adopt(self, frame: Frame, dialer: bytes, acceptor: bytes) -> None:
         if len(dialer) != NONCE_BYTES or len(acceptor) != NONCE_BYTES:
             raise ProtocolError("short nonce")
+        self._frame_bytes_max = HEADER_BYTES + PAYLOAD_BYTES_MAX + MAC_BYTES
         self.peer_sender = frame.sender
         self.peer_incarnation = frame.incarnation
         keys = self._identity.keys

@@ -33,6 +33,8 @@ from cluster.wire import Frame
 
 ANSWERS_MAX = 1024
 NETWORKS_MAX = 2
+STRANGERS_MAX = 256
+"""Connections that have not authenticated themselves yet."""
 CALL_TIMEOUT_S = 30.0
 REDIAL_FIRST_S = 0.05
 REDIAL_MAX_S = 0.5
@@ -107,6 +109,7 @@ class Transport:
         self._waiting: dict[int, tuple[trio.Event, list[Answer]]] = {}
         self._answers: OrderedDict[tuple[NodeId, int, int], Answer | None] = OrderedDict()
         self._nursery: trio.Nursery | None = None
+        self._strangers = 0
 
     @property
     def me(self) -> NodeId:
@@ -259,6 +262,9 @@ class Transport:
         with listener:
             while True:
                 sock = await accept_one(listener, self._timing.dead_ms)
+                if self._strangers >= STRANGERS_MAX:
+                    sock.close()  # each of them is gone within HANDSHAKE_S; members dial again
+                    continue
                 assert self._nursery is not None
                 self._nursery.start_soon(self._accepted, sock)
 
@@ -269,7 +275,11 @@ class Transport:
         channel = Channel(sock, self._identity)
         try:
             with contextlib.closing(channel):
-                frame = await channel.accept(answer)
+                self._strangers += 1
+                try:
+                    frame = await channel.accept(answer)
+                finally:
+                    self._strangers -= 1
                 greeting = decode_untrusted(_greetings, frame.payload, "greeting")
                 if frame.sender != greeting.node or not 1 <= frame.sender <= NODE_ID_MAX:
                     raise ProtocolError("greeting of somebody else")

@@ -36,12 +36,14 @@ class ControlServer:
         self._voter = voter
         self._identity = identity
         self._session: ControlSession | None = None
+        self.trusted = False
 
     def handle_untrusted(self, data: bytes) -> bytes:
         """The data of one CONTROL option; gives the answer. Raises ProtocolError: hang up."""
         if self._session is None:
             return self._hello(data)
         frame = self._session.open_untrusted(data)
+        self.trusted = True
         request = m.decode_request_untrusted(frame.payload)
         self._service.heard(NodeId(frame.sender), frame.incarnation)
         try:

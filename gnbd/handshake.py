@@ -80,17 +80,22 @@ class Handshake:
         self._buffer = bytearray()
         self._flags: int | None = None
         self._ended = False
+        self.trusted = False
+        """The shell says so when a CONTROL session has authenticated itself."""
         self._structured = False
         self._contexts: tuple[str, tuple[str, ...]] = ("", ())
 
     def feed(self, data: bytes | memoryview) -> None:
         """More bytes from the client."""
         self._buffer += data
-        assert len(self._buffer) <= p.OPTION_BYTES_MAX + (1 << 20)
+        assert len(self._buffer) <= self._option_bytes_max() + (1 << 20)
 
     def wanted_bytes(self) -> int:
         """How many more bytes the shell may read now; keeps the buffer bounded."""
-        return max(1, min(1 << 18, p.OPTION_BYTES_MAX + (1 << 19) - len(self._buffer)))
+        return max(1, min(1 << 18, self._option_bytes_max() + (1 << 19) - len(self._buffer)))
+
+    def _option_bytes_max(self) -> int:
+        return p.OPTION_BYTES_MAX if self.trusted else p.STRANGER_OPTION_BYTES_MAX
 
     def next(self) -> Action | None:
         """The next action, or None if more bytes are needed."""
@@ -108,7 +113,7 @@ class Handshake:
         magic, number, length = p.OPTION.unpack_from(self._buffer)
         if magic != p.OPTION_MAGIC:
             return self._close("not an NBD option")
-        if length > p.OPTION_BYTES_MAX:
+        if length > self._option_bytes_max():
             return self._close("option too long")
         end = p.OPTION.size + length
         if len(self._buffer) < end:

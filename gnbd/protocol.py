@@ -130,6 +130,8 @@ ESTALE = 116
 
 NAME_BYTES_MAX = 4096
 OPTION_BYTES_MAX = 5 << 20
+STRANGER_OPTION_BYTES_MAX = 64 << 10
+"""Of a client that has not proved that it belongs to the cluster."""
 LIST_MAX = 4096
 PAYLOAD_BYTES_MAX = 64 << 20
 BLOCK_BYTES_MIN = 1

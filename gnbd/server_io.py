@@ -12,6 +12,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 from pathlib import Path
 from types import FrameType
 
@@ -47,6 +48,7 @@ from gnbd.voter_io import Voter
 CONNECTIONS_MAX = 1024
 BACKLOG = 128
 TICK_S = 0.1
+HANDSHAKE_S = 30.0
 log = structlog.get_logger("gnbd")
 
 
@@ -78,9 +80,17 @@ class _Negotiation:
         """Negotiate. None: the connection is over."""
         sock = self._connection.sock
         handshake = Handshake(_View(self._server.service, self._connection))
+        end_s = time.monotonic() + HANDSHAKE_S
+        sock.settimeout(HANDSHAKE_S)
         sock.sendall(GREETING)
         while not handshake.ended:
             action = handshake.next()
+            if self._control is not None and self._control.trusted:
+                handshake.trusted = True
+                sock.settimeout(None)
+            else:
+                # A stranger that says nothing, or a byte now and then, does not hold a thread.
+                sock.settimeout(max(0.001, end_s - time.monotonic()))
             match action:
                 case None:
                     data = sock.recv(handshake.wanted_bytes())
