@@ -218,6 +218,20 @@ class KernelCaches:
             inode.revision += 1
             self.drop_if_unused(inode)
 
+    def distrust(self) -> None:
+        """The kernel may believe wrong names and attributes of any inode: take all of them back."""
+        stale = []
+        for inode in self.inodes.values():
+            inode.revision += 1
+            inode.names_epoch = EPOCH_NEVER
+            if inode.attributes_out:
+                inode.attributes_out = False
+                stale.append(encode_attributes(inode.node))
+        self._notifier.submit(stale)
+        if self._notifier.has_epoch:
+            self._epoch += 1
+            self._notifier.bump_epoch()
+
     async def drop_all_pages(self, number: int) -> None:
         """Drop every page of an inode whatever the account says."""
         inode = self.inodes.get(number)

@@ -5,9 +5,11 @@ INTERRUPT once, at the first signal of any kind; so an interrupted request is lo
 again until a fatal signal is pending for its caller or it is answered. Then:
 - a request that waits for a cluster lock ends with EINTR: nothing has been changed yet. The lock
   cache waits through its runtime, so that is where this is put in;
-- a request that changes nothing and waits for something else (storage that is away) is *abandoned*:
-  the kernel gets EINTR at once, the handler goes on, and undoes what only its answer would have
-  made true (`is_abandoned`). The kernel refuses the late answer;
+- a request that waits for something else (storage that is away) is *abandoned*: the kernel gets
+  EINTR at once, the handler goes on, and undoes what only its answer would have made true
+  (`is_abandoned`): counted lookups, a handle. A change is made all the same, after the kernel was
+  told that it was not: then nothing that the kernel believes of names and attributes is left
+  (`OperationsBase.settle_abandoned`). The kernel refuses the late answer;
 - an answer that the closed gate keeps is replaced by EINTR.
 """
 
@@ -29,12 +31,18 @@ from native.requests import Opcode, Request
 log = logging.getLogger("cfs.mount")
 
 POLL_S = 0.1
-ABANDONABLE = frozenset(
+CHANGES = frozenset(
     {
-        Opcode.LOOKUP, Opcode.GETATTR, Opcode.READLINK, Opcode.READ, Opcode.READDIRPLUS,
-        Opcode.STATFS, Opcode.FSYNC, Opcode.FSYNCDIR,
+        Opcode.SETATTR, Opcode.SYMLINK, Opcode.MKNOD, Opcode.MKDIR, Opcode.UNLINK, Opcode.RMDIR,
+        Opcode.RENAME, Opcode.RENAME2, Opcode.LINK, Opcode.CREATE, Opcode.WRITE,
+        Opcode.SETXATTR, Opcode.REMOVEXATTR, Opcode.FALLOCATE, Opcode.OPEN,
     }
 )  # fmt: skip
+ABANDONABLE = CHANGES | {
+    Opcode.LOOKUP, Opcode.GETATTR, Opcode.READLINK, Opcode.READ, Opcode.READDIRPLUS,
+    Opcode.STATFS, Opcode.FSYNC, Opcode.FSYNCDIR, Opcode.OPENDIR,
+    Opcode.GETXATTR, Opcode.LISTXATTR,
+}  # fmt: skip
 _ERROR_ANSWER = struct.Struct("<IiQ")
 
 
@@ -77,6 +85,13 @@ class RequestWaits:
         half-way."""
         return request.unique in self._signalled and fatal_signal_pending(request.pid)
 
+    def abandoned_now(self) -> bool:
+        """`is_abandoned` of the request that the current task handles."""
+        if not self._abandoned:
+            return False
+        request = self.requests.get(trio.lowlevel.current_task())
+        return request is not None and request.unique in self._abandoned
+
     def finished(self, unique: int) -> None:
         """The handler has returned."""
         self._signalled.discard(unique)
@@ -105,7 +120,11 @@ class RequestWaits:
             scope = self._scopes.get(unique)
             if scope is not None:
                 scope.cancel()
-            elif request.opcode in ABANDONABLE and unique not in self._abandoned:
+            elif (
+                request.opcode in ABANDONABLE
+                and unique not in self._abandoned
+                and not request.laundered
+            ):
                 self._abandon(unique)
 
     def _abandon(self, unique: int) -> None:

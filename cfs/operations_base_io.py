@@ -17,17 +17,18 @@ from cfs.filesystem import FileSystem
 from cfs.kernel_cache import EVERYTHING, KernelInode, Waiter
 from cfs.kernel_cache_io import ROOT_NODE, KernelCaches
 from cfs.mount_fuse_io import fuse, pyfuse3
-from cfs.mount_interrupt_io import RequestWaits
+from cfs.mount_interrupt_io import CHANGES, RequestWaits
 from cfs.operations_entry_io import PlainEntry, entry
 from cluster.errors import BarredError
 from cluster.locks import CachedLock, Mode
-from native.requests import Request
+from native.requests import Opcode, Request
 
 log = logging.getLogger("cfs.operations")
 
 P = ParamSpec("P")
 R = TypeVar("R")
 HANDLES_MAX = 1 << 20
+NEW_CONTENT = (Opcode.WRITE, Opcode.SETATTR, Opcode.FALLOCATE, Opcode.OPEN)
 
 
 @dataclass(slots=True, eq=False)
@@ -103,6 +104,19 @@ class OperationsBase(pyfuse3.Operations):  # type: ignore[misc]
         """Raise if nobody waits for this answer any more: it must not be counted."""
         if self.waits.is_abandoned(unique):
             raise FsError(errno.EINTR, "the caller was killed")
+
+    def stop_if_abandoned_now(self) -> None:
+        """The same for the request that this task handles."""
+        if self.waits.abandoned_now():
+            raise FsError(errno.EINTR, "the caller was killed")
+
+    async def settle_abandoned(self, request: Request) -> None:
+        """The kernel was told that this request ended, but it was carried out after that: what the
+        kernel learnt in between may be wrong."""
+        if request.opcode in CHANGES:
+            self.caches.distrust()
+            if request.opcode in NEW_CONTENT:
+                await self.caches.drop_all_pages(self.ino(request.inode))
 
     def add_handle(self, inode: KernelInode, lock: CachedLock, flags: int) -> Handle:
         """Number a new handle."""
@@ -237,6 +251,8 @@ def handler(
         finally:
             del requests[task]
             if self.waits.has_signals():
+                if self.waits.is_abandoned(request.unique):
+                    await self.settle_abandoned(request)
                 self.waits.finished(request.unique)
 
     return wrapped

@@ -8,6 +8,7 @@ ever filled at the end of file that the kernel believes in) goes through the cor
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import time
@@ -128,10 +129,21 @@ class DataOperations(OperationsBase):
         self, inode: pyfuse3.InodeT, flags: pyfuse3.FlagT, ctx: pyfuse3.RequestContext
     ) -> pyfuse3.FileInfo:
         kill = self.request.kills_privileges
-        return await self.open_handle(self.known(inode), flags, kill=kill)
+        info = await self.open_handle(self.known(inode), flags, kill=kill)
+        self.stop_if_opened_in_vain(info.fh)
+        return info
+
+    def stop_if_opened_in_vain(self, fh: pyfuse3.FileHandleT) -> None:
+        """Raise if the caller was killed: the kernel will never release the handle."""
+        if self.waits.abandoned_now():
+            self._close(fh)
+            raise FsError(errno.EINTR, "the caller was killed")
 
     @handler
     async def release(self, fh: pyfuse3.FileHandleT) -> None:
+        self._close(fh)
+
+    def _close(self, fh: pyfuse3.FileHandleT) -> None:
         handle = self.drop_handle(fh)
         if handle.appending is not None:
             handle.appending.cancel()

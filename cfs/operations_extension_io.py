@@ -82,6 +82,8 @@ class Extensions:
             data, error = b"", operations.errno_of(name, failure)
         finally:
             del operations.waits.requests[task]
+            if operations.waits.is_abandoned(request.unique):
+                await operations.settle_abandoned(request)
             operations.waits.finished(request.unique)
         self._reply(name, request, error, data)
 

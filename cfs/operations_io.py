@@ -44,6 +44,7 @@ class CfsOperations(LookupOperations, InodeOperations, XattrOperations, RangeOpe
     # -- names -----------------------------------------------------------------------------------
 
     def _made(self, parent: KernelInode, revision: int, attributes: Attributes) -> Entry:
+        self.stop_if_abandoned_now()
         return self.answer_entry(attributes, self.name_timeout(parent, revision))
 
     @handler
@@ -76,6 +77,7 @@ class CfsOperations(LookupOperations, InodeOperations, XattrOperations, RangeOpe
             inode.lookups -= 1
             raise
         inode.lookups -= 1
+        self.stop_if_opened_in_vain(info.fh)
         return info, self._made(parent, revision, attributes)
 
     @handler
@@ -227,6 +229,7 @@ class CfsOperations(LookupOperations, InodeOperations, XattrOperations, RangeOpe
         except BaseException:
             self.fs.close_ref(number)
             raise
+        self.stop_if_opened_in_vain(pyfuse3.FileHandleT(handle.number))
         return pyfuse3.FileHandleT(handle.number)
 
     @handler

@@ -35,6 +35,26 @@ class AwayStorage(MemoryFileSystem):
         return await super().read_held(ino, offset, size)
 
 
+def _slowly(name):
+    """The operation waits for storage when it names something called `slow...`."""
+    original = getattr(MemoryFileSystem, name)
+
+    async def wrapped(self, *arguments, **how):
+        if any(isinstance(each, bytes) and each.startswith(b"slow") for each in arguments):
+            await self.back.wait()
+        if SLOW in arguments:
+            await self.back.wait()
+        return await original(self, *arguments, **how)
+
+    return wrapped
+
+
+for _name in ("create", "mkdir", "symlink", "link", "unlink", "rmdir", "rename", "setattr"):
+    setattr(AwayStorage, _name, _slowly(_name))
+AwayStorage.setattr_held = _slowly("setattr_held")
+AwayStorage.write_held = _slowly("write_held")
+
+
 class Slow:
     """An engine that keeps the requests for one lock until it thaws."""
 

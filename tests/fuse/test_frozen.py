@@ -63,6 +63,46 @@ def test_a_killed_caller_does_not_wait_for_storage(frozen):
     assert frozen.close() == 0
 
 
+CHANGES = {
+    "mkdir": ("os.mkdir('slowdir')", "os.path.isdir('slowdir')"),
+    "create": ("open('slowfile', 'x')", "os.path.exists('slowfile')"),
+    "symlink": ("os.symlink('x', 'slowlink')", "os.path.islink('slowlink')"),
+    "link": ("os.link('free', 'slow2')", "os.stat('free').st_nlink == 2"),
+    "unlink": ("os.unlink('slow')", "not os.path.exists('slow')"),
+    "rename": ("os.rename('slow', 'gone')", "os.path.exists('gone')"),
+    "setattr": ("os.chmod('slow', 0o600)", "os.stat('slow').st_mode & 0o777 == 0o600"),
+    "write": ("os.pwrite(os.open('slow', os.O_WRONLY), b'X', 0)", "open('slow').read() == 'Xata'"),
+}  # fmt: skip
+
+
+def truth_of(mounted, expression):
+    program = f"import os, sys; sys.exit(not ({expression}))"
+    return subprocess.run(["python3", "-c", program], cwd=mounted.path).returncode == 0
+
+
+@pytest.mark.parametrize("operation", CHANGES)
+def test_a_killed_caller_does_not_wait_for_its_change(frozen, operation):
+    """kill -9 while the change waits for storage ends the caller; the change is made all the same
+    when the storage is back, and everybody sees it: no name or attribute of before is believed."""
+    statement, wanted = CHANGES[operation]
+    counter = "setattr" if operation == "setattr" else operation
+    if operation != "write":  # it would read the file, which waits for the storage, too
+        assert not truth_of(frozen, wanted)
+    program = f"import os\n{statement}"
+    client = stuck(frozen, "env", "-C", frozen.path, "python3", "-c", program, counters=(counter,))
+    assert client.poll() is None
+    client.kill()
+    client.wait(DEADLINE_S)
+    if operation != "write":
+        assert not truth_of(frozen, wanted)
+    (frozen.log.parent / "thaw").touch()
+    end = time.monotonic() + DEADLINE_S
+    while not truth_of(frozen, wanted):
+        assert time.monotonic() < end
+    assert frozen.counters()["handles"] == 0
+    assert frozen.close() == 0
+
+
 def test_a_harmless_signal_does_not_end_the_wait(frozen):
     """A handled signal interrupts nothing: the read succeeds once the lock comes."""
     program = (
