@@ -6,13 +6,18 @@ from __future__ import annotations
 import errno
 import re
 
+import msgspec
 import pytest
 
+from cfs.format import Feature
 from cfs.fsck.checker import check, repair
 from cfs.fsck.report import Report
 from cfs.fsck.session import Consent, NeedsHumanError, Session
 from cluster.device_memory import MemoryDevice
+from cluster.errors import RefusedError
+from tests.cfs.harness import mounted
 from tests.corrupter import blocks, content
+from tests.corrupter.campaign import cut_repairs, random_damage, repaired
 from tests.corrupter.image import Image
 from tests.corrupter.probe import probe
 from tests.corrupter.table import TABLE, Damage
@@ -93,7 +98,6 @@ async def test_fsck_tells_what_is_damaged_and_changes_nothing(name: str) -> None
 async def test_a_repair_saves_what_can_be_saved(name: str) -> None:
     damage = TABLE[name]
     world, image = await spoiled(damage)
-    before = image.device.snapshot()
     session = Session(Report(), Consent.SAFE)
     if damage.lossy:
         with pytest.raises(NeedsHumanError):
@@ -114,9 +118,38 @@ async def test_a_repair_saves_what_can_be_saved(name: str) -> None:
             assert answers.found[path] == expected, path
     assert report.reconnected == damage.reconnected or damage.reconnected < 0
     assert (await check(image.device)).clean
-    assert before is not None
 
 
 async def same(one: MemoryDevice, other: MemoryDevice) -> bool:
     size = one.size_bytes
     return await one.read(0, size) == await other.read(0, size)
+
+
+CUT = [name for index, name in enumerate(TABLE) if index % 6 == 1]
+
+
+@pytest.mark.parametrize("name", CUT)
+async def test_a_repair_that_is_cut_is_ended_by_the_next(name: str) -> None:
+    """Cut at two places each; `python -m tests.corrupter` cuts every class everywhere."""
+    assert await cut_repairs(await the_world(), TABLE[name], 1, 2)
+
+
+@pytest.mark.parametrize("seed", range(8))
+async def test_random_damage_ends_in_a_clean_file_system(seed: int) -> None:
+    print(f"seed {seed}: python -m tests.corrupter --seed {seed} --seeds 1 --cuts 0")
+    print(await random_damage(await the_world(), seed))
+
+
+async def test_no_mount_while_a_repair_has_not_ended() -> None:
+    world = await the_world()
+    device = world.device.snapshot()
+    mark = world.superblock.features_incompatible | Feature.REPAIRING
+    new = msgspec.structs.replace(world.superblock, features_incompatible=mark, version=9)
+    for block in (16, new.backup_block):
+        await Image(device, new).put(block, new.encode(block))
+    with pytest.RaisesGroup(RefusedError, flatten_subgroups=True):
+        async with mounted(device):
+            raise AssertionError("mounted")
+    await repaired(device)
+    async with mounted(device) as fs:
+        assert await fs.readdir(fs.root_ino, 0, 5)

@@ -195,8 +195,9 @@ async def extents_overlap(image: Image, world: World) -> None:
     def change(node: TreeNode) -> None:
         value = node.tree.values[4]
         assert isinstance(value, tuple)
-        node.tree.values[4] = type(value)((value[0], 4)) if type(value) is tuple else (
-            value._replace(length=4))  # type: ignore[attr-defined]
+        node.tree.values[4] = (
+            type(value)((value[0], 4)) if type(value) is tuple else (value._replace(length=4))
+        )  # type: ignore[attr-defined]
 
     await image.edit((await image.leaves(world.inos["/pieces"]))[0], TreeNode, change)
 
