@@ -8,9 +8,11 @@ the background unless `-f` is given. Exit codes are those of mount(8).
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
 import socket
+import stat
 import sys
 from pathlib import Path
 
@@ -27,13 +29,23 @@ from cfs.mount_options import (
 from cfs.mount_system_io import (
     StatusPipe,
     daemonise,
+    fuse_mounts,
     mounted_minor,
+    noted_process,
     redirect_output,
     settle_process,
     unmount,
 )
-from cluster.errors import StackError, UsageError
+from cluster.errors import (
+    BusyError,
+    NotFoundError,
+    NotPermittedError,
+    StackError,
+    UsageError,
+    os_failure,
+)
 from cluster.paths_io import run_dir
+from cluster.tool_cli import need_root
 
 log = logging.getLogger("cfs.mount")
 
@@ -123,19 +135,53 @@ def run(arguments: MountArguments, status: Status) -> int:
 
 def main(words: list[str] | None = None) -> None:
     """Entry point of mount.cfs."""
+    typed = sys.argv[1:] if words is None else words
+    if {"-h", "--help"} & set(typed):
+        print(USAGE)
+        sys.exit(EXIT_MOUNTED)
     try:
-        arguments = parse_arguments(sys.argv[1:] if words is None else words)
-    except UsageError as error:
-        _say(error.message)
-        print(error.hint, file=sys.stderr)
+        arguments = _absolute(parse_arguments(typed))
+        need_root("mount.cfs", "use sudo")
+    except (UsageError, NotPermittedError) as error:
+        _complain(error)
         sys.exit(EXIT_USAGE)
-    if os.geteuid() != 0:
-        _say("only root can mount")
-        sys.exit(EXIT_USAGE)
-    if not os.path.isdir(arguments.mountpoint):
-        _say(f"{arguments.mountpoint} is not a directory")
-        sys.exit(EXIT_USAGE)
-    sys.exit(_main(_absolute(arguments)))
+    try:
+        _check_places(arguments)
+    except StackError as error:
+        _complain(error)
+        sys.exit(EXIT_FAILED)
+    sys.exit(_main(arguments))
+
+
+def _complain(error: StackError) -> None:
+    _say(error.message + (f"\n  hint: {error.hint}" if error.hint else ""))
+
+
+def _check_places(arguments: MountArguments) -> None:
+    """Refuse before anything is started. Raises StackError. A mount that is there is not touched:
+    it may be frozen."""
+    for source, place, minor in fuse_mounts():
+        pid = noted_process(run_dir(), minor)
+        if pid and place == arguments.mountpoint:
+            raise BusyError(
+                f"{source} is mounted at {place} (pid {pid})", hint=f"umount {place} first"
+            )
+        if pid and source == arguments.volume and not arguments.local:
+            raise BusyError(
+                f"{source} is mounted on this node already, at {place} (pid {pid})",
+                hint=f"to see it at a second place: mount --bind {place} {arguments.mountpoint}",
+            )
+    where = arguments.mountpoint
+    try:
+        is_directory = stat.S_ISDIR(os.stat(where).st_mode)
+    except FileNotFoundError:
+        raise NotFoundError(f"mount point {where} does not exist", hint=f"mkdir {where}") from None
+    except OSError as error:
+        if error.errno == errno.ENOTCONN:
+            return  # what a dead mount left behind; ours goes on top
+        raise os_failure(error, f"mount point {where}") from error
+    if not is_directory:
+        raise UsageError(f"mount point {where} is not a directory")
 
 
 def _absolute(arguments: MountArguments) -> MountArguments:
@@ -200,8 +246,12 @@ def umount_main() -> None:
     words = [word for word in sys.argv[1:] if not word.startswith("-")]
     flags = 1 if "-f" in sys.argv else 0
     flags |= 2 if "-l" in sys.argv else 0
-    if not words:
-        print("usage: umount.fuse.cfs [-f] [-l] DIRECTORY", file=sys.stderr)
+    if {"-h", "--help"} & set(sys.argv):
+        print("usage: umount.fuse.cfs [-f] [-l] DIRECTORY\n\nUnmount; wait for the last write.")
+        sys.exit(0)
+    if len(words) != 1:
+        print("umount.fuse.cfs: one directory is needed", file=sys.stderr)
+        print("  hint: see: umount.fuse.cfs --help", file=sys.stderr)
         sys.exit(EXIT_USAGE)
     mountpoint = os.path.realpath(words[0]) if flags == 0 else os.path.abspath(words[0])
     minor = mounted_minor(mountpoint)

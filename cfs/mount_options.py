@@ -24,6 +24,7 @@ IGNORED_OPTIONS = frozenset(
      "allow_other", "default_permissions"}
 )  # fmt: skip
 
+HINT = "see: mount.cfs --help"
 USAGE = """\
 usage: mount.cfs VOLUME DIRECTORY [-f] [-v] [-o OPTION,...]
 
@@ -72,7 +73,7 @@ def parse_arguments(arguments: Sequence[str]) -> MountArguments:
         word = rest.pop(0)
         if word in ("-o", "-t", "-N"):
             if not rest:
-                raise UsageError(f"{word} needs a value", hint=USAGE)
+                raise UsageError(f"{word} needs a value", hint=HINT)
             value = rest.pop(0)
             if word == "-o":
                 options += value.split(",")
@@ -87,11 +88,11 @@ def parse_arguments(arguments: Sequence[str]) -> MountArguments:
         elif word == "-r":
             options.append("ro")
         elif word.startswith("-") and word != "-":
-            raise UsageError(f"unknown option {word}", hint=USAGE)
+            raise UsageError(f"unknown option {word}", hint=HINT)
         else:
             words.append(word)
     if len(words) != 2:
-        raise UsageError("a volume and a directory are needed", hint=USAGE)
+        raise UsageError("a volume and a directory are needed", hint=HINT)
     kernel = [option for option in options if option in KERNEL_OPTIONS]
     for option in options:
         _take_option(option, fields)
@@ -121,12 +122,12 @@ def _take_option(option: str, fields: dict[str, object]) -> None:
     elif name == "log" and value:
         fields["log_path"] = value
     else:
-        raise UsageError(f"unknown mount option {option!r}", hint=USAGE)
+        raise UsageError(f"unknown mount option {option!r}", hint=HINT)
 
 
 def _number(option: str, value: str, most: int) -> int:
     if not value.isdecimal() or int(value) > most:
-        raise UsageError(f"{option!r} is not a number up to {most}", hint=USAGE)
+        raise UsageError(f"{option!r} is not a number up to {most}", hint=HINT)
     return int(value)
 
 

@@ -137,6 +137,35 @@ def note_process(directory: Path, minor: int) -> Path:
     return path
 
 
+def fuse_mounts() -> list[tuple[str, str, int]]:
+    """(source, mount point, device minor) of every FUSE mount that this process sees. Reads only
+    /proc, never a mount."""
+    found = []
+    with open("/proc/self/mountinfo", "rb") as file:
+        for line in file:
+            fields, _, rest = line.partition(b" - ")
+            words = fields.split(b" ")
+            kind, source = rest.split(b" ")[:2]
+            if kind.startswith(b"fuse"):
+                minor = int(words[2].split(b":")[1])
+                found.append((_plain(source), _plain(words[4]), minor))
+    return found
+
+
+def _plain(field: bytes) -> str:
+    return os.fsdecode(field.decode("unicode_escape").encode("latin-1"))
+
+
+def noted_process(directory: Path, minor: int) -> int:
+    """The mount process that left `note_process` for a mount of this node; 0 if it is gone."""
+    try:
+        pid = int((directory / "mounts" / str(minor)).read_text())
+        os.kill(pid, 0)
+    except (OSError, ValueError):
+        return 0
+    return pid
+
+
 def mounted_minor(mountpoint: str) -> int:
     """The device minor of the FUSE mount on top of `mountpoint`; -1 if there is none. Reads only
     /proc, never the mount."""
