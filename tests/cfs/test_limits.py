@@ -16,8 +16,8 @@ from cfs.errors import FsError
 from cfs.filesystem import FileSystem
 from tests.cfs.harness import cluster, fsck, make_device, mounted
 
-pytestmark = pytest.mark.trio
 FULL = bool(os.environ.get("CFS_FULL"))
+pytestmark = [pytest.mark.trio, *([pytest.mark.timeout(3600)] if FULL else [])]
 ENTRIES = 200_000 if FULL else 20_000
 LINKS = 65_000 if FULL else 6500
 TICKING = MountOptions(commit_interval_ms=200)
