@@ -82,7 +82,7 @@ class InodeState(Covered):
     `pages` wait to be written, `flushing` are being written; a page is in `flushing` at most once,
     so the disk never sees two writes of one block at a time. `map_version` changes whenever blocks
     are taken away: a reader whose I/O overlapped that reads again. `clean` holds pages read from
-    the disk to be changed in part (None: being read); a write of that page takes it out again.
+    the disk to be changed in part (no bytes: being read); a write of that page takes it out again.
     `fresh`: pages whose block has never been written for this file; `spoiled`: those of them whose
     write failed (`cfs.pages`).
 
@@ -107,7 +107,7 @@ class InodeState(Covered):
         self.direct_writes = 0
         self.map_version = 0
         self.direct_done: Event | None = None
-        self.clean: dict[int, bytes | None] = {}
+        self.clean: dict[int, object] = {}
         self.changed_in = 0
         self.errors = WriteErrors()
         self.fresh: set[int] = set()

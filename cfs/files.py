@@ -300,19 +300,20 @@ class Files:
         if page is not None:
             return page[0]
         clean = state.clean.get(index)
-        if clean is not None:
+        if isinstance(clean, bytes):
             return clean
         raise NeedWait(lambda: self._load_page(state, index, block))
 
     async def _load_page(self, state: InodeState, index: int, block: int) -> None:
         if len(state.clean) >= CLEAN_PAGES_MAX:
             state.clean.clear()
-        state.clean[index] = None
+        reading = state.clean[index] = object()
         try:
             data = await self.core.device.read(block * BLOCK_BYTES, BLOCK_BYTES)
         except DeviceError as error:
             raise FsError(errno.EIO, error.message) from error
-        if index in state.clean:
+        # A read that a write and a later read have overtaken brings an old page.
+        if state.clean.get(index) is reading:
             state.clean[index] = data
 
     def fill(

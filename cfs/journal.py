@@ -310,5 +310,6 @@ class Journal:
         await self.checkpoint()
         if not self.is_clean:
             await self.checkpoint()
+        await self._flush()  # the header before the last is overwritten only behind a durable one
         await self._write_header(in_use=False)
         await self._flush()

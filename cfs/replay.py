@@ -3,7 +3,8 @@
 An item is applied if its version is newer than that of the block on the disk. That is idempotent
 and needs no order among journals, as long as a block holds metadata. Freed blocks are what versions
 cannot protect, so the maps decide: first the journal's own maps are brought up to date, then an
-item is applied only to a block that the map calls META (or FREEING: not yet in another use).
+item is applied only to a block that the map calls META (or FREEING, if metadata is still in it:
+its next user may have begun to write there, and the map that says so need not be in place).
 
 Why the map on the disk is enough, without its lock:
 * A block leaves META by a map that is in its place and flushed before the block is used for data
@@ -210,8 +211,8 @@ class Replayer:
         """Put the images in place that are newer and belong there, flushed; how many. Maps last."""
         maps = {b: image for b, image in images.items() if image[0].kind == Kind.GROUP}
         newer_maps = await self._newer(maps)
-        others = await self._allowed(images, newer_maps)
-        newer = await self._newer(others)
+        others, freed = await self._allowed(images, newer_maps)
+        newer = await self._newer(others, freed)
         for chosen in (newer, newer_maps):
             writes: list[tuple[int, Buffer]] = [(b, image) for b, (_, image) in chosen.items()]
             if writes:
@@ -238,15 +239,19 @@ class Replayer:
             result.update(zip(part, await self.device.read_many(ranges), strict=True))
         return result
 
-    async def _newer(self, images: dict[int, Image]) -> dict[int, Image]:
-        """The images that are newer than what is on the disk."""
+    async def _newer(
+        self, images: dict[int, Image], freed: frozenset[int] = frozenset()
+    ) -> dict[int, Image]:
+        """The images that are newer than what is on the disk. In a block that was `freed` there
+        must be metadata for that: anything else is what its next user wrote."""
         result: dict[int, Image] = {}
         for block, data in (await self._read(list(images))).items():
             image = images[block]
             try:
                 found = open_block_untrusted(self.fs, block, data)
             except CorruptionError:
-                result[block] = image
+                if block not in freed:
+                    result[block] = image
                 continue
             if _version(image[0]) > _version(found):
                 result[block] = image
@@ -254,14 +259,16 @@ class Replayer:
 
     async def _allowed(
         self, images: dict[int, Image], newer_maps: dict[int, Image]
-    ) -> dict[int, Image]:
-        """The images of blocks that hold metadata as far as the maps say."""
+    ) -> tuple[dict[int, Image], frozenset[int]]:
+        """The images of blocks that hold metadata as far as the maps say, and which of these blocks
+        the maps call freed."""
         areas = await self._journal_areas(images)
         others = {b: image for b, image in images.items() if image[0].kind != Kind.GROUP}
         if others and max(others) >= self.superblock.total_blocks:
             raise CorruptionError(f"a journal has an image of block {max(others)}, beyond the end")
         maps = await self._maps({self.superblock.group_of(block) for block in others}, newer_maps)
         result: dict[int, Image] = {}
+        freed: set[int] = set()
         for block, image in others.items():
             number, index = divmod(block, self.superblock.group_blocks)
             states = maps[number]
@@ -276,7 +283,9 @@ class Replayer:
             ]
             if (image[0].kind == Kind.ORPHANS) == any(in_orphans) and all(in_orphans):
                 result[block] = image
-        return result
+                if states[index] == BlockState.FREEING:
+                    freed.add(block)
+        return result, frozenset(freed)
 
     async def _maps(self, groups: set[int], newer: dict[int, Image]) -> dict[int, bytearray]:
         """The maps of groups. Raises CorruptionError if one is damaged: without it nobody knows

@@ -56,17 +56,17 @@ class SalvagingReplayer(Replayer):
 
     async def _allowed(
         self, images: dict[int, Image], newer_maps: dict[int, Image]
-    ) -> dict[int, Image]:
+    ) -> tuple[dict[int, Image], frozenset[int]]:
         total = self.superblock.total_blocks
         inside = {block: image for block, image in images.items() if block < total}
-        chosen = await super()._allowed(inside, newer_maps)
+        chosen, freed = await super()._allowed(inside, newer_maps)
         for block in chosen:
             group = self.superblock.group_of(block)
             try:
                 await super()._maps({group}, newer_maps)
             except CorruptionError:
                 self.unsure[block] = await self.device.read(block * BLOCK_BYTES, BLOCK_BYTES)
-        return chosen
+        return chosen, freed
 
 
 class LogChecker:

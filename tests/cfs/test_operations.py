@@ -390,3 +390,40 @@ async def test_making_a_file_waits_for_a_group_that_leaves(monkeypatch: pytest.M
             for state in states:
                 state.pins -= 1
     await fsck(device)
+
+
+async def test_a_late_read_of_a_page_never_comes_over_a_newer_one() -> None:
+    """Two partial writes wait for the old page; between them the page was written and went to the
+    disk. The first read, which the disk had answered before all that, arrives last but one."""
+    device = await make_device(8, group_blocks=512)
+    async with mounted(device) as fs:
+        ino = await make_file(fs, b"f", b"a" * 8192)
+        await fs.fsync(ino)
+        state = fs.core.table.get(ino)
+        reads: list[trio.Event] = []
+        read = device.read
+
+        async def slow(offset_bytes: int, length_bytes: int) -> bytes:
+            data = await read(offset_bytes, length_bytes)
+            event = trio.Event()
+            reads.append(event)
+            await event.wait()
+            return data
+
+        device.read = slow  # type: ignore[method-assign]
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(fs.write, ino, 10, b"1")
+            await trio.testing.wait_all_tasks_blocked()
+            await fs.write(ino, 0, b"b" * 4096)
+            await fs.core.pages.flush(state)
+            nursery.start_soon(fs.write, ino, 20, b"2")
+            await trio.testing.wait_all_tasks_blocked()
+            assert len(reads) == 2
+            reads[0].set()
+            await trio.testing.wait_all_tasks_blocked()
+            device.read = read  # type: ignore[method-assign]
+            for event in reads:
+                event.set()
+        expected = bytearray(b"b" * 4096)
+        expected[10:11], expected[20:21] = b"1", b"2"
+        assert await fs.read(ino, 0, 4096) == expected
