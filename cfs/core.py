@@ -14,6 +14,7 @@ from typing import TypeVar
 from cfs.attributes import BLOCK_BYTES, MountOptions
 from cfs.cache import Covered, GroupState, InodeState, InodeTable
 from cfs.damage import DamageLog, Versions, owner_of
+from cfs.demand import SpaceDemand
 from cfs.errors import CorruptionError, FsError
 from cfs.format import SUPERBLOCK_BLOCK, Kind, Superblock, decode_superblock_untrusted
 from cfs.format import open_block_untrusted as open_block
@@ -61,6 +62,8 @@ class Core:
         self.space = Space(superblock, locks, self)
         self.control = Covered(0, locks.get(CONTROL_LOCK, self))
         self.pages = DirtyPages(self.counter, self.runtime, options)
+        self.demand = SpaceDemand(self)
+        self.space.on_changed = self.demand.maps_changed
         self._journal: Journal | None = None
         self.error: BaseException | None = None
         self.damage = DamageLog(environment.damaged, self.runtime.now_ns)
@@ -135,6 +138,8 @@ class Core:
                 try:
                     result = body(tx)
                     tx.apply()
+                    if self.demand.untold:
+                        await self.demand.announced()
                     return result
                 except Missing as missing:
                     tx.close()
@@ -142,11 +147,11 @@ class Core:
                 except NeedGroup as need:
                     tx.close()
                     await self._hold_group(need.number, groups, held)
-                except NeedSpace as need:
+                except NeedSpace:
                     tx.close()
                     self._release_groups(groups, held)
                     rounds += 1
-                    await self.more_space(need.blocks, rounds)
+                    await self.demand.more_space(rounds)
                 except NeedWait as need:
                     tx.close()
                     await need.wait()
@@ -318,88 +323,6 @@ class Core:
 
     # -- space -----------------------------------------------------------------------------------
 
-    async def more_space(self, blocks: int, rounds: int) -> None:
-        """Get a group with room, or raise ENOSPC. No group lock is held by the caller."""
-        if any(g.node is None and not g.damaged for g in self.space.mine.values()):
-            for group in list(self.space.mine.values()):
-                await self.load(Missing(group, group.block, (Kind.GROUP,)))
-            if any(self.space.available(group) for group in self.space.staying()):
-                return
-        for group in self.space.candidates():
-            if await self._try_group(group):
-                return
-        if rounds <= SPACE_ROUNDS_MAX and await self._reclaim(rounds):
-            return
-        if rounds <= SPACE_ROUNDS_MAX:
-            leaving = [g for g in self.space.mine.values() if g.lock.demoting]
-            for group in [*self.space.candidates(), *leaving]:
-                if await self._wait_group(group):
-                    return
-        if rounds == 1 or (rounds <= SPACE_ROUNDS_MAX and await self._look_again()):
-            await self._look_again()
-            return
-        raise FsError(errno.ENOSPC)
-
-    async def need_free(self, blocks: int) -> None:
-        """Raise ENOSPC if there are certainly not so many free blocks in all groups."""
-        if blocks > self.space.total_free():
-            await self._look_again()
-            if blocks > self.space.total_free():
-                raise FsError(errno.ENOSPC)
-
-    async def _try_group(self, group: GroupState) -> bool:
-        if await self.locks.try_lock(group.lock.name, Mode.EX) is None:
-            return False
-        return await self._has_room(group)
-
-    async def _wait_group(self, group: GroupState) -> bool:
-        await group.lock.hold(Mode.EX)
-        return await self._has_room(group)
-
-    async def _has_room(self, group: GroupState) -> bool:
-        """The lock is held; it is given back."""
-        try:
-            node = await self.load_group(group)
-            room = self.space.available(group)
-            group.believed_free = node.free + node.freeing
-            return bool(room)
-        except FsError:
-            group.damaged = True
-            group.believed_free = 0
-            return False
-        finally:
-            group.lock.release(Mode.EX)
-
-    async def _reclaim(self, rounds: int) -> bool:
-        """Make blocks that were freed here usable: their maps must be on the disk."""
-        if self.space.recovering:
-            return False
-        mine = list(self.space.mine.values())
-        if not any(group.node is not None and group.node.freeing for group in mine):
-            return False
-        await self.journal.checkpoint()
-        return any(self.space.available(group) for group in self.space.staying())
-
-    async def _look_again(self) -> bool:
-        """Read the maps of the groups of others as they are on the disk, and the superblock."""
-        await self.refresh_superblock()
-        await self.read_beliefs()
-        return any(group.believed_free > 0 for group in self.space.candidates())
-
-    async def read_beliefs(self) -> None:
-        """Free blocks of groups that are not ours, without their locks: a guess."""
-        others = [g for g in self.space.groups if g.number not in self.space.mine]
-        for start in range(0, len(others), 64):
-            part = others[start : start + 64]
-            ranges = [(group.block * BLOCK_BYTES, BLOCK_BYTES) for group in part]
-            for group, data in zip(part, await self.device.read_many(ranges), strict=True):
-                try:
-                    node = decode_node_untrusted(open_block(self.fs, group.block, data), data)
-                except CorruptionError:
-                    continue
-                if isinstance(node, GroupNode):
-                    group.believed_free = node.free + node.freeing
-
     async def fill_pool(self, *, patient: bool) -> None:
         """Lock free blocks as inodes to be. `patient`: wait for locks, so the caller holds none.
         One at a time: two would only find each other's requests for the same locks in the way."""
@@ -425,7 +348,7 @@ class Core:
                 if space.pool:
                     return
                 rounds += 1
-                await self.more_space(1, rounds)
+                await self.demand.more_space(rounds)
                 if not self._sweep_for_pool() and rounds > SPACE_ROUNDS_MAX:
                     raise FsError(errno.ENOSPC)
                 continue
@@ -510,6 +433,8 @@ class Core:
             if self.is_dirty(group):
                 await self.journal.checkpoint()
             self.space.gone(group)
+        elif kind == b"S":
+            await self.demand.demote(mode)
         elif kind == b"C":
             if self.is_dirty(self.control):
                 await self.journal.checkpoint()

@@ -470,8 +470,7 @@ class FileSystem(RangeCalls):
         core = self.core
         now = core.runtime.now_ns()
         if now - self._beliefs_at >= STATFS_MAX_AGE_NS:
-            await core.refresh_superblock()
-            await core.read_beliefs()
+            await core.demand.look()
             self._beliefs_at = now
         free = freeing = 0
         for group in core.space.groups:
@@ -503,6 +502,8 @@ class FileSystem(RangeCalls):
         """True from a view with failed members until all of them are released: meanwhile no freed
         block is used again, so that the replayer sees a state that stands still."""
         self.core.space.recovering = recovering
+        if not recovering:
+            self.core.demand.recovery_ended()
 
     async def query(self, verb: str, params: dict[str, Any]) -> Any:
         """Answer `cfs.<verb>`: df, journals, sync, grow."""

@@ -5,6 +5,7 @@
 | inode | `I` ino | PR, EX | the inode, its tree, its data |
 | open | `O` ino | PR where open without `I`; EX by who frees | the life of an inode without names |
 | group | `A` n | EX | the group's block; LVB: free and freeing blocks |
+| space | `S` | PR while maps are not in place; EX by who finds no space | `cfs.demand` |
 | control | `C` | EX | superblock, slot table, choice of a slot |
 | rename | `R` | EX | moves of directories between directories |
 | mount | `M` | PR by mounts; EX by mkfs and fsck | |
@@ -22,6 +23,7 @@ GROUP = b"A"
 CONTROL_LOCK = b"C"
 RENAME_LOCK = b"R"
 MOUNT_LOCK = b"M"
+SPACE_LOCK = b"S"
 
 
 NEIGHBOURS = 16

@@ -117,7 +117,7 @@ class FileRanges:
         if end > FILE_BYTES_MAX:
             raise FsError(errno.EFBIG)
         mapped = await core.see(lambda: self._regular(READER, state).blocks)
-        await core.need_free(last - at - mapped)
+        await core.demand.need_free(last - at - mapped)
         while at < last:
             if stopped():
                 raise FsError(errno.EINTR, "the caller was killed")

@@ -11,6 +11,7 @@ the replayer sees maps that stand still.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 
 from cfs.cache import GroupState, InodeState
 from cfs.errors import CorruptionError
@@ -60,6 +61,8 @@ class Space:
         self.mine: dict[int, GroupState] = {}
         self.first = first
         self.recovering = False
+        self.on_changed: Callable[[], None] = lambda: None
+        """A map was changed; called when the transaction is applied."""
         self.pool: deque[InodeState] = deque()
         self._pooled: set[int] = set()
         self.extend(superblock)
@@ -121,6 +124,7 @@ class Space:
             node = tx.group(group)
         except NeedGroup:
             return None
+        tx.after(self.on_changed)
         durable = group.durable
         if node.freeing and durable is not None and not self.recovering:
             both = usable_freeing(node.states, durable)
@@ -251,6 +255,7 @@ class Space:
             )
         node.states[index : index + count] = bytes((BlockState.FREEING,)) * count
         node.freeing += count
+        tx.after(self.on_changed)
 
     # -- more groups, more inodes ----------------------------------------------------------------
 
