@@ -354,6 +354,9 @@ def _add_node_fields(state: ClusterState, node: NodeInfo) -> dict[str, Any]:
             raise UsageError(f"node {other.id} is already called {node.name}")
         if other.id == node.id and other.name != node.name:
             raise UsageError(f"id {node.id} is already in use by node {other.name}")
+        shared = sorted({*other.addresses} & {*node.addresses}) if other.id != node.id else []
+        if shared:
+            raise UsageError(f"{', '.join(shared)} is the address of node {other.name}")
     nodes = [other for other in state.nodes if other.id != node.id]
     return {"nodes": sorted([*nodes, node], key=lambda info: info.id)}
 

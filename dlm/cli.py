@@ -15,7 +15,7 @@ from typing import Any
 import click
 
 from cluster import control_client_io
-from cluster.errors import EXIT_FAILED
+from cluster.errors import EXIT_FAILED, NotFoundError
 from cluster.tool_cli import ToolGroup
 
 Row = dict[str, Any]
@@ -50,7 +50,10 @@ def _options(function: Callable[..., None]) -> Callable[..., None]:
 
 
 def _show(verb: str, params: Row, as_json: bool, text: Callable[[Sequence[Row]], str]) -> None:
-    rows = _ask(verb, params)
+    _print(_ask(verb, params), as_json, text)
+
+
+def _print(rows: list[Row], as_json: bool, text: Callable[[Sequence[Row]], str]) -> None:
     if as_json:
         click.echo(json.dumps(rows))
     else:
@@ -145,7 +148,10 @@ def waiters_text(rows: Sequence[Row]) -> str:
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def why(name: str, as_json: bool) -> None:
     """Who holds NAME, who waits for it, and what the holders wait for themselves."""
-    _show("why", {"name": name}, as_json, why_text)
+    rows = _ask("why", {"name": name})
+    if not rows:
+        raise NotFoundError("no lockspace on this node", hint="mount a file system first")
+    _print(rows, as_json, why_text)
 
 
 def why_text(rows: Sequence[Row]) -> str:

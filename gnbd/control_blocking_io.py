@@ -8,7 +8,7 @@ from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
 
-from cluster.errors import UnreachableError
+from cluster.errors import ForeignError, UnreachableError
 from cluster.wire import Keys
 from gnbd import messages as m
 from gnbd.control_client import CONNECT_TIMEOUT_S, ControlProtocol, expect
@@ -18,12 +18,17 @@ A = TypeVar("A")
 T = TypeVar("T", bound=m.Answer)
 
 
+class _HungUpError(UnreachableError):
+    """It closed the connection instead of an answer."""
+
+
 class BlockingControl:
     """A session of a tool."""
 
     def __init__(self, protocol: ControlProtocol, sock: socket.socket) -> None:
         self._protocol = protocol
         self._sock = sock
+        self._believed = False
 
     @property
     def server_id(self) -> int:
@@ -31,7 +36,17 @@ class BlockingControl:
 
     def ask(self, request: m.Request, kind: type[T]) -> T:
         """One request; a refusal is raised."""
-        return expect(_drive_blocking(self._protocol.ask(request), self._sock), kind)
+        try:
+            answer = _drive_blocking(self._protocol.ask(request), self._sock)
+        except _HungUpError:
+            if self._believed:
+                raise
+            raise ForeignError(
+                "the server does not believe this key: another cluster, or the keys differ",
+                hint="compare [cluster] in node.toml with server.toml of the server",
+            ) from None
+        self._believed = True
+        return expect(answer, kind)
 
 
 def _drive_blocking(dialogue: Generator[bytes | int, bytes, A], sock: socket.socket) -> A:
@@ -46,7 +61,7 @@ def _drive_blocking(dialogue: Generator[bytes | int, bytes, A], sock: socket.soc
             while len(data) < wanted:
                 more = sock.recv(wanted - len(data))
                 if not more:
-                    raise UnreachableError("the server closed the control session")
+                    raise _HungUpError("the server closed the control session")
                 data += more
             wanted = dialogue.send(bytes(data))
     except StopIteration as stop:

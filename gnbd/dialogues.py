@@ -12,7 +12,7 @@ from collections.abc import Generator
 import msgspec
 
 from cluster.decoding import BROKEN
-from cluster.errors import ProtocolError, StackError
+from cluster.errors import ForeignError, ProtocolError, StackError
 from cluster.wire import login_proof
 from gnbd import messages as m
 from gnbd import protocol as p
@@ -30,7 +30,8 @@ def option_exchange(option: int, data: bytes) -> Generator[bytes | int, bytes, b
         if kind == p.REP_ACK:
             return result
         if kind & p.REP_ERROR:
-            raise StackError(f"the server refuses: {body.decode(errors='replace')}")
+            refused = ForeignError if kind == p.REP_ERR_POLICY else StackError
+            raise refused(f"the server refuses: {body.decode(errors='replace')}")
         result = body
 
 

@@ -12,7 +12,14 @@ from cluster.config import ClusterSection, NodeConfig, NodeSection, Token, encod
 from cluster.control import ServerInfo
 from cluster.control_io import Handler, Session
 from cluster.core_events import Leave
-from cluster.errors import BusyError, NotQuorateError, RefusedError, StackError, UsageError
+from cluster.errors import (
+    BusyError,
+    NotFoundError,
+    NotQuorateError,
+    RefusedError,
+    StackError,
+    UsageError,
+)
 from cluster.events import EVENTS_MAX, EventName
 from cluster.ids import NodeId, ServerId, VoterId
 from cluster.messages import Ballot
@@ -173,7 +180,7 @@ class Admin:
         for node in self._daemon.state.nodes:
             if name in (node.name, str(node.id)):
                 return node
-        raise UsageError(f"no node is called {name}", hint="see: clusterctl nodes")
+        raise NotFoundError(f"no node is called {name}", hint="see: clusterctl nodes")
 
     # --- voters
 
@@ -184,7 +191,9 @@ class Admin:
         for number, called in known:
             if name in (called, str(number)):
                 return VoterId(number)
-        raise UsageError(f"neither a node nor a server is called {name}")
+        raise NotFoundError(
+            f"neither a node nor a server is called {name}", hint="see: clusterctl status"
+        )
 
     async def _voter(self, params: dict[str, Any]) -> dict[str, Any]:
         """`add NAME`, `remove NAME`, `replace NAME` (its store is lost: out and in again)."""
@@ -240,7 +249,7 @@ class Admin:
         if action == "remove":
             found = next((s for s in self._daemon.state.servers if s.name == name), None)
             if found is None:
-                raise UsageError(f"no server is called {name}")
+                raise NotFoundError(f"no server is called {name}", hint="see: clusterctl status")
             await self._daemon.command(RemoveServer(found.id))
             self._daemon.note(EventName.SERVER_REMOVED, f"server {name} removed")
             return {}

@@ -23,7 +23,13 @@ import trio
 from cluster.control import GroupMember, InstanceGranted
 from cluster.control_io import Handler, Session
 from cluster.core_events import GroupJoin, GroupLeave, GroupReleased, InstanceStarted
-from cluster.errors import BusyError, StackError, UnreachableError, UsageError
+from cluster.errors import (
+    BusyError,
+    NotFoundError,
+    StackError,
+    UnreachableError,
+    UsageError,
+)
 from cluster.events import EventName
 from cluster.ids import Incarnation, Instance, InstanceNo, NodeId
 from cluster.paths_io import guard_socket
@@ -220,14 +226,14 @@ class Instances:
             for one in live:
                 if one.number == params["instance"]:
                     return one
-            raise StackError(f"no instance {params['instance']} on this node")
+            raise NotFoundError(f"no instance {params['instance']} on this node")
         if "mountpoint" in params:
             wanted = os.path.normpath(str(params["mountpoint"]))
             for one in live:
                 at = self._daemon.guard.mountpoint(one.number)
                 if wanted in (os.path.normpath(at) if at else "", one.title):
                     return one
-            raise StackError(
+            raise NotFoundError(
                 f"nothing of this cluster is mounted at {wanted} on this node",
                 hint="see: clusterctl status",
             )
