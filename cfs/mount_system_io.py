@@ -160,10 +160,10 @@ def noted_process(directory: Path, minor: int) -> int:
     """The mount process that left `note_process` for a mount of this node; 0 if it is gone."""
     try:
         pid = int((directory / "mounts" / str(minor)).read_text())
-        os.kill(pid, 0)
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except (OSError, ValueError):
         return 0
-    return pid
+    return 0 if state in "ZX" else pid  # killed, whether its parent has asked or not
 
 
 def mounted_minor(mountpoint: str) -> int:
