@@ -13,6 +13,7 @@ import click
 import msgspec
 
 from cluster.control_client_io import call
+from cluster.errors import RefusedError
 from cluster.tool_cli import ToolGroup
 
 TIMEOUT_S = 120.0
@@ -128,6 +129,41 @@ def stats(mount: str, as_json: bool) -> None:
         show_json(found)
     else:
         table(["counter", "value"], [[key, str(value)] for key, value in sorted(found.items())])
+
+
+def show_losses(lost: dict[str, Any]) -> None:
+    for file in lost["files"]:
+        click.echo(f"unwritten: inode {file['ino']}: {size(file['bytes'])}")
+    click.echo(
+        f"{len(lost['files'])} files with unwritten data, "
+        f"{lost['metadata_blocks']} changed metadata blocks not yet durable"
+    )
+
+
+@main.command()
+@mount_argument
+@json_option
+def waiting(mount: str, as_json: bool) -> None:
+    """Show the requests of programs that wait in this node's mount, and what is unwritten."""
+    found = {"requests": ask("waiting", mount), "losses": ask("losses", mount)}
+    if as_json:
+        show_json(found)
+        return
+    rows = [[row["operation"], str(row["ino"]), str(row["thread"])] for row in found["requests"]]
+    table(["operation", "inode", "thread"], rows)
+    show_losses(found["losses"])
+
+
+@main.command()
+@mount_argument
+@click.option("--yes", is_flag=True, help="Discard what is listed, and end the mount.")
+def abandon(mount: str, yes: bool) -> None:
+    """End this node's mount without writing: list what is lost, with --yes lose it. Programs that
+    use the mount get ENOTCONN; what they had synced is safe."""
+    if not yes:
+        show_losses(ask("losses", mount))
+        raise RefusedError(f"{mount} was not abandoned", hint="add --yes to lose what is listed")
+    show_losses(ask("abandon", mount))
 
 
 if __name__ == "__main__":

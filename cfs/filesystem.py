@@ -19,7 +19,7 @@ from typing import Any
 import msgspec
 
 from cfs import stage
-from cfs.attributes import Attributes, DirEntry, MountOptions, SetAttributes, Totals
+from cfs.attributes import BLOCK_BYTES, Attributes, DirEntry, MountOptions, SetAttributes, Totals
 from cfs.core import Core
 from cfs.errors import FsError
 from cfs.inodes import Inodes
@@ -506,7 +506,7 @@ class FileSystem(RangeCalls):
             self.core.demand.recovery_ended()
 
     async def query(self, verb: str, params: dict[str, Any]) -> Any:
-        """Answer `cfs.<verb>`: df, journals, sync, grow."""
+        """Answer `cfs.<verb>`: df, journals, sync, grow, losses."""
         if verb == "df":
             self._beliefs_at = -STATFS_MAX_AGE_NS
             return msgspec.to_builtins(await self.statfs())
@@ -517,7 +517,20 @@ class FileSystem(RangeCalls):
             return msgspec.to_builtins(await self.grow())
         if verb == "journals":
             return await stage.describe_journals(self.core)
+        if verb == "losses":
+            return self.losses()
         raise FsError(errno.EOPNOTSUPP, verb)
+
+    def losses(self) -> dict[str, Any]:
+        """What would be gone if this mount ended now without writing: the dirty files by inode with
+        their unwritten bytes, and the metadata blocks that no commit has made durable."""
+        journal = self.core.journal
+        files = [
+            {"ino": state.ino, "bytes": BLOCK_BYTES * len({*state.pages, *state.flushing})}
+            for state in self.core.table.states.values()
+            if state.pages or state.flushing
+        ]
+        return {"files": files, "metadata_blocks": len({*journal.running, *journal.sealed})}
 
     async def unmount(self) -> None:
         """Write everything, leave a clean journal, stop the tasks. Locks stay with the lock

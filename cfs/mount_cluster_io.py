@@ -49,7 +49,7 @@ log = logging.getLogger("cfs.mount")
 GATE_POLL_S = 0.005
 STAMPS_PER_STALL = 8
 LEAVE_S = 5.0
-CFS_VERBS = ("df", "journals", "grow", "sync", "counters")
+CFS_VERBS = ("df", "journals", "grow", "sync", "counters", "losses", "waiting", "abandon")
 
 
 class ClusterBackend:

@@ -37,12 +37,14 @@ from cluster.device import BlockDevice
 from cluster.ids import Instance
 from cluster.locks import LockManager, Mode
 from cluster.paths_io import run_dir
+from native.requests import Opcode
 
 log = logging.getLogger("cfs.mount")
 
 BUSY_RETRY_S = 0.5
 CONNECTION_POLL_S = 0.5
 CONNECTION_GRACE_S = 2.0
+ABANDON_ANSWER_S = 0.2
 EXIT_OK = 0
 EXIT_ABORTED = 1
 Query = Callable[[str, dict[str, Any]], Awaitable[Any]]
@@ -186,7 +188,26 @@ class Mount:
         assert self.fs is not None
         if verb == "counters":
             return self.counters()
+        if verb == "waiting":
+            return self.waiting()
+        if verb == "abandon":
+            lost = await self.fs.query("losses", params)
+            trio.lowlevel.spawn_system_task(self._abandon)
+            return lost
         return await self.fs.query(verb, params)
+
+    def waiting(self) -> list[dict[str, Any]]:
+        """The requests of programs that this mount has not answered yet."""
+        assert self.operations is not None
+        return [
+            {"operation": Opcode(r.opcode).name.lower(), "ino": r.inode, "thread": r.pid}
+            for r in self.operations.waits.requests.values()
+        ]
+
+    async def _abandon(self) -> None:
+        """End without writing, when whoever asked for it has been answered."""
+        await trio.sleep(ABANDON_ANSWER_S)
+        self.fail("abandoned by the administrator")
 
     async def run(
         self,

@@ -427,3 +427,15 @@ async def test_a_late_read_of_a_page_never_comes_over_a_newer_one() -> None:
         expected = bytearray(b"b" * 4096)
         expected[10:11], expected[20:21] = b"1", b"2"
         assert await fs.read(ino, 0, 4096) == expected
+
+
+async def test_losses_are_what_nothing_has_made_durable() -> None:
+    device = await make_device(8, group_blocks=512)
+    async with mounted(device) as fs:
+        assert await fs.query("losses", {}) == {"files": [], "metadata_blocks": 0}
+        ino = await make_file(fs, b"f", b"a" * 10_000)
+        lost = await fs.query("losses", {})
+        assert lost["files"] == [{"ino": ino, "bytes": 12_288}]
+        assert lost["metadata_blocks"] > 0
+        await fs.fsync(ino)
+        assert await fs.query("losses", {}) == {"files": [], "metadata_blocks": 0}
