@@ -29,7 +29,7 @@ from cfs.transaction import READER, NeedWait, Tx
 from cfs.tree import TreeEditor
 from cfs.xattr import CAPABILITY, XattrEditor
 from cluster.device import Buffer
-from cluster.errors import BarredError, DeviceError
+from cluster.errors import BarredError, DeviceError, StackError
 from cluster.locks import Mode
 
 CUT_EXTENTS_MAX = 64
@@ -529,8 +529,6 @@ class Files:
         """What was written before this call is on the disk, or has been counted in
         `InodeState.errors`. Raises FsError(EIO) if the mount cannot go on."""
         core = self.core
-        while state.pages or state.flushing:
-            await core.pages.flush(state)
         journal = core.journal
         if core.error is not None:
             raise FsError(errno.EIO, str(core.error))
@@ -538,6 +536,33 @@ class Files:
         if datasync:
             pending = state.changed_in > journal.durable_id
         if pending:
-            await journal.commit()
+            await self._commit_beside_data(state)
         else:
-            await core.counter.ensure(state.written_at)
+            await core.pages.flush(state)
+        if core.error is not None:
+            raise FsError(errno.EIO, str(core.error))
+        await core.counter.ensure(state.written_at)
+
+    async def _commit_beside_data(self, state: InodeState) -> None:
+        """Write data and log at the same time: mostly the log's flush covers both. Data that has to
+        be on the disk before the log is waited for by the commit itself (`cfs.pages`)."""
+        core = self.core
+        if not (state.pages or state.flushing):
+            await core.journal.commit()
+            return
+        done = core.runtime.event()
+        failed: list[StackError] = []
+
+        async def write() -> None:
+            try:
+                await core.pages.flush(state)
+            except StackError as error:
+                failed.append(error)
+            finally:
+                done.set()
+
+        core.runtime.spawn(write, "data beside the log")
+        await core.journal.commit()
+        await done.wait()
+        if failed:
+            raise failed[0]
