@@ -166,5 +166,31 @@ def abandon(mount: str, yes: bool) -> None:
     show_losses(ask("abandon", mount))
 
 
+@main.command()
+@click.argument("target", metavar="VOLUME|FILE")
+@click.argument("output", type=click.Path(dir_okay=False))
+@click.option("--hash-names", is_flag=True, help="Names become hashes; nobody can turn them back.")
+@click.option("--local", is_flag=True, help="TARGET is a file or device of this machine.")
+def metadump(target: str, output: str, hash_names: bool, local: bool) -> None:
+    """Write the metadata of a file system that is mounted nowhere to OUTPUT, for support.
+
+    No content of files, no targets of symbolic links, no values of attributes.
+    """
+    from cfs.metadump_cli import write_dump
+
+    blocks = write_dump(target, output, hash_names=hash_names, local=local)
+    click.echo(f"{blocks} blocks of metadata in {output}")
+
+
+@main.command()
+@click.argument("dump", type=click.Path(exists=True, dir_okay=False))
+@click.argument("image", type=click.Path(dir_okay=False))
+def metarestore(dump: str, image: str) -> None:
+    """Make a sparse IMAGE from a DUMP. fsck.cfs can check it; it cannot be mounted."""
+    from cfs.metadump_cli import restore_dump
+
+    click.echo(f"{restore_dump(dump, image)} blocks of metadata in {image}")
+
+
 if __name__ == "__main__":
     main()

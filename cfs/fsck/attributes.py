@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from cfs.errors import CorruptionError, FsError
-from cfs.format import HASH_SHIFT, Kind, open_block_untrusted
+from cfs.format import Kind, open_block_untrusted
 from cfs.fsck.trees import TreeWalker, Walked
 from cfs.fsck.volume import Volume
 from cfs.nodes import BlockState, Tree, Xattr
@@ -42,7 +42,7 @@ class AttributeFilter:
                 continue
             assert isinstance(value, Xattr)
             hashed = self._volume.superblock.name_hash(value.name)
-            if key >> HASH_SHIFT != hashed:
+            if not self._volume.cookie_fits(key, value.name):
                 text = f"inode {self._ino}: the cookie of attribute {value.name!r} does not fit"
                 self.faults.append((text, False))
             seen.add(value.name)
@@ -60,7 +60,7 @@ class AttributeFilter:
             need_name(value.name)
         except FsError:
             return f"has the impossible attribute name {value.name!r}"
-        if value.name in seen:
+        if value.name in seen and not self._volume.names_hashed:
             return f"has the attribute {value.name!r} twice"
         for block in value.blocks:
             if block in used:

@@ -6,7 +6,7 @@ Comes after all inodes are known. What is to be dropped or corrected is noted in
 
 from __future__ import annotations
 
-from cfs.format import COOKIE_FIRST, HASH_SHIFT
+from cfs.format import COOKIE_FIRST
 from cfs.fsck.inodes import BATCH_INODES, InodeWalk
 from cfs.fsck.salvage import is_name, salvage_inode
 from cfs.fsck.trees import TreeWalker
@@ -80,7 +80,7 @@ class NameWalk:
             self._drop(where)
             return
         seen[name] = child
-        if key < COOKIE_FIRST or key >> HASH_SHIFT != self.volume.superblock.name_hash(name):
+        if key < COOKIE_FIRST or not self.volume.cookie_fits(key, name):
             text = f"directory {ino}: the cookie of {name!r} does not fit its hash"
             if await self.session.fix(text, "Put the name where it belongs"):
                 self.walk.fix_of(ino).rebuild = True
@@ -101,7 +101,7 @@ class NameWalk:
         fault = name_fault(name)
         if fault:
             return f"has {fault}", True
-        if name in seen:
+        if name in seen and not self.volume.names_hashed:
             return f"has {name!r} twice", seen[name] != child
         if child in (ino, self.volume.superblock.root_ino):
             return f"has a name {name!r} for itself or for the root", False

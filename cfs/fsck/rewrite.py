@@ -137,8 +137,7 @@ class _Rebuilt:
         return [_leaf_of(self._with(walked.entries, moved))] if moved else walked.leaves
 
     def _fits(self, key: int, name: bytes) -> bool:
-        hashed = self.volume.superblock.name_hash(name)
-        return key >= COOKIE_FIRST and key >> HASH_SHIFT == hashed
+        return key >= COOKIE_FIRST and self.volume.cookie_fits(key, name)
 
     def _with(self, entries: list[Entry], moved: list[tuple[bytes, int, int]]) -> list[Entry]:
         """Entries and names that get new cookies."""

@@ -21,7 +21,7 @@ import msgspec
 
 from cfs.attributes import BLOCK_BYTES
 from cfs.errors import CorruptionError
-from cfs.format import SUPERBLOCK_BLOCK, Feature, Superblock
+from cfs.format import HASH_SHIFT, SUPERBLOCK_BLOCK, Feature, Superblock
 from cfs.fsck.claims import Claims
 from cfs.fsck.overlay import OverlayDevice
 from cfs.fsck.session import Session
@@ -76,6 +76,10 @@ class Volume:
         self.device = OverlayDevice(device)
         self.superblock = superblock
         self.fs = superblock.fs
+        self.names_hashed = not any(superblock.hash_seed) and bool(
+            superblock.features_incompatible & Feature.METADATA_ONLY
+        )
+        """From a dump with hashed names: cookies do not fit, short names may be the same."""
         self.session = session
         self.claims = Claims(superblock)
         self.steps: dict[int, Step] = {}
@@ -118,6 +122,10 @@ class Volume:
 
     async def read(self, block: int) -> bytes:
         return await self.device.read(block * BLOCK_BYTES, BLOCK_BYTES)
+
+    def cookie_fits(self, cookie: int, name: bytes) -> bool:
+        """Whether a name (of a directory or an attribute) may stand at a cookie."""
+        return self.names_hashed or cookie >> HASH_SHIFT == self.superblock.name_hash(name)
 
     def exists(self, block: int) -> bool:
         return 0 < block < self.superblock.total_blocks

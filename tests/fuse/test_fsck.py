@@ -84,3 +84,25 @@ def test_wrong_command_lines_have_exit_code_16_and_a_wreck_8(tmp_path) -> None:
     for words in (("-n", "-y"), ("-p", "-y"), ("--repair",), ("-n", "--repair")):
         assert fsck(*words, path, stdin=subprocess.DEVNULL).returncode == 16
     assert path.read_bytes() == bytes(8 << 20)
+
+
+def test_a_dump_is_restored_into_an_image_that_fsck_checks(image) -> None:
+    directory, path, _ = image
+    ctl = [sys.executable, "-m", "cfs.cli"]
+
+    def run(*words: object) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([*ctl, *map(str, words)], cwd=ROOT, capture_output=True, text=True)
+
+    dump, copy = directory / "dump", directory / "copy"
+    made = run("metadump", "--hash-names", path, dump)
+    assert made.returncode == 0, made.stderr
+    assert run("metadump", path, dump).returncode == 4
+    assert b"victim" not in dump.read_bytes()
+    assert run("metarestore", dump, copy).returncode == 0
+    assert copy.stat().st_size == IMAGE_BYTES
+    assert copy.stat().st_blocks * 512 < IMAGE_BYTES // 4
+    assert fsck(copy).returncode == 0
+    dump.write_bytes(dump.read_bytes()[:-5])
+    copy.unlink()
+    assert run("metarestore", dump, copy).returncode == 11
+    assert not copy.exists()
