@@ -29,7 +29,7 @@ from cfs.nodes import InodeNode
 from cfs.orphans import Orphans, adopt
 from cfs.range_calls import RangeCalls
 from cfs.renames import Renames
-from cfs.seams import Environment, Event
+from cfs.seams import Environment, Event, Runtime
 from cfs.transaction import READER, Missing
 from cluster.device import BlockDevice, Buffer
 from cluster.errors import BarredError, BusyError
@@ -38,6 +38,24 @@ from cluster.locks import CachedLock, LockManager, Mode
 
 COLD_MAX = 4096
 STATFS_MAX_AGE_NS = 1_000_000_000
+RECOVERY_WAIT_S = 60.0
+RECOVERY_POLL_S = 0.2
+
+
+async def pass_door(locks: LockManager, runtime: Runtime) -> CachedLock:
+    """The mount lock in PR. Nobody alive keeps a mount out with it (mkfs and fsck have the volume
+    for themselves), but what a dead mount had locked stays locked until its journal is replayed;
+    somebody is at it, perhaps this very process. Raises BusyError after `RECOVERY_WAIT_S`: a
+    damaged journal is never replayed."""
+    for _ in range(round(RECOVERY_WAIT_S / RECOVERY_POLL_S)):
+        lock = await locks.try_lock(MOUNT_LOCK, Mode.PR)
+        if lock is not None:
+            return lock
+        await runtime.sleep(RECOVERY_POLL_S)
+    raise BusyError(
+        "a mount of this file system died and is not recovered yet",
+        hint="clusterctl events tells why; after journal.damaged: unmount it everywhere, fsck.cfs",
+    )
 
 
 class FileSystem(RangeCalls):
@@ -65,14 +83,13 @@ class FileSystem(RangeCalls):
     ) -> FileSystem:
         """Read the superblock, replay journals that nobody owns, take a journal, start the tasks.
 
-        Raises CorruptionError (no file system), BusyError (mkfs or fsck at work, no journal free).
+        Raises CorruptionError (no file system), BusyError (a dead mount is not recovered in time,
+        no journal free).
         """
         superblock = await stage.read_superblock(device)
         stage.need_mountable(superblock)
         core = Core(device, locks, environment, options or MountOptions(), superblock)
-        lock = await locks.try_lock(MOUNT_LOCK, Mode.PR)
-        if lock is None:
-            raise BusyError("mkfs or fsck is at work on this file system")
+        lock = await pass_door(locks, environment.runtime)
         self = cls(core, lock)
         try:
             await self._begin()

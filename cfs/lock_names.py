@@ -8,7 +8,7 @@
 | space | `S` | PR while maps are not in place; EX by who finds no space | `cfs.demand` |
 | control | `C` | EX | superblock, slot table, choice of a slot |
 | rename | `R` | EX | moves of directories between directories |
-| mount | `M` | PR by mounts; EX by mkfs and fsck | |
+| mount | `M` | PR by mounts | a mount begins when the dead are recovered |
 
 Order: `R`, then inodes by number, then groups by number. `O` is taken alone or tried. `C` is taken
 with nothing but groups after it. The demote hook of `I` takes `O` in PR if the inode is open here;

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import gc
 import random
@@ -11,9 +12,23 @@ import trio
 
 from cfs.attributes import MountOptions, SetAttributes
 from cfs.errors import FsError
-from cfs.filesystem import FileSystem
+from cfs.filesystem import RECOVERY_WAIT_S, FileSystem
+from cfs.lock_names import MOUNT_LOCK
+from cfs.runtime_io import TrioRuntime
+from cluster.errors import BusyError
 from cluster.locks import Mode
-from tests.cfs.harness import cluster, fsck, make_device, mounted, tree_of
+from tests.cfs.harness import (
+    QUIET,
+    Clock,
+    Environment,
+    cluster,
+    fsck,
+    instance,
+    make_device,
+    mounted,
+    tree_of,
+)
+from tests.cfs.shared_locks import LockTable
 from tests.cfs.test_crash import image, random_step
 from tests.cfs.test_model import Model, both, resolve
 
@@ -237,6 +252,44 @@ async def test_remounts_find_journals_and_more_are_made() -> None:
             await fs.create(fs.root_ino, b"f%d" % number, 0o644, 0, 0)
         assert len(journals) == 6
     await fsck(device)
+
+
+@contextlib.asynccontextmanager
+async def dead_mount_alone(device):
+    """A lock table where a dead member, the master of everything, is not released: what it may
+    have locked counts as locked in EX. Yields the table, its engine, and how to mount."""
+    table = LockTable()
+    async with trio.open_nursery() as nursery:
+        dead = table.member(nursery)
+        assert await dead.try_lock(MOUNT_LOCK, Mode.EX) is not None
+        dead.engine.dead = True
+
+        async def mount() -> FileSystem:
+            environment = Environment(TrioRuntime(nursery), instance(2), Clock())
+            return await FileSystem.mount(device, table.member(nursery), environment, QUIET)
+
+        yield table, dead.engine, mount
+        nursery.cancel_scope.cancel()
+
+
+async def test_a_mount_waits_for_the_recovery_of_a_dead_one(autojump_clock) -> None:
+    device = await make_device(16)
+    async with dead_mount_alone(device) as (table, engine, mount), trio.open_nursery() as nursery:
+
+        async def recover() -> None:
+            await trio.sleep(RECOVERY_WAIT_S / 2)
+            table.release_dead(engine)
+
+        nursery.start_soon(recover)
+        fs = await mount()
+        assert trio.current_time() >= RECOVERY_WAIT_S / 2
+        await fs.unmount()
+
+
+async def test_a_mount_does_not_wait_for_ever_for_a_dead_one(autojump_clock) -> None:
+    async with dead_mount_alone(await make_device(16)) as (_table, _engine, mount):
+        with pytest.raises(BusyError, match="not recovered"):
+            await mount()
 
 
 async def test_growth_is_seen_by_all() -> None:

@@ -329,3 +329,20 @@ def test_tools_reach_the_mounts(mounts):
     assert node.call("cfs.sync", place) == {}
     assert node.call("cfs.counters", place)["create"] >= 1
     assert node.call("dlm.spaces", place)
+
+
+def test_an_abandoned_mount_comes_back(mounts):
+    """Also when it was the only one, and master of every lock: it waits for its own recovery."""
+    cluster, on = mounts
+    node = cluster.node(3)
+    (on[3].path / "kept").write_bytes(b"kept")
+    os.sync()
+    node.call("cfs.sync", {"mountpoint": str(on[3].path)})
+    for number in (1, 2):
+        assert on[number].close() == 0
+    assert "files" in node.call("cfs.abandon", {"mountpoint": str(on[3].path)})
+    assert on[3].process.wait(30) != 0
+    on[3].destroy()
+    for number in (3, 1, 2):
+        on[number] = mount(cluster.node(number))
+        assert (on[number].path / "kept").read_bytes() == b"kept"
