@@ -36,6 +36,7 @@ from cfs.mount_system_io import (
     settle_process,
     unmount,
 )
+from cluster.control_client_io import call
 from cluster.errors import (
     BusyError,
     NotFoundError,
@@ -48,6 +49,8 @@ from cluster.paths_io import run_dir
 from cluster.tool_cli import need_root
 
 log = logging.getLogger("cfs.mount")
+
+FORGET_S = 10.0
 
 
 def _say(message: str) -> None:
@@ -256,6 +259,7 @@ def umount_main() -> None:
     mountpoint = os.path.realpath(words[0]) if flags == 0 else os.path.abspath(words[0])
     minor = mounted_minor(mountpoint)
     if minor < 0:
+        forget_mount(mountpoint)
         print(f"umount.fuse.cfs: {mountpoint}: not mounted", file=sys.stderr)
         sys.exit(EXIT_FAILED)
     watch = watch_process(minor)
@@ -267,7 +271,15 @@ def umount_main() -> None:
         import select
 
         select.select([watch], [], [])
+    forget_mount(mountpoint)
     sys.exit(0)
+
+
+def forget_mount(mountpoint: str) -> None:
+    """It may have been lost: clusterd is not to bring it back. One that ends cleanly says so
+    itself."""
+    with contextlib.suppress(StackError):
+        call("mounts.forget", {"mountpoint": mountpoint}, timeout_s=FORGET_S)
 
 
 def watch_process(minor: int) -> int:

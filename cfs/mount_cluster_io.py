@@ -112,7 +112,10 @@ class ClusterBackend:
         """Register, open the volume; the lockspace comes next."""
         self.session = session
         self._nursery = nursery
-        parameters = {"kind": "mount", "title": self._arguments.volume, "pid": os.getpid()}
+        parameters = {
+            "kind": "mount", "title": self._arguments.volume, "pid": os.getpid(),
+            "mountpoint": self._arguments.mountpoint,
+        }  # fmt: skip
         answer = await session.call("instance.register", parameters)
         self.granted = msgspec.convert(answer, InstanceGranted)
         self._recovery = RecoveryCore(self.granted.instance)
@@ -253,6 +256,12 @@ class ClusterBackend:
             {"connection": session.minor, "mountpoint": session.mountpoint},
             [session.descriptor],
         )
+        if not self._arguments.foreground:  # there who started us looks after us
+            parameters = {
+                "volume": self._arguments.volume, "mountpoint": session.mountpoint,
+                "options": list(self._arguments.options),
+            }  # fmt: skip
+            await self.session.call("instance.mounted", parameters)
 
     async def _stamp(self, guard: GuardSession) -> None:
         """Show progress; send what a closed gate has kept as soon as it opens."""

@@ -57,6 +57,8 @@ class MountArguments(msgspec.Struct, frozen=True):
     use_epoch: bool = True
     test_demote_ms: float = 0.0
     kernel_options: tuple[str, ...] = ()
+    options: tuple[str, ...] = ()
+    """As given."""
 
     @property
     def read_only(self) -> bool:
@@ -96,7 +98,13 @@ def parse_arguments(arguments: Sequence[str]) -> MountArguments:
     kernel = [option for option in options if option in KERNEL_OPTIONS]
     for option in options:
         _take_option(option, fields)
-    return MountArguments(words[0], words[1], kernel_options=tuple(kernel), **fields)  # type: ignore[arg-type]
+    return MountArguments(
+        words[0],
+        words[1],
+        kernel_options=tuple(kernel),
+        options=tuple(options),
+        **fields,  # type: ignore[arg-type]
+    )
 
 
 def _take_option(option: str, fields: dict[str, object]) -> None:

@@ -11,7 +11,7 @@ import gc
 import logging
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from native.process import lock_memory, set_io_flusher
@@ -137,23 +137,39 @@ def note_process(directory: Path, minor: int) -> Path:
     return path
 
 
-def fuse_mounts() -> list[tuple[str, str, int]]:
-    """(source, mount point, device minor) of every FUSE mount that this process sees. Reads only
-    /proc, never a mount."""
-    found = []
+def _mounts() -> Iterator[tuple[str, int, str, str]]:
+    """(mount point, device minor, type, source) of every mount that this process sees, in their
+    order. Reads only /proc, never a mount."""
     with open("/proc/self/mountinfo", "rb") as file:
         for line in file:
             fields, _, rest = line.partition(b" - ")
             words = fields.split(b" ")
             kind, source = rest.split(b" ")[:2]
-            if kind.startswith(b"fuse"):
-                minor = int(words[2].split(b":")[1])
-                found.append((_plain(source), _plain(words[4]), minor))
-    return found
+            minor = int(words[2].split(b":")[1])
+            yield _plain(words[4]), minor, kind.decode(), _plain(source)
 
 
 def _plain(field: bytes) -> str:
     return os.fsdecode(field.decode("unicode_escape").encode("latin-1"))
+
+
+def fuse_mounts() -> list[tuple[str, str, int]]:
+    """(source, mount point, device minor) of every FUSE mount."""
+    return [
+        (source, place, minor)
+        for place, minor, kind, source in _mounts()
+        if kind.startswith("fuse")
+    ]
+
+
+def _mount_on_top(mountpoint: str) -> tuple[int, str, str]:
+    """Device minor, type and source of what is mounted last at a place; (-1, "", "") if nothing
+    is."""
+    found = -1, "", ""
+    for place, minor, kind, source in _mounts():
+        if place == mountpoint:
+            found = minor, kind, source
+    return found
 
 
 def noted_process(directory: Path, minor: int) -> int:
@@ -169,11 +185,11 @@ def noted_process(directory: Path, minor: int) -> int:
 def mounted_minor(mountpoint: str) -> int:
     """The device minor of the FUSE mount on top of `mountpoint`; -1 if there is none. Reads only
     /proc, never the mount."""
-    found = -1
-    with open("/proc/self/mountinfo", "rb") as file:
-        for line in file:
-            fields = line.split(b" ")
-            path = fields[4].decode("unicode_escape").encode("latin-1")
-            if path == os.fsencode(mountpoint):
-                found = int(fields[2].split(b":")[1]) if b" - fuse" in line else -1
-    return found
+    minor, kind, _source = _mount_on_top(mountpoint)
+    return minor if kind.startswith("fuse") else -1
+
+
+def mount_source(mountpoint: str) -> tuple[str, str]:
+    """Type and source of what is mounted on top of a place, ("", "") if nothing is. Reads only
+    /proc, never the mount."""
+    return _mount_on_top(mountpoint)[1:]

@@ -55,6 +55,8 @@ class EventName(enum.StrEnum):
     VOLUME_CHANGED = "volume.changed"
     VOLUME_SUSPENDED = "volume.suspended"
     VOLUME_RESUMED = "volume.resumed"
+    MOUNT_BACK = "mount.back"
+    MOUNT_FAILED = "mount.failed"
     FENCED = "fence.done"
     BARRED = "node.barred"
     NOTE = "note"

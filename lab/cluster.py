@@ -211,13 +211,25 @@ def is_mounted(lab: Lab, node: Host) -> bool:
     )
 
 
+def is_remembered(lab: Lab, node: Host) -> bool:
+    """True when clusterd of a node mounts the file system by itself."""
+    status = _status(lab, node)
+    return status is not None and any(m["mountpoint"] == MOUNT_POINT for m in status["mounts"])
+
+
 def mount(lab: Lab, node: Host) -> None:
-    """Mount the file system on a node; a dead mount is removed first."""
-    if is_mounted(lab, node):
-        return
-    if hosts.mount_point_in_use(lab, node):
-        hosts.run(lab, node, "umount", "-l", MOUNT_POINT, check=False)
-    hosts.run(lab, node, "mount.cfs", VOLUME, MOUNT_POINT)
+    """Mount the file system on a node; one that was lost comes back by itself."""
+    if is_remembered(lab, node):
+        wait_mounted(lab, node)
+    elif not is_mounted(lab, node):
+        hosts.run(lab, node, "mount.cfs", VOLUME, MOUNT_POINT)
+
+
+def wait_mounted(lab: Lab, node: Host) -> float:
+    """Wait until a node has mounted the file system by itself; the seconds it took."""
+    return hosts.wait_for(
+        lambda: is_mounted(lab, node), START_TIMEOUT_S, f"{node.name} has mounted again"
+    )
 
 
 def unmount(lab: Lab, node: Host) -> None:

@@ -41,6 +41,7 @@ from cluster.state import (
 from cluster.wire import KEY_ID
 from gnbd.identity import ServerIdentity, encode_server_token
 from node.clusterd_io import FOLLOWERS_MAX, Clusterd, RestartNeeded
+from node.remount_io import Remounts
 from node.status import Local, build_status, fence_rows, node_rows
 
 MEMBER_WAIT_S = 60.0
@@ -52,8 +53,9 @@ RECOVER_COUNTER = 1_000_000
 class Admin:
     """Administration of one clusterd."""
 
-    def __init__(self, daemon: Clusterd, stop: trio.Event) -> None:
+    def __init__(self, daemon: Clusterd, remounts: Remounts, stop: trio.Event) -> None:
         self._daemon = daemon
+        self._remounts = remounts
         self._stop = stop
 
     def handlers(self, session: Session) -> Mapping[str, Handler]:
@@ -92,6 +94,7 @@ class Admin:
             servers={int(s.id): daemon.servers.problem(s.id) for s in daemon.servers.infos()},
             instances=instances,
             voter_ready=daemon.acceptor.record is not None,
+            wanted=self._remounts.wanted.rows(),
         )
 
     async def _status(self, _params: dict[str, Any]) -> dict[str, Any]:
@@ -309,9 +312,7 @@ class Admin:
         return {
             "epoch": daemon.view.epoch,
             "installed": list(daemon.view.installed),
-            "missing": [
-                s.name for s in daemon.state.servers if s.id not in daemon.view.installed
-            ],
+            "missing": [s.name for s in daemon.state.servers if s.id not in daemon.view.installed],
             "last": fence_rows(daemon.state, 1),
         }
 

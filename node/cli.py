@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import secrets
 import sys
 from collections.abc import Callable, Iterable
@@ -17,7 +18,7 @@ from cluster.config import (
     NodeConfig,
     decode_token_untrusted,
 )
-from cluster.errors import ConfigError, RefusedError
+from cluster.errors import ConfigError, RefusedError, UsageError
 from cluster.events import EVENTS_MAX
 from cluster.ids import NODE_ID_MAX, SERVER_ID_MAX, SERVER_ID_MIN, NodeId
 from cluster.register import birth_record
@@ -25,7 +26,7 @@ from cluster.state import NodeInfo, initial_state
 from cluster.timing import PROFILES, timing_of
 from cluster.tool_cli import ToolGroup
 from node.files_io import NodeFiles
-from node.screen import events_line, nodes_text, status_text
+from node.screen import events_line, mounts_text, nodes_text, status_text
 
 F = TypeVar("F", bound=Callable[..., None])
 LONG_S = 180.0
@@ -141,6 +142,21 @@ def nodes(as_json: bool) -> None:
     """One line per node."""
     result = control_client_io.call("cluster.nodes")
     _show(result, as_json, nodes_text(result))
+
+
+@main.command()
+@click.option("--forget", metavar="DIRECTORY", help="Do not mount this one again.")
+@_json_option
+def mounts(forget: str | None, as_json: bool) -> None:
+    """The mounts that this node remembers: they come back after a failure or a power cut. A clean
+    unmount forgets a mount."""
+    if forget is not None:
+        parent, name = os.path.split(os.path.abspath(forget))
+        place = os.path.join(os.path.realpath(parent), name)  # a dead mount is not to be touched
+        if not control_client_io.call("mounts.forget", {"mountpoint": place})["forgotten"]:
+            raise UsageError(f"no mount at {place} is remembered", hint="see: clusterctl mounts")
+    rows = control_client_io.call("mounts.list")
+    _show(rows, as_json, mounts_text(rows))
 
 
 @main.command()

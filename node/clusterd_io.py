@@ -106,6 +106,7 @@ class Clusterd:
         self.instances = LocalInstances()
         self.changed = trio.Event()
         self.group_sink: Callable[[GroupEvent], None] = lambda _event: None
+        self.on_instance_over: Callable[[InstanceNo, bool], None] = lambda _number, _clean: None
         self.nursery: trio.Nursery | None = None
         self._requests: dict[int, tuple[trio.Event, list[Reply]]] = {}
         self._request = 0
@@ -383,6 +384,7 @@ class Clusterd:
             self.note(EventName.INSTANCE_DIED, f"{instance.kind} {instance.title}: {reason}",
                       instance=number)  # fmt: skip
         self.step(InstanceEnded(number, clean, reason))
+        self.on_instance_over(number, clean)
         self.signal()
 
     def _barred(self, numbers: list[InstanceNo], reason: str) -> None:

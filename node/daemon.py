@@ -27,6 +27,7 @@ from node.clusterd_io import Clusterd, RestartNeeded, restart_process
 from node.files_io import NodeFiles
 from node.instances_io import Instances
 from node.notify_io import notify
+from node.remount_io import Remounts
 from node.volumes_io import Volumes
 
 STOP_S = 5.0
@@ -58,11 +59,12 @@ async def _serve(files: NodeFiles, config: NodeConfig) -> None:
     stop = trio.Event()
     daemon = Clusterd(files, config, incarnation)
     volumes = Volumes(daemon)
-    instances = Instances(daemon, volumes)
-    admin = Admin(daemon, stop)
+    remounts = Remounts(daemon, files)
+    instances = Instances(daemon, volumes, remounts)
+    admin = Admin(daemon, remounts, stop)
 
     def attach(session: Session) -> Mapping[str, Handler]:
-        table = {**admin.handlers(session), **instances.handlers(session)}
+        table = {**admin.handlers(session), **instances.handlers(session), **remounts.handlers()}
         return _Methods(table, instances, volumes)
 
     async with trio.open_nursery() as nursery:
@@ -70,6 +72,7 @@ async def _serve(files: NodeFiles, config: NodeConfig) -> None:
         nursery.start_soon(volumes.run)
         nursery.start_soon(instances.watch)
         await nursery.start(serve_sessions, control_socket(), attach, instances.detach)
+        nursery.start_soon(remounts.run)
         nursery.start_soon(_report_status, daemon)
         nursery.start_soon(_stop_on_signal, admin, stop)
         gc.collect()

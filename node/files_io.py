@@ -5,6 +5,7 @@
 | node.toml | cluster id, name, key, profile; this node's id, name, addresses (mode 0600) |
 | incarnation | the last incarnation used, decimal; raised durably before every start |
 | acceptor | the register's acceptor, if this node is or was a voter |
+| mounts | what is mounted here and is to be mounted again after a failure (node/wanted.py), JSON |
 | known | the newest value of the register seen: says where the voters are, nothing more |
 """
 
@@ -18,6 +19,7 @@ from cluster.ids import Incarnation
 from cluster.paths_io import read_store, state_dir, write_durable, write_store
 from cluster.register import decode_record_untrusted
 from cluster.state import ClusterState, decode_state_untrusted, encode_state
+from node.wanted import WantedMount, decode_wanted_untrusted, encode_wanted
 
 
 class NodeFiles:
@@ -29,6 +31,7 @@ class NodeFiles:
         self._config = self.directory / "node.toml"
         self._incarnation = self.directory / "incarnation"
         self._known = self.directory / "known"
+        self._wanted = self.directory / "mounts"
 
     def config(self) -> NodeConfig:
         """node.toml. Raises ConfigError."""
@@ -102,6 +105,17 @@ class NodeFiles:
     def save_known(self, state: ClusterState) -> None:
         """Store the newest value."""
         write_store(self._known, encode_state(state))
+
+    def wanted(self) -> list[WantedMount]:
+        """The mounts to have. A file that makes no sense is only a convenience less."""
+        try:
+            return decode_wanted_untrusted(self._wanted.read_bytes())
+        except (OSError, msgspec.DecodeError):
+            return []
+
+    def save_wanted(self, mounts: list[WantedMount]) -> None:
+        """Store the mounts to have."""
+        write_durable(self._wanted, encode_wanted(mounts))
 
     def acceptor_record(self) -> bytes | None:
         """The acceptor's store, None without one. Raises CorruptionError."""

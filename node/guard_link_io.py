@@ -164,6 +164,11 @@ class GuardLink:
         held = self._held.get(number)
         return held.mountpoint if held is not None else ""
 
+    def connection(self, number: InstanceNo) -> int | None:
+        """The FUSE connection of an instance; None if it is not mounted (yet)."""
+        held = self._held.get(number)
+        return held.connection if held is not None else None
+
     def forget(self, number: InstanceNo) -> None:
         """The instance is over: give back what we hold of it."""
         held = self._held.pop(number, None)

@@ -141,4 +141,3 @@ class MountSocket:
         """Abort the FUSE connection of a mount."""
         with contextlib.suppress(OSError):
             abort(self._connections, mount.connection, mount.fuse_fd)
-

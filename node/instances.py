@@ -21,6 +21,7 @@ class LocalInstance:
     title: str
     session: Any
     pid: int = 0
+    mountpoint: str = ""
     leaving: bool = False
     over: bool = False
     groups: set[str] = field(default_factory=set)

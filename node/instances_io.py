@@ -20,6 +20,7 @@ from typing import Any
 
 import trio
 
+from cfs.mount_system_io import mounted_minor
 from cluster.control import GroupMember, InstanceGranted
 from cluster.control_io import Handler, Session
 from cluster.core_events import GroupJoin, GroupLeave, GroupReleased, InstanceStarted
@@ -37,7 +38,9 @@ from cluster.timing import stall_ns
 from cluster.wire import instance_secret
 from node.clusterd_io import Clusterd
 from node.instances import LocalInstance
+from node.remount_io import Remounts
 from node.volumes_io import Volumes
+from node.wanted import WantedMount
 
 REGISTER_WAIT_S = 60.0
 FORWARD_TIMEOUT_S = 30.0
@@ -50,9 +53,10 @@ FIELDS_MAX = 32
 class Instances:
     """The instance part of the control socket."""
 
-    def __init__(self, daemon: Clusterd, volumes: Volumes) -> None:
+    def __init__(self, daemon: Clusterd, volumes: Volumes, remounts: Remounts) -> None:
         self._daemon = daemon
         self._volumes = volumes
+        self._remounts = remounts
         self._asked: set[InstanceNo] = set()
         daemon.transport.methods["instances.call"] = self._call_from_node
 
@@ -74,6 +78,7 @@ class Instances:
             "instance.leave": bound(self._leave),
             "instance.fuse": bound(self._fuse),
             "instance.note": bound(self._note),
+            "instance.mounted": bound(self._mounted),
             "group.join": bound(self._group_join),
             "group.leave": bound(self._group_leave),
             "group.released": bound(self._group_released),
@@ -116,7 +121,10 @@ class Instances:
         if session.closed.is_set():
             raise UnreachableError("the session has closed")
         kind, title = str(params["kind"]), str(params.get("title", ""))
+        mountpoint = str(params.get("mountpoint", ""))
+        self._refuse_second_mount(mountpoint)
         local = daemon.instances.add(kind, title, session, int(params.get("pid", 0)))
+        local.mountpoint = mountpoint
         daemon.step(InstanceStarted(local.number))
         daemon.note(EventName.INSTANCE_STARTED, f"{kind} {title} started", instance=local.number)
         instance = daemon.instance(local.number)
@@ -132,6 +140,25 @@ class Instances:
             view=daemon.view,
             guard_socket=str(guard_socket()),
         )
+
+    def _refuse_second_mount(self, mountpoint: str) -> None:
+        """Two at one place hide each other. A mount that was lazily taken out of the tree, or that
+        is over, is in nobody's way."""
+        guard = self._daemon.guard
+        for one in self._daemon.instances.live():
+            if mountpoint and one.mountpoint == mountpoint:
+                connection = guard.connection(one.number)
+                if connection in (None, mounted_minor(mountpoint)):
+                    state = "being mounted" if connection is None else "mounted"
+                    raise BusyError(f"{one.title} is {state} at {mountpoint} already")
+
+    async def _mounted(self, local: LocalInstance, params: dict[str, Any]) -> dict[str, Any]:
+        """The mount is there; it is to come back whenever it is lost."""
+        options = [str(option) for option in params["options"]]
+        self._remounts.mounted(
+            local.number, WantedMount(str(params["volume"]), str(params["mountpoint"]), options)
+        )
+        return {}
 
     async def _leave(self, local: LocalInstance, _params: dict[str, Any]) -> dict[str, Any]:
         """Clean stop: out of its groups and volumes first, then out."""
@@ -194,9 +221,7 @@ class Instances:
         local.groups.discard(group)
         return {}
 
-    async def _group_released(
-        self, local: LocalInstance, params: dict[str, Any]
-    ) -> dict[str, Any]:
+    async def _group_released(self, local: LocalInstance, params: dict[str, Any]) -> dict[str, Any]:
         group, subject = str(params["group"]), _instance(params["instance"])
         me = self._daemon.instance(local.number)
         await self._daemon.ask(lambda n: GroupReleased(n, group, subject, me))

@@ -88,12 +88,30 @@ def status_text(status: dict[str, Any], *, color: bool) -> str:
             for one in status["instances"]
         ]
         lines += ["", *table(("NO", "INSTANCE", "TITLE", "MOUNTPOINT", "VOLUMES"), instances)]
+    lost = [row for row in status["mounts"] if row["instance"] is None]
+    if lost:
+        missing = [(row["mountpoint"], row["volume"], row["problem"] or "soon") for row in lost]
+        lines += ["", *table(("NOT MOUNTED", "VOLUME", "WHY"), missing)]
     if status["volume_groups"]:
         names = ", ".join(f"{vg['name']} ({vg['sequence']})" for vg in status["volume_groups"])
         lines += ["", f"volume groups: {names}"]
     if status["fences"]:
         lines += ["", fences_text(status["fences"][-3:])]
     return "\n".join(lines)
+
+
+def mounts_text(rows: Sequence[dict[str, Any]]) -> str:
+    """clusterctl mounts."""
+    if not rows:
+        return "no mounts are remembered on this node"
+    cells = [
+        (
+            row["mountpoint"], row["volume"], ",".join(row["options"]) or "-",
+            "lost" if row["instance"] is None else "mounted", row["problem"],
+        )
+        for row in rows
+    ]  # fmt: skip
+    return "\n".join(table(("MOUNTPOINT", "VOLUME", "OPTIONS", "STATE", ""), cells))
 
 
 def fences_text(rows: Sequence[dict[str, Any]]) -> str:

@@ -26,6 +26,7 @@ class Local(msgspec.Struct, frozen=True):
     servers: Mapping[int, str]
     instances: Sequence[dict[str, Any]]
     voter_ready: bool
+    wanted: Sequence[Mapping[str, Any]] = ()
 
 
 def _peer(sighting: Sighting | None, node: int) -> Peer | None:
@@ -163,6 +164,7 @@ def build_status(
         "servers": server_rows(state, view, local),
         "installed": list(view.installed),
         "instances": list(local.instances),
+        "mounts": [dict(row) for row in local.wanted],
         "volume_groups": [
             {"name": group.name, "sequence": group.data.get("sequence", group.sequence)}
             for group in state.volume_groups
