@@ -172,7 +172,7 @@ class ClusterBackend:
         elif name == "group":
             self._group_event(msgspec.convert(data, GroupEvent))
         elif name == "barred":
-            self._mount.fail(f"this instance was put out of the cluster: {data}")
+            self._mount.fail(f"this instance was put out of the cluster: {data['reason']}")
 
     def _group_event(self, event: GroupEvent) -> None:
         if self._mesh is None:

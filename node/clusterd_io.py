@@ -78,6 +78,8 @@ FOLLOWERS_MAX = 64
 GROUPS_NOTED_MAX = 256
 COMMAND_S = 15.0
 RESTART_WAIT_FACTOR = 3
+LAST_LIFE = "CFS_LAST_LIFE"
+"""In the environment of a restart: why the last life of this node ended."""
 
 
 class RestartNeeded(Exception):
@@ -161,9 +163,11 @@ class Clusterd:
             nursery.start_soon(self._save_loop)
             for action in self.acceptor.start():
                 self._perform_acceptor(action)
+            text = f"{self.config.node.name} started, incarnation {self.incarnation}"
+            over = os.environ.pop(LAST_LIFE, "")
             self.note(
                 EventName.NODE_STARTED,
-                f"{self.config.node.name} started, incarnation {self.incarnation}",
+                f"{text}; before: {over}" if over else text,
                 incarnation=self.incarnation,
             )
             task_status.started()
@@ -448,9 +452,10 @@ class Clusterd:
             self.guard.forget(number)
 
 
-def restart_process(guard: GuardLink) -> None:
+def restart_process(restart: RestartNeeded) -> None:
     """Replace this process by a new clusterd with the same arguments, after the guard's purge."""
-    guard.end()
+    restart.guard.end()
+    os.environ[LAST_LIFE] = str(restart)
     sys.stdout.flush()
     sys.stderr.flush()
     try:

@@ -148,7 +148,7 @@ def main() -> None:
     except BaseException as error:
         restart = _find(error, RestartNeeded)
         if isinstance(restart, RestartNeeded):
-            restart_process(restart.guard)
+            restart_process(restart)
         stack = _find(error, StackError)
         if stack is None:
             traceback.print_exc()  # a bug, or a disk that nobody expected to fail

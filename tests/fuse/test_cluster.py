@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -315,6 +316,55 @@ def test_a_stopped_mount_is_put_out(mounts):
     on[3].destroy()
     on[3] = mount(cluster.node(3))
     assert (on[3].path / "held").read_bytes() == b"newer"
+
+
+def test_a_lost_mount_comes_back_by_itself(mounts):
+    """A mount in the background is remembered until it is unmounted: it comes back after the death
+    of its process and after a power cut, and what was open in the old one gets ENOTCONN."""
+    cluster, on = mounts
+    node = cluster.node(3)
+    assert on.pop(3).close() == 0
+    path = node.base / "mnt"
+    command = [sys.executable, "-m", "cfs.mount", "vg0/vol0", str(path), "-o", "noatime"]
+
+    def run(*words):
+        return subprocess.run(
+            words, env=node.environment, cwd=harness.ROOT, capture_output=True, text=True
+        )
+
+    def remembered():
+        return [row["mountpoint"] for row in node.call("mounts.list")]
+
+    def is_back():
+        with contextlib.suppress(OSError):
+            return (path / "kept").read_bytes() == b"safe"
+
+    try:
+        done = run(*command)
+        assert done.returncode == 0, done.stderr
+        (path / "kept").write_bytes(b"safe")
+        again = run(*command)
+        assert again.returncode == 32
+        assert "mounted at" in again.stderr
+        for loss in ("mount", "power"):
+            with (path / "kept").open("rb") as file:
+                os.fsync(file.fileno())
+                if loss == "mount":
+                    (row,) = [i for i in node.status()["instances"] if i["kind"] == "mount"]
+                    os.kill(row["pid"], signal.SIGKILL)
+                else:
+                    node.kill()
+                    node.start()
+                harness.wait_until(is_back, f"mounted again after the loss of {loss}")
+                with pytest.raises(OSError, match="not connected"):
+                    file.read()
+            assert "noatime" in str(node.call("mounts.list"))
+        assert run("umount", str(path)).returncode == 0
+        harness.wait_until(lambda: not remembered(), "the clean unmount is forgotten for")
+    finally:
+        run("umount", "-lf", str(path))
+        node.call("mounts.forget", {"mountpoint": str(path)})
+    on[3] = mount(node)
 
 
 def test_tools_reach_the_mounts(mounts):
