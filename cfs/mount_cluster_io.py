@@ -43,6 +43,7 @@ from cluster.ids import Instance
 from cluster.mesh_io import TrioMesh, open_mesh
 from cvm.target_io import VolumeClient, open_volume
 from dlm.lockspace_io import LockspaceMember, join
+from native.gate import Word
 
 log = logging.getLogger("cfs.mount")
 
@@ -79,6 +80,9 @@ class ClusterBackend:
 
     def is_barred(self, instance: Instance) -> bool:
         return self._recovery.gone(instance)
+
+    def is_out(self) -> bool:
+        return self._guard is not None and self._guard.gate.word() is Word.BARRED
 
     # -- beginning ---------------------------------------------------------------------------------
 
@@ -172,7 +176,7 @@ class ClusterBackend:
         elif name == "group":
             self._group_event(msgspec.convert(data, GroupEvent))
         elif name == "barred":
-            self._mount.fail(f"this instance was put out of the cluster: {data['reason']}")
+            self._mount.put_out(str(data["reason"]))
 
     def _group_event(self, event: GroupEvent) -> None:
         if self._mesh is None:

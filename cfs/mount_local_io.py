@@ -51,6 +51,10 @@ class LocalBackend:
     def tell(self, name: str, text: str, **fields: int) -> None:
         """There is no event stream."""
 
+    def is_out(self) -> bool:
+        """Nobody could put us out."""
+        return False
+
     async def mounted(self, mount: object) -> None:
         """Nobody to tell."""
 

@@ -34,6 +34,7 @@ from cfs.operations_extension_io import Extensions
 from cfs.operations_io import CfsOperations
 from cfs.seams import Environment, Runtime
 from cluster.device import BlockDevice
+from cluster.errors import BarredError
 from cluster.ids import Instance
 from cluster.locks import LockManager, Mode
 from cluster.paths_io import run_dir
@@ -72,6 +73,10 @@ class Backend(Protocol):
 
     def tell(self, name: str, text: str, **fields: int) -> None:
         """A line in the node's event stream, if there is one. Synchronous; must not raise."""
+        ...
+
+    def is_out(self) -> bool:
+        """Whether this instance is barred: it must write nothing more, not even to end cleanly."""
         ...
 
     async def mounted(self, mount: Mount) -> None:
@@ -113,7 +118,10 @@ class KernelBridge:
             self.caches.attributes_changed(ino)
 
     def failed(self, error: BaseException) -> None:
-        self._mount.fail(f"the file system cannot go on: {error}")
+        if isinstance(error, BarredError):  # a server said so before clusterd did
+            self._mount.put_out(str(error))
+        else:
+            self._mount.fail(f"the file system cannot go on: {error}")
 
 
 class MountEnvironment:
@@ -158,6 +166,10 @@ class Mount:
             self.session.abort()
             self.after_abort()
             self._scope.cancel()
+
+    def put_out(self, reason: str) -> None:
+        """This instance is barred for ever: nothing that it writes is executed any more."""
+        self.fail(f"this instance was put out of the cluster: {reason}")
 
     def stop(self) -> None:
         """End cleanly as soon as the kernel lets go of the mount."""
@@ -336,6 +348,8 @@ class Mount:
 
     async def _end(self, backend: Backend) -> None:
         """The kernel has let go; leave everything in order."""
+        if not self.failure and backend.is_out():
+            self.put_out("its guard has ended the mount")
         if self.failure:
             return
         assert self.fs is not None
