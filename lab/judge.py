@@ -1,22 +1,19 @@
 """The judge of coherence: counts stale reads on a mounted cluster.
 
 Claim under test: what a call on one node returned is visible to a call that starts later on any
-node. Cells hold a version; a shared *board* outside the file system (all lab nodes are processes of
-one machine) tells which version must be visible at least:
+node. Cells (`lab.judge_cells`) hold a version; a shared *board* outside the file system (all nodes
+are processes of one machine) tells which version must be visible at least:
 
-    started    highest version that a writer began to write
-    committed  highest version whose call has returned
-    by         the node that committed it
+    started    highest version that a writer began to write, and who
+    committed  highest version whose call has returned, and by whom
     durable    highest version whose fsync has returned
 
-A reader loads the bound from the board, then reads the cell: a version below the bound, or below
-one that it has seen itself, is stale; one above `started` is invented. When a node is to be
-killed, it is marked dead on the board first: what it had committed but not fsynced may be lost, so
-the bound of its cells is `durable`.
-
-Kinds of cells: a 4-KiB block of a file, written by pwrite, read by pread, by O_DIRECT and through a
-mapping; a size, written by ftruncate, read by stat; a name, changed by rename, read by listdir.
-Writers of one cell take turns by a lock on the board, so that versions rise.
+A reader loads the bound from the board, then reads the cell: a version below the bound is stale;
+so is one below what it has seen itself, unless a writer of its own node was at work then (a local
+reader may see a write that still waits for its lock); one above `started` is invented. A writer is
+a process in one life of its node. When it is to be killed, it is marked dead on the board first:
+what it had committed but not made durable may be lost, so the bound of its cells is `durable`, and
+what it was writing may be torn. Writers of one cell take turns by a lock on the board.
 """
 
 from __future__ import annotations
@@ -29,20 +26,38 @@ import random
 import struct
 import sys
 import time
-import zlib
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import click
 
-CELL = struct.Struct("<QQQQ")
-DEAD_BYTES = 256
-BLOCK_BYTES = 4096
-BLOCKS_PER_FILE = 8
-READERS = ("pread", "direct", "mapped", "stat", "listdir")
-TEAR_RETRIES_MAX = 50
+from lab.judge_cells import Cell, open_cells
+
+ENTRY = struct.Struct("<QQQQQ")
+WRITERS_MAX = 256
+NODES_MAX = 16
+"""A writer is `node + NODES_MAX * life`."""
+TORN_S = 30.0
+TORN_LOOKS = 20
 FEW_CELLS = 4
 BURST_MAX = 120
+DURABLE_SHARE = 0.25
+EXAMPLES_MAX = 5
+EXIT_STALE = 1
+EXIT_LOST = 3
+"""The mount has gone; so far nothing was stale."""
+
+
+class Entry(NamedTuple):
+    """What the board says about a cell."""
+
+    started: int
+    starter: int
+    committed: int
+    by: int
+    durable: int
 
 
 class Board:
@@ -50,192 +65,133 @@ class Board:
 
     def __init__(self, path: Path, cells: int) -> None:
         self.cells = cells
-        size = DEAD_BYTES + cells * CELL.size
+        size = WRITERS_MAX + cells * ENTRY.size
         self.handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
         if os.fstat(self.handle).st_size < size:
             os.ftruncate(self.handle, size)
         self.map = mmap.mmap(self.handle, size)
 
-    def get(self, cell: int) -> tuple[int, int, int, int]:
-        started, committed, by, durable = CELL.unpack_from(self.map, DEAD_BYTES + cell * CELL.size)
-        return started, committed, by, durable
+    def get(self, cell: int) -> Entry:
+        return Entry._make(ENTRY.unpack_from(self.map, WRITERS_MAX + cell * ENTRY.size))
 
-    def put(self, cell: int, started: int, committed: int, by: int, durable: int) -> None:
-        CELL.pack_into(self.map, DEAD_BYTES + cell * CELL.size, started, committed, by, durable)
+    def put(self, cell: int, entry: Entry) -> None:
+        ENTRY.pack_into(self.map, WRITERS_MAX + cell * ENTRY.size, *entry)
+
+    def is_dead(self, writer: int) -> bool:
+        return bool(self.map[writer])
+
+    def mark_dead(self, writer: int) -> None:
+        """For good; a new life has a new number."""
+        self.map[writer] = 1
 
     def bound(self, cell: int) -> int:
         """The least version that a read starting now must see."""
-        _started, committed, by, durable = self.get(cell)
-        return durable if by and self.map[by] else committed
+        entry = self.get(cell)
+        return entry.durable if self.is_dead(entry.by) else entry.committed
 
-    def mark_dead(self, node: int, *, dead: bool = True) -> None:
-        self.map[node] = int(dead)
+    def may_be_torn(self, cell: int) -> bool:
+        """Whether a writer died while it wrote it, or before that was durable."""
+        entry = self.get(cell)
+        unfinished = self.is_dead(entry.starter) and entry.started != entry.committed
+        return unfinished or (self.is_dead(entry.by) and entry.committed != entry.durable)
 
-    def lock(self, cell: int, *, wait: bool) -> bool:
-        """Take a cell for writing; the death of the holder releases it."""
-        operation = fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB)
+    def lock(self, cell: int) -> bool:
+        """Take a cell for writing; the death of the holder releases it. False: it is taken."""
         try:
-            fcntl.lockf(self.handle, operation, CELL.size, DEAD_BYTES + cell * CELL.size)
+            place = ENTRY.size, WRITERS_MAX + cell * ENTRY.size
+            fcntl.lockf(self.handle, fcntl.LOCK_EX | fcntl.LOCK_NB, *place)
         except BlockingIOError:
             return False
         return True
 
     def unlock(self, cell: int) -> None:
-        fcntl.lockf(self.handle, fcntl.LOCK_UN, CELL.size, DEAD_BYTES + cell * CELL.size)
-
-
-class Block:
-    """A 4-KiB block: version, cell, CRC of the rest."""
-
-    def __init__(self, top: Path, cell: int) -> None:
-        self.cell = cell
-        self.path = top / f"blocks-{cell // BLOCKS_PER_FILE}"
-        self.offset = cell % BLOCKS_PER_FILE * BLOCK_BYTES
-        self.handle = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
-        self.direct = os.open(self.path, os.O_RDONLY | os.O_DIRECT)
-        self.buffer = mmap.mmap(-1, BLOCK_BYTES)
-        self.mapping: mmap.mmap | None = None
-
-    def write(self, version: int, *, durable: bool) -> None:
-        body = random.Random(f"{self.cell}/{version}").randbytes(BLOCK_BYTES - 20)
-        head = struct.pack("<QQI", version, self.cell, zlib.crc32(body))
-        os.pwrite(self.handle, head + body, self.offset)
-        if durable:
-            os.fsync(self.handle)
-
-    def _check(self, data: bytes) -> int | None:
-        version, cell, check = struct.unpack_from("<QQI", data)
-        if not any(data):
-            return 0
-        if cell != self.cell or zlib.crc32(data[20:]) != check:
-            return None
-        return int(version)
-
-    def read(self, how: str) -> int | None:
-        """The version, or None for a block that is not whole (a local write was under way)."""
-        if how == "pread":
-            return self._check(os.pread(self.handle, BLOCK_BYTES, self.offset))
-        if how == "direct":
-            os.preadv(self.direct, [self.buffer], self.offset)
-            return self._check(self.buffer[:])
-        if self.mapping is None:
-            length = BLOCK_BYTES * BLOCKS_PER_FILE
-            self.mapping = mmap.mmap(self.handle, length, mmap.MAP_SHARED, mmap.PROT_READ)
-        return int(struct.unpack_from("<Q", self.mapping, self.offset)[0])
-
-
-class Size:
-    """A file whose size is the version."""
-
-    def __init__(self, top: Path, cell: int) -> None:
-        self.path = top / f"size-{cell}"
-        self.handle = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
-
-    def write(self, version: int, *, durable: bool) -> None:
-        os.ftruncate(self.handle, version)
-        if durable:
-            os.fsync(self.handle)
-
-    def read(self, _how: str) -> int | None:
-        return self.path.stat().st_size
-
-
-class Name:
-    """A directory with one entry, whose name is the version."""
-
-    def __init__(self, top: Path, cell: int) -> None:
-        self.path = top / f"name-{cell}"
-        self.path.mkdir(exist_ok=True)
-
-    def write(self, version: int, *, durable: bool) -> None:
-        (old,) = os.listdir(self.path)
-        os.rename(self.path / old, self.path / str(version))
-        if durable:
-            handle = os.open(self.path, os.O_RDONLY)
-            os.fsync(handle)
-            os.close(handle)
-
-    def read(self, _how: str) -> int | None:
-        names = os.listdir(self.path)
-        return int(names[0]) if len(names) == 1 else None
-
-
-Cell = Block | Size | Name
-
-
-def open_cells(top: Path, count: int) -> list[Cell]:
-    """Half of the cells are blocks, a quarter sizes, a quarter names."""
-    half, quarter = count // 2, count // 4
-    cells: list[Cell] = [Block(top, i) for i in range(half)]
-    cells += [Size(top, i) for i in range(half, half + quarter)]
-    cells += [Name(top, i) for i in range(half + quarter, count)]
-    return cells
-
-
-def prepare(top: Path, count: int) -> None:
-    """Make the files of all cells at version 0."""
-    top.mkdir(exist_ok=True)
-    for cell in open_cells(top, count):
-        if isinstance(cell, Block):
-            os.ftruncate(cell.handle, BLOCK_BYTES * BLOCKS_PER_FILE)
-            os.fsync(cell.handle)
-        elif isinstance(cell, Name) and not os.listdir(cell.path):
-            (cell.path / "0").touch()
+        place = ENTRY.size, WRITERS_MAX + cell * ENTRY.size
+        fcntl.lockf(self.handle, fcntl.LOCK_UN, *place)
 
 
 class Judge:
     """One process on one node that reads, checks and now and then writes."""
 
-    def __init__(self, board: Board, cells: list[Cell], node: int, seed: int) -> None:
+    def __init__(self, board: Board, cells: list[Cell], writer: int, seed: int) -> None:
         self.board = board
         self.cells = cells
-        self.node = node
-        self.random = random.Random(f"{seed}/{node}")
+        self.writer = writer
+        self.random = random.Random(f"{seed}/{writer}")
         self.seen = [0] * len(cells)
-        self.checks = dict.fromkeys(READERS, 0)
-        self.writes = 0
+        self.checks: Counter[str] = Counter()
+        self.writes: Counter[str] = Counter()
+        self.torn = 0
         self.stale: list[str] = []
 
-    def kinds(self, cell: Cell) -> tuple[str, ...]:
-        if isinstance(cell, Block):
-            return ("pread", "direct", "mapped")
-        return ("stat",) if isinstance(cell, Size) else ("listdir",)
-
     def write(self, index: int) -> None:
-        if not self.board.lock(index, wait=False):
+        """Write the next version of a cell, unless somebody else does just that."""
+        board, cell = self.board, self.cells[index]
+        if not board.lock(index):
             return
         try:
-            started, committed, by, durable = self.board.get(index)
-            version = started + 1
-            self.board.put(index, version, committed, by, durable)
-            sync = self.random.random() < 0.25
-            self.cells[index].write(version, durable=sync)
-            kept = version if sync else durable
-            self.board.put(index, version, version, self.node, kept)
-            self.writes += 1
+            entry = board.get(index)
+            version, durable = entry.started + 1, self.random.random() < DURABLE_SHARE
+            how = self.random.choice(cell.writes)
+            board.put(index, entry._replace(started=version, starter=self.writer))
+            cell.write(version, how, durable=durable)
+            kept = version if durable else entry.durable
+            board.put(index, Entry(version, self.writer, version, self.writer, kept))
+            self.writes[_label(cell, how)] += 1
         finally:
-            self.board.unlock(index)
+            board.unlock(index)
 
     def check(self, index: int) -> None:
+        """Read a cell and judge."""
         cell = self.cells[index]
-        how = self.random.choice(self.kinds(cell))
-        bound = max(self.board.bound(index), 0)
-        version: int | None = None
-        for _ in range(TEAR_RETRIES_MAX):
-            version = cell.read(how)
-            if version is not None:
-                break
-        started = self.board.get(index)[0]
-        self.checks[how] += 1
-        if version is None:
-            self.stale.append(f"cell {index} by {how}: never whole")
-        elif version < bound or version < self.seen[index] or version > started:
+        how = self.random.choice(cell.ways)
+        bound = self.board.bound(index)
+        found = self._whole(index, how)
+        entry = self.board.get(index)
+        self.checks[_label(cell, how)] += 1
+        if found is None and self.board.may_be_torn(index):
+            self.torn += 1
+        elif found is None or not self._agrees(index, found, bound, entry.started):
             self.stale.append(
-                f"cell {index} by {how}: read {version}, bound {bound}, "
-                f"seen {self.seen[index]}, started {started}"
+                f"cell {index}, {_label(cell, how)}: read {found}, bound {bound}, "
+                f"seen {self.seen[index]}, {entry}"
             )
-        else:
-            self.seen[index] = version
+        elif not cell.parity and not self._local_write(entry, found):
+            self.seen[index] = found
+
+    def _whole(self, index: int, how: str) -> int | None:
+        """What a read gives, once it is not torn by a write that is under way."""
+        end = time.monotonic() + TORN_S
+        looks = 0
+        while (found := self.cells[index].read(how)) is None and time.monotonic() < end:
+            looks += 1
+            if looks > TORN_LOOKS:
+                if self.board.may_be_torn(index):
+                    break
+                time.sleep(0.001)
+        return found
+
+    def _agrees(self, index: int, found: int, bound: int, started: int) -> bool:
+        if self.cells[index].parity:
+            return started > bound or found == started % 2
+        return max(bound, self.seen[index]) <= found <= started
+
+    def _local_write(self, entry: Entry, found: int) -> bool:
+        return found > entry.committed and entry.starter % NODES_MAX == self.writer % NODES_MAX
+
+    def result(self) -> dict[str, object]:
+        return {
+            "writer": self.writer,
+            "checks": dict(self.checks),
+            "writes": dict(self.writes),
+            "total": self.checks.total(),
+            "torn": self.torn,
+            "stale": len(self.stale),
+            "examples": self.stale[:EXAMPLES_MAX],
+        }
+
+
+def _label(cell: Cell, how: str) -> str:
+    return f"{type(cell).__name__.lower()} {how}"
 
 
 def run_judge(judge: Judge, checks: int, write_share: float, stop: Callable[[], bool]) -> None:
@@ -252,11 +208,19 @@ def run_judge(judge: Judge, checks: int, write_share: float, stop: Callable[[], 
             done += 1
 
 
+def prepare(top: Path, count: int) -> None:
+    """Make the files of all cells at version 0."""
+    top.mkdir(exist_ok=True)
+    for cell in open_cells(top, count):
+        cell.prepare()
+
+
 @click.command()
 @click.argument("top", type=click.Path(path_type=Path))
 @click.option("--board", type=click.Path(path_type=Path), required=True)
-@click.option("--node", type=int, required=True)
-@click.option("--cells", default=48)
+@click.option("--writer", type=click.IntRange(1, WRITERS_MAX - 1), default=1,
+              help=f"Node + {NODES_MAX} * life.")  # fmt: skip
+@click.option("--cells", default=64)
 @click.option("--checks", default=40_000)
 @click.option("--write-share", default=0.5)
 @click.option("--seconds", default=120.0)
@@ -265,7 +229,7 @@ def run_judge(judge: Judge, checks: int, write_share: float, stop: Callable[[], 
 def main(
     top: Path,
     board: Path,
-    node: int,
+    writer: int,
     cells: int,
     checks: int,
     write_share: float,
@@ -273,30 +237,22 @@ def main(
     seed: int,
     only_prepare: bool,
 ) -> None:
-    """Judge the coherence of the files below TOP."""
+    """Judge the coherence of the files below TOP. Exit code 1: something was stale; 3: the mount
+    has gone."""
     if only_prepare:
         prepare(top, cells)
         Board(board, cells)
         return
-    judge = Judge(Board(board, cells), open_cells(top, cells), node, seed)
+    judge = Judge(Board(board, cells), open_cells(top, cells), writer, seed)
     end = time.monotonic() + seconds
     print("started", flush=True)
-    run_judge(judge, checks, write_share, lambda: time.monotonic() > end)
-    print(
-        json.dumps(
-            {
-                "node": node,
-                "seed": seed,
-                "checks": judge.checks,
-                "writes": judge.writes,
-                "total": sum(judge.checks.values()),
-                "stale": len(judge.stale),
-                "examples": judge.stale[:5],
-            }
-        ),
-        flush=True,
-    )
-    sys.exit(1 if judge.stale else 0)
+    lost = ""
+    try:
+        run_judge(judge, checks, write_share, lambda: time.monotonic() > end)
+    except OSError as error:
+        lost = str(error)
+    print(json.dumps({**judge.result(), "lost": lost}), flush=True)
+    sys.exit(EXIT_STALE if judge.stale else EXIT_LOST if lost else 0)
 
 
 if __name__ == "__main__":
