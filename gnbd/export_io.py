@@ -41,6 +41,7 @@ class Connection:
         self.session: Session | None = None
         self.export: ExportRuntime | None = None
         self.closing = False
+        self.barred = False
         self.transmission: g.Connection | None = None
         self.finished = threading.Event()
 
@@ -51,6 +52,17 @@ class Connection:
             self.transmission.close()
         try:
             self.sock.shutdown(socket.SHUT_RDWR)
+        except OSError:
+            pass  # the peer was faster
+
+    def refuse(self) -> None:
+        """As `shut`, for good: the peer is barred. A node that was paused as a whole does not know
+        that yet, and sends what it had in mind: that is read, counted and never executed (R2)."""
+        self.barred = self.closing = True
+        if self.transmission is not None:
+            self.transmission.close()
+        try:
+            self.sock.shutdown(socket.SHUT_WR)
         except OSError:
             pass  # the peer was faster
 

@@ -173,7 +173,10 @@ class Service:
             for connection in list(export.connections):
                 nexus = connection.session.instance if connection.session else None
                 if self._word(export, nexus) == g.NOBODY:
-                    connection.shut()
+                    if nexus and self.admission.verdict(nexus) is a.Verdict.BARRED:
+                        connection.refuse()
+                    else:
+                        connection.shut()
 
     def _wait_drained(self) -> None:
         with self._lock:

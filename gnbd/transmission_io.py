@@ -17,6 +17,9 @@ from gnbd.service_io import Service
 from native import nbd
 from native.nbd import Event, Request
 
+LATE_S = 300
+"""So long a barred connection without a word is kept."""
+
 _WIRE_ERRORS = {p.EPERM, p.EIO, p.ENOMEM, p.EINVAL, p.ENOSPC, p.EOVERFLOW, p.ENOTSUP, p.ESHUTDOWN}
 _PLAIN_FLAGS = p.CMD_FLAG_FUA
 _ZERO_FLAGS = p.CMD_FLAG_FUA | p.CMD_FLAG_NO_HOLE | p.CMD_FLAG_FAST_ZERO
@@ -57,6 +60,8 @@ class Transmission:
             while True:
                 match native.run(access):
                     case Event.ENDED:
+                        if self._connection.barred:
+                            native.count_late(LATE_S)
                         return
                     case Event.ACCESS:
                         access = self._service.gate(self._export, self._nexus)

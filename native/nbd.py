@@ -71,9 +71,10 @@ class Export:
 
     def counters(self) -> dict[str, int]:
         """Totals of all connections."""
-        out = ffi.new("uint64_t[]", 5)
+        names = ("reads", "writes", "flushes", "read_bytes", "written_bytes", "refused",
+                 "refused_writes")  # fmt: skip
+        out = ffi.new("uint64_t[]", len(names))
         lib.native_nbd_counters(self._export, out)
-        names = ("reads", "writes", "flushes", "read_bytes", "written_bytes")
         return dict(zip(names, out, strict=True))
 
 
@@ -121,6 +122,11 @@ class Connection:
             lib.native_nbd_set_access(self._nbd, access._access)
             self._access = access
         return Event(lib.native_nbd_run(self._nbd))
+
+    def count_late(self, seconds: int) -> None:
+        """After the end of a connection whose peer is barred: count what it still sends as
+        `refused`, until it closes or is silent for so long. Nothing of it is executed."""
+        lib.native_nbd_count_late(self._nbd, seconds)
 
     @property
     def request(self) -> Request:

@@ -41,6 +41,7 @@ struct native_access {
 
 struct native_nbd_export {
     _Atomic uint64_t size_bytes, reads, writes, flushes, read_bytes, written_bytes;
+    _Atomic uint64_t refused, refused_writes; /* that came after the bar of their sender */
     _Atomic int32_t fd; /* -1: Python executes everything */
     _Atomic uint32_t read_only;
 };
@@ -57,6 +58,7 @@ struct native_nbd {
     int sock;
     _Atomic int closing;
     int logged_in, structured, entered, broken;
+    int refused; /* `request` was taken, and is not executed because all is over */
     int pending; /* `request` was taken and waits for a new access word */
     struct native_nbd_export *export;
     struct native_access *access;
@@ -104,6 +106,7 @@ struct native_nbd *native_nbd_open(int sock, struct native_nbd_export *export, i
 void native_nbd_free(struct native_nbd *nbd);
 void native_nbd_set_access(struct native_nbd *nbd, struct native_access *access);
 int native_nbd_run(struct native_nbd *nbd);
+void native_nbd_count_late(struct native_nbd *nbd, uint32_t seconds);
 void *native_nbd_request_of(struct native_nbd *nbd);
 void *native_nbd_data_of(struct native_nbd *nbd);
 void native_nbd_done(struct native_nbd *nbd, uint32_t error);

@@ -13,6 +13,7 @@
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/socket.h>
+#include <sys/time.h>
 #include <unistd.h>
 
 #define REQUEST_MAGIC 0x25609513u
@@ -96,8 +97,10 @@ void native_nbd_close(struct native_nbd *nbd)
 /* GO_ON with the access checked and *error set (0: it may), or what run returns. */
 static int check(struct native_nbd *nbd, uint32_t wanted, uint32_t *error)
 {
-    if (atomic_load(&nbd->closing) || nbd->broken)
+    if (atomic_load(&nbd->closing) || nbd->broken) {
+        nbd->refused = 1;
         return NBD_ENDED;
+    }
     if (!nbd->entered) {
         native_access_enter(nbd->access);
         nbd->entered = 1;
@@ -107,8 +110,10 @@ static int check(struct native_nbd *nbd, uint32_t wanted, uint32_t *error)
         native_nbd_leave(nbd);
         return NBD_GATE;
     }
-    if (!word && nbd->logged_in)
+    if (!word && nbd->logged_in) {
+        nbd->refused = 1;
         return NBD_ENDED;
+    }
     *error = word & ACCESS_STALE ? WIRE_ESTALE : word & wanted ? 0 : WIRE_EPERM;
     return GO_ON;
 }
@@ -338,13 +343,9 @@ static int receive_exactly(struct native_nbd *nbd, uint8_t *to, size_t length)
     return 1;
 }
 
-/* Answer what is done, make room, wait for more bytes; 0 when the connection is over. */
-static int receive(struct native_nbd *nbd)
+/* Make room, wait for more bytes; 0 when the connection is over. */
+static int receive_more(struct native_nbd *nbd)
 {
-    native_nbd_send(nbd);
-    nbd_release(nbd);
-    if (nbd->broken || atomic_load(&nbd->closing))
-        return 0;
     size_t rest = nbd->end - nbd->start;
     if (nbd->start && (!rest || nbd->end == NBD_RECEIVE_BYTES)) {
         memmove(nbd->buffer, nbd->buffer + nbd->start, rest);
@@ -361,6 +362,15 @@ static int receive(struct native_nbd *nbd)
     return 1;
 }
 
+/* Answer what is done, wait for more bytes; 0 when the connection is over. */
+static int receive(struct native_nbd *nbd)
+{
+    native_nbd_send(nbd);
+    nbd_release(nbd);
+    if (nbd->broken || atomic_load(&nbd->closing))
+        return 0;
+    return receive_more(nbd);
+}
 /* A WRITE that is longer than the receive buffer gets a buffer of its own. */
 static int receive_long(struct native_nbd *nbd, size_t header)
 {
@@ -454,6 +464,36 @@ int native_nbd_run(struct native_nbd *nbd)
     }
 }
 
+static void count_refused(struct native_nbd *nbd)
+{
+    uint32_t kind = nbd->request.kind;
+    atomic_fetch_add(&nbd->export->refused, 1);
+    if (kind == NBD_WRITE || kind == NBD_FLUSH || kind == NBD_TRIM || kind == NBD_ZERO)
+        atomic_fetch_add(&nbd->export->refused_writes, 1);
+}
+
+/* The peer is barred: count what it still sends, and execute nothing of it, until it closes or is
+ * silent for so long. */
+void native_nbd_count_late(struct native_nbd *nbd, uint32_t seconds)
+{
+    struct timeval limit = {.tv_sec = seconds};
+    native_nbd_leave(nbd);
+    setsockopt(nbd->sock, SOL_SOCKET, SO_RCVTIMEO, &limit, sizeof limit);
+    if (nbd->refused)
+        count_refused(nbd);
+    for (;;) {
+        free(nbd->payload);
+        nbd->payload = NULL;
+        int taken = take(nbd);
+        if (taken < 0)
+            return;
+        if (taken)
+            count_refused(nbd);
+        else if (!receive_more(nbd))
+            return;
+    }
+}
+
 void *native_nbd_request_of(struct native_nbd *nbd)
 {
     return &nbd->request;
@@ -472,7 +512,7 @@ void native_nbd_export_set(struct native_nbd_export *export, int fd, uint64_t si
     atomic_store(&export->fd, fd);
 }
 
-/* reads, writes, flushes, read_bytes, written_bytes */
+/* reads, writes, flushes, read_bytes, written_bytes, refused, refused_writes */
 void native_nbd_counters(struct native_nbd_export *export, uint64_t *out)
 {
     out[0] = atomic_load(&export->reads);
@@ -480,4 +520,6 @@ void native_nbd_counters(struct native_nbd_export *export, uint64_t *out)
     out[2] = atomic_load(&export->flushes);
     out[3] = atomic_load(&export->read_bytes);
     out[4] = atomic_load(&export->written_bytes);
+    out[5] = atomic_load(&export->refused);
+    out[6] = atomic_load(&export->refused_writes);
 }

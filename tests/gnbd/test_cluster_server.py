@@ -94,6 +94,28 @@ def test_bars_survive_kill_and_restart(server):
     assert login_status(server).status == m.LOGIN_BARRED
 
 
+def test_late_requests_of_the_barred_are_counted_and_not_executed(server):
+    """A node that was paused does not know that it is barred, and sends what it had in mind."""
+    server.install(1, member(live=(1, 2), next_=3))
+    victim = logged_in(server)
+    assert victim.request(p.CMD_WRITE, 0, b"v" * 4096) == 0
+    server.install(2, member(live=(2,), next_=3))
+    before = counters(server, "disk0")
+    victim.send(p.CMD_WRITE, 0, b"l" * 4096)
+    victim.send(p.CMD_READ, 0, length=512)
+    victim.send(p.CMD_WRITE, 4096, b"l" * (3 << 20))
+    victim.send(p.CMD_FLUSH)
+    wait_for(lambda: counters(server, "disk0")["refused"] == 4, "all are counted")
+    after = counters(server, "disk0")
+    assert after["refused_writes"] == 3
+    assert {**after, "refused": 0, "refused_writes": 0} == before
+    with pytest.raises((EOFError, ConnectionError)):
+        victim.request(p.CMD_FLUSH)
+    with logged_in(server, OTHER) as survivor:
+        assert survivor.read(0, 4096) == b"v" * 4096
+        assert survivor.read(4096, 4096) == bytes(4096)
+
+
 def test_install_makes_accepted_writes_durable_first(server):
     """The answer of an install means: what was accepted before is durable (volatile cache!)."""
     server.install(1, member(live=(1, 2), next_=3))
