@@ -41,6 +41,7 @@ from cluster.device import BlockDevice
 from cluster.errors import StackError
 from cluster.ids import Instance
 from cluster.mesh_io import TrioMesh, open_mesh
+from cluster.paths_io import boottime_ns
 from cvm.target_io import VolumeClient, open_volume
 from dlm.lockspace_io import LockspaceMember, join
 from native.gate import Word
@@ -50,6 +51,7 @@ log = logging.getLogger("cfs.mount")
 GATE_POLL_S = 0.005
 STAMPS_PER_STALL = 8
 LEAVE_S = 5.0
+MS = 1_000_000
 CFS_VERBS = ("df", "journals", "grow", "sync", "counters", "losses", "waiting", "abandon")
 
 
@@ -271,8 +273,13 @@ class ClusterBackend:
         """Show progress; send what a closed gate has kept as soon as it opens."""
         timing = self.granted.timing
         pause_s = min(timing.heartbeat_ms, timing.dead_ms / STAMPS_PER_STALL) / 1000
+        late_ns = timing.purge_ms * MS // 2
         while True:
             guard.gate.stamp()
+            late = boottime_ns() > guard.gate.lease_end() + late_ns
+            if late and guard.gate.word() is Word.OPEN:
+                # Guard and clusterd are both stuck; nobody else takes our pages back in time.
+                self._mount.put_out("the lease has lapsed and its guard does nothing")
             kept = fuse.gate_flush()
             await trio.sleep(GATE_POLL_S if kept else pause_s)
 
