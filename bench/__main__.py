@@ -13,7 +13,7 @@ from pathlib import Path
 
 import click
 
-from bench import changes, failover, locks, metadata, syncs, throughput, trees, warm
+from bench import changes, failover, locks, metadata, pause, syncs, throughput, trees, warm
 from lab import cluster
 from lab.topology import LabState
 
@@ -27,6 +27,7 @@ SECTIONS = {
     "changes": (changes, "Change seen by another node"),
     "locks": (locks, "Locks"),
     "failover": (failover, "Stall of the survivors, profile fast"),
+    "pause": (pause, "A node paused beyond its lease"),
 }
 
 

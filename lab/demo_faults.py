@@ -1,4 +1,4 @@
-"""Step 5 of the demonstration: power cuts of a node and of a storage host under load."""
+"""Steps of the demonstration: power cuts of a node and of a storage host, the pause of a node."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from cluster.errors import StackError
-from lab import cluster, hosts
+from lab import cluster, hosts, stale
 from lab.demo_work import PROGRAM, WORK, Results, program
 from lab.topology import Host, Lab
 
@@ -222,3 +222,27 @@ def _server_cut(lab: Lab, report: Reporter) -> Results:
 def power_cuts(lab: Lab, report: Reporter) -> Results:
     """Step 5."""
     return [*_node_cut(lab, report), *_server_cut(lab, report)]
+
+
+def pause_node(lab: Lab, report: Reporter) -> Results:
+    """A whole node stands still beyond its lease, and goes on as if nothing had happened."""
+    victim = lab.nodes[2]
+    report.say(f"{victim.name} reads a block from its cache and writes; all of it is paused")
+    writers = start_writers(lab, "pause")
+    try:
+        result = stale.pause(lab, victim, "paused-block")
+        resumed = time.monotonic()
+        for writer in writers:
+            if writer.node != victim:
+                writer.wait_beyond(resumed, WARM_RECORDS)
+    finally:
+        for writer in writers:
+            writer.stop()
+    check_writers(lab, victim, writers)
+    report.say(f"its readers got: {', '.join(f'{k}: {v}' for k, v in result.outcomes.items())}")
+    old = ", ".join(f"{how} {ms:.0f} ms" for how, ms in result.stale_ms.items())
+    return [
+        ("pause of n3 beyond its lease: old cached bytes after the resume", old),
+        ("late writes of n3 that the servers refused", str(result.refused_writes)),
+        ("n3 back as a new life, mounted again by itself", f"{result.back_s:.1f} s"),
+    ]

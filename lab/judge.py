@@ -36,15 +36,16 @@ import click
 from lab.judge_cells import Cell, open_cells
 
 ENTRY = struct.Struct("<QQQQQ")
-WRITERS_MAX = 256
+WRITERS_MAX = 4096
 NODES_MAX = 16
 """A writer is `node + NODES_MAX * life`."""
 TORN_S = 30.0
 TORN_LOOKS = 20
 FEW_CELLS = 4
-BURST_MAX = 120
+BURST_MAX = 400
 DURABLE_SHARE = 0.25
 EXAMPLES_MAX = 5
+SAY_EVERY = 5000
 EXIT_STALE = 1
 EXIT_LOST = 3
 """The mount has gone; so far nothing was stale."""
@@ -194,11 +195,17 @@ def _label(cell: Cell, how: str) -> str:
     return f"{type(cell).__name__.lower()} {how}"
 
 
-def run_judge(judge: Judge, checks: int, write_share: float, stop: Callable[[], bool]) -> None:
+def run_judge(
+    judge: Judge, checks: int, write_share: float, stop: Callable[[], bool], say: Callable[[], None]
+) -> None:
     """Read and write at random until so many checks were made. Reads come in bursts on a few cells:
-    most are answered from this node's caches, just where a stale byte would be."""
-    done = 0
+    most are answered from this node's caches, just where a stale byte would be. `say` is called
+    now and then: a SIGBUS may end all."""
+    done = said = stale = 0
     while done < checks and not stop():
+        if done >= said + SAY_EVERY or len(judge.stale) > stale:
+            say()
+            said, stale = done, len(judge.stale)
         index = judge.random.randrange(len(judge.cells))
         if judge.random.random() < write_share:
             judge.write(index)
@@ -237,8 +244,8 @@ def main(
     seed: int,
     only_prepare: bool,
 ) -> None:
-    """Judge the coherence of the files below TOP. Exit code 1: something was stale; 3: the mount
-    has gone."""
+    """Judge the coherence of the files below TOP. The last line printed is the result. Exit code 1:
+    something was stale; 3: the mount has gone."""
     if only_prepare:
         prepare(top, cells)
         Board(board, cells)
@@ -246,12 +253,16 @@ def main(
     judge = Judge(Board(board, cells), open_cells(top, cells), writer, seed)
     end = time.monotonic() + seconds
     print("started", flush=True)
+
+    def say(lost: str = "") -> None:
+        print(json.dumps({**judge.result(), "lost": lost}), flush=True)
+
     lost = ""
     try:
-        run_judge(judge, checks, write_share, lambda: time.monotonic() > end)
+        run_judge(judge, checks, write_share, lambda: time.monotonic() > end, say)
     except OSError as error:
         lost = str(error)
-    print(json.dumps({**judge.result(), "lost": lost}), flush=True)
+    say(lost)
     sys.exit(EXIT_STALE if judge.stale else EXIT_LOST if lost else 0)
 
 

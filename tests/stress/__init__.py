@@ -1,0 +1,1 @@
+"""The stress program: see `python -m tests.stress --help`."""
