@@ -110,7 +110,7 @@ class NodeFiles:
         """The mounts to have. A file that makes no sense is only a convenience less."""
         try:
             return decode_wanted_untrusted(self._wanted.read_bytes())
-        except (OSError, msgspec.DecodeError):
+        except (OSError, CorruptionError):
             return []
 
     def save_wanted(self, mounts: list[WantedMount]) -> None:

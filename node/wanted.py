@@ -13,7 +13,7 @@ from typing import Any
 
 import msgspec
 
-from cluster.errors import BusyError
+from cluster.errors import BusyError, CorruptionError
 from cluster.ids import InstanceNo
 from cluster.timing import MS
 
@@ -38,8 +38,11 @@ def encode_wanted(mounts: list[WantedMount]) -> bytes:
 
 
 def decode_wanted_untrusted(data: bytes) -> list[WantedMount]:
-    """Raises msgspec.DecodeError."""
-    return msgspec.json.decode(data, type=list[WantedMount])[:WANTED_MAX]
+    """Raises CorruptionError."""
+    try:
+        return msgspec.json.decode(data, type=list[WantedMount])[:WANTED_MAX]
+    except (msgspec.DecodeError, RecursionError) as error:
+        raise CorruptionError(f"the list of mounts makes no sense: {error}") from error
 
 
 @dataclass(slots=True)
