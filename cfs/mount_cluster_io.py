@@ -50,6 +50,8 @@ log = logging.getLogger("cfs.mount")
 
 GATE_POLL_S = 0.005
 STAMPS_PER_STALL = 8
+LATE_LOOKS = 4
+"""After a pause of the whole machine the guard gets a moment before anybody acts in its place."""
 LEAVE_S = 5.0
 MS = 1_000_000
 CFS_VERBS = ("df", "journals", "grow", "sync", "counters", "losses", "waiting", "abandon")
@@ -102,9 +104,13 @@ class ClusterBackend:
             if self._mount.fs is None:
                 raise StackError("the file system is still being mounted")
             try:
-                return await self._mount.query(verb, params)
+                found = await self._mount.query(verb, params)
             except FsError as error:
                 raise StackError(f"{verb}: {error}") from error
+            if verb == "abandon":  # and it is not to come back by itself
+                place = {"mountpoint": self._arguments.mountpoint}
+                await self.session.call("mounts.forget", place)
+            return found
 
         return answer
 
@@ -274,14 +280,18 @@ class ClusterBackend:
         timing = self.granted.timing
         pause_s = min(timing.heartbeat_ms, timing.dead_ms / STAMPS_PER_STALL) / 1000
         late_ns = timing.purge_ms * MS // 2
+        late = 0
         while True:
             guard.gate.stamp()
-            late = boottime_ns() > guard.gate.lease_end() + late_ns
-            if late and guard.gate.word() is Word.OPEN:
-                # Guard and clusterd are both stuck; nobody else takes our pages back in time.
-                self._mount.put_out("the lease has lapsed and its guard does nothing")
-            kept = fuse.gate_flush()
-            await trio.sleep(GATE_POLL_S if kept else pause_s)
+            wait_s = GATE_POLL_S if fuse.gate_flush() else pause_s
+            if guard.gate.word() is Word.OPEN:
+                left_s = (guard.gate.lease_end() + late_ns - boottime_ns()) / 1e9
+                late = late + 1 if left_s < 0 else 0
+                if late > LATE_LOOKS:
+                    # Guard and clusterd are both stuck; nobody else takes our pages back.
+                    self._mount.put_out("the lease has lapsed and its guard does nothing")
+                wait_s = min(wait_s, max(GATE_POLL_S, left_s))
+            await trio.sleep(wait_s)
 
     # -- end ---------------------------------------------------------------------------------------
 

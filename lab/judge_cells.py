@@ -150,7 +150,7 @@ class Region:
             view[offset : offset + len(data)] = data
             if durable:
                 first = offset & -BLOCK_BYTES
-                view.flush(first, (offset + len(data) - first + BLOCK_BYTES - 1) & -BLOCK_BYTES)
+                view.flush(first, offset + len(data) - first)
             return
         flags = {
             "pwrite": os.O_WRONLY,

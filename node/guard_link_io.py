@@ -45,6 +45,9 @@ QUEUE_MAX = 4096
 READY_S = 20.0
 SOCKET_BYTES = 1 << 20
 MS = 1_000_000
+LATE_POLL_NS = 5 * MS
+LATE_LOOKS = 2
+"""After a pause of the whole machine the guard gets a moment before we act in its place."""
 
 
 @dataclass(slots=True)
@@ -57,6 +60,7 @@ class _Held:
     table_fd: int
     gate: Gate
     aborted: bool = False
+    late: int = 0
     sweeper: threading.Thread | None = None
 
     def close(self) -> None:
@@ -201,14 +205,19 @@ class GuardLink:
 
     async def _watch_loop(self) -> None:
         half_ns = self._settings.timing.purge_ms * MS // 2
+        poll_ns = half_ns
         while True:
-            await trio.sleep(self._settings.timing.purge_ms / 4000)
-            now = boottime_ns()
+            await trio.sleep(poll_ns / 1e9)
+            poll_ns = half_ns
             for held in self._held.values():
-                end_ns = held.gate.lease_end()
-                stuck = held.gate.word() is Word.OPEN and now > end_ns + half_ns
-                if stuck and not held.aborted:
+                left_ns = held.gate.lease_end() + half_ns - boottime_ns()
+                if held.aborted or held.gate.word() is not Word.OPEN:
+                    held.late = 0
+                    continue
+                held.late = held.late + 1 if left_ns < 0 else 0
+                if held.late > LATE_LOOKS:
                     self._abort(held)
+                poll_ns = min(poll_ns, max(left_ns, LATE_POLL_NS))
 
     async def _write_loop(self) -> None:
         while True:

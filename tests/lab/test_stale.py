@@ -7,6 +7,7 @@ guard needs after the resume."""
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 
@@ -68,14 +69,37 @@ def test_a_node_that_is_cut_off(ready: Lab) -> None:
     cluster.wait_mounted(ready, victim)
 
 
-@pytest.mark.parametrize("parts", [("mount",), ("guard",), ("guard", "clusterd")])
-def test_processes_that_are_stopped(ready: Lab, parts: tuple[str, ...]) -> None:
-    """Whoever of mount, guard and clusterd is left takes the pages back in time."""
+def test_a_mount_process_that_is_stopped(ready: Lab) -> None:
+    """It shows no progress, so it is put out; the guard aborts and drops its pages."""
     victim = ready.nodes[2]
     readers = stale.start_readers(ready, victim, PATH)
     try:
-        send(ready, victim, signal.SIGSTOP, *parts)
+        send(ready, victim, signal.SIGSTOP, "mount")
         write_on_a_survivor(ready, readers)
+        check_gone(readers)
+    finally:
+        send(ready, victim, signal.SIGCONT, "mount")
+        for reader in readers:
+            reader.stop()
+    cluster.wait_mounted(ready, victim)
+
+
+@pytest.mark.parametrize("parts", [("guard",), ("guard", "clusterd")])
+def test_a_guard_that_is_stopped(ready: Lab, parts: tuple[str, ...]) -> None:
+    """clusterd takes the pages back, or the mount process itself. The node is put out because it is
+    silent."""
+    first, victim = ready.nodes[0], ready.nodes[2]
+    readers = stale.start_readers(ready, victim, PATH)
+    try:
+        send(ready, victim, signal.SIGSTOP, *parts)
+
+        def is_out() -> bool:
+            status = hosts.run(ready, first, "clusterctl", "status", "--json", check=False).stdout
+            return victim.name not in [m["name"] for m in json.loads(status)["members"]]
+
+        hosts.wait_for(is_out, stale.END_S, "the victim is out")
+        if len(parts) == 1:
+            write_on_a_survivor(ready, readers)
         check_gone(readers)
     finally:
         send(ready, victim, signal.SIGCONT, *parts)
