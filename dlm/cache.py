@@ -208,7 +208,11 @@ class Glock:
         manager.raise_if_barred()
         if not COVERS[mode][self.mode]:
             await self.send_away_and_wait()
-        if self._queue or self._active or self._closing or self._asking is not None:
+            if self.try_hold(mode):
+                return True
+        busy = self._queue or self._active or self._closing or self._asking is not None
+        if busy or not COVERS[mode][self.mode]:
+            # Another task may have taken a stronger mode meanwhile: it goes down by the hook only.
             return False
         waiter = _Waiter(mode, manager.runtime.wakeup())
         self._trier = waiter
@@ -300,10 +304,10 @@ class Glock:
     def _granted(self, completion: Completion) -> None:
         before, self.mode = self.mode, completion.mode
         self._lock = completion.lock
-        if completion.lvb is not None:
+        if completion.lvb is not None and not self._lvb_set:
+            # What was set under PW is newer than what the master has; it goes there after EX.
             self.lvb = completion.lvb
             self.lvb_valid = completion.lvb_valid
-        self._lvb_set = False
         self._granted_at_ns = self._idle_since_ns = self._now()
         self._uses_at_grant = self._uses
         if before not in _READ_PROTECTING and self._hooks is not None:

@@ -357,7 +357,8 @@ class OwnerSide:
             lock.lvb = message.lvb
             lock.lvb_valid = not message.status & Status.VALNOTVALID
             lock.lvb_read = lock.mode in _KNOWS_LVB
-        elif lock.mode not in _KNOWS_LVB:
+        elif lock.mode not in _KNOWS_LVB or message.status & Status.DEMOTED:
+            # Others may have written the value while this lock held less.
             lock.lvb_read = False
 
     def _end(self, lock: OwnerLock, result: Result, reply: Reply | None = None) -> None:
@@ -504,7 +505,11 @@ class OwnerSide:
             for lock in list(resource.locks.values()):
                 lock.sent_to, lock.state = target, 0
                 if lock.pending and lock.cancelled:
-                    self._finish(lock, Result.CANCELLED)
+                    if lock.sure == lock.mode:
+                        self._finish(lock, Result.CANCELLED)
+                    else:
+                        # The mode may be gone already: only the new master can call it off.
+                        resource.backlog.append(Cancel(lock.number, lock.op))
                 if not lock.gone or lock.write:
                     yield target, self._push(lock)
 

@@ -14,6 +14,40 @@ def instance(node, number=1, incarnation=1):
     return Instance(NodeId(node), Incarnation(incarnation), InstanceNo(number))
 
 
+class Never:
+    """An event that does not come; whoever waits stays where he is."""
+
+    def set(self):
+        pass
+
+    def wait(self):
+        return self
+
+    def __await__(self):
+        yield
+
+
+class FrozenRuntime:
+    """Tasks and timers are only written down."""
+
+    def __init__(self):
+        self.time_ns = 0
+        self.spawned = []
+
+    def now_ns(self):
+        return self.time_ns
+
+    def wakeup(self):
+        return Never()
+
+    def spawn(self, work):
+        self.spawned.append(work)
+        return True
+
+    def call_at(self, when_ns, callback):
+        pass
+
+
 class Net:
     """Members 1..count in one view; `at(n)` is the lockspace of member n."""
 

@@ -11,7 +11,7 @@ from dlm.dispatcher import Dispatcher
 from dlm.messages import Batch, decode_untrusted, encode
 from dlm.modes import LVB_ZERO, Flags, Result
 from dlm.resource import OVERTAKES_MAX
-from tests.dlm.net import Net, instance
+from tests.dlm.net import FrozenRuntime, Net, instance
 
 NL, CR, CW, PR, PW, EX = Mode
 VALBLK, NOQUEUE, QUECVT = Flags.VALBLK, Flags.NOQUEUE, Flags.QUECVT
@@ -22,40 +22,6 @@ GRANTED, AGAIN, CANCELLED, UNLOCKED = (
     Result.CANCELLED,
     Result.UNLOCKED,
 )
-
-
-class Never:
-    """An event that does not come; whoever waits stays where he is."""
-
-    def set(self):
-        pass
-
-    def wait(self):
-        return self
-
-    def __await__(self):
-        yield
-
-
-class FrozenRuntime:
-    """Tasks and timers are only written down."""
-
-    def __init__(self):
-        self.time_ns = 0
-        self.spawned = []
-
-    def now_ns(self):
-        return self.time_ns
-
-    def wakeup(self):
-        return Never()
-
-    def spawn(self, work):
-        self.spawned.append(work)
-        return True
-
-    def call_at(self, when_ns, callback):
-        pass
 
 
 def two_with_master_one():
