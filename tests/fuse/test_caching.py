@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import mmap
 import os
+
+import pytest
 
 from tests.fuse.mounting import local_mount, scratch
 
@@ -72,3 +75,23 @@ def test_unmount_command_waits_for_the_last_write():
         assert file.read() == b"x" * 100_000
         file.close()
         assert mount.process.wait(30) == 0
+
+
+def test_mmap_off_refuses_shared_writable_mappings():
+    """Then no store can dirty a page unasked; reading through a mapping stays possible."""
+    with scratch() as directory, local_mount(directory, "mmap=off") as mounted:
+        path = mounted.path / "f"
+        path.write_bytes(b"a" * 8192)
+        with path.open("r+b") as file:
+            for protection in (mmap.PROT_READ, mmap.PROT_READ | mmap.PROT_WRITE):
+                with pytest.raises(OSError, match="No such device"):
+                    mmap.mmap(file.fileno(), 8192, mmap.MAP_SHARED, protection)
+            private = mmap.mmap(file.fileno(), 8192, mmap.MAP_PRIVATE)
+            private[0:1] = b"p"
+            with path.open("rb") as reader:
+                view = mmap.mmap(reader.fileno(), 8192, mmap.MAP_SHARED, mmap.PROT_READ)
+                assert view[:2] == b"aa"
+                os.pwrite(file.fileno(), b"b", 1)
+                assert (view[:2], private[:2]) == (b"ab", b"pa")
+                view.close()
+            private.close()
