@@ -58,6 +58,7 @@ async def repair(device: BlockDevice, session: Session) -> Report:
         volume = Volume(device, superblock, session)
         await Checker(volume).run()
         if not volume.is_dirty:
+            session.report.left_count = max(session.report.left_count, left)
             return session.report
         await volume.write()
         again = await check(device, Session(Report(), show=session.show))
@@ -107,6 +108,8 @@ class Checker:
         await orphans.read()
         walk = InodeWalk(volume, orphans.inos)
         await walk.walk([volume.superblock.root_ino])
+        if volume.superblock.root_ino not in walk.records:
+            return  # Without a root directory, which may not be made, nothing else makes sense.
         await walk.walk(orphans.inos)
         lost = LostInodes(volume, walk)
         await lost.find()

@@ -41,6 +41,9 @@ class MapChecker:
                 self.volume.steps.pop(block, None)
 
     async def _anew(self, group: int, expected: bytearray) -> None:
+        if self.session.refused:
+            self.session.give_up(f"the block of group {group} waits for what was refused")
+            return
         if not await self.session.fix(f"the block of group {group} is damaged", "Make it anew"):
             return
         block = self.volume.superblock.group_block(group)
@@ -55,6 +58,9 @@ class MapChecker:
             self.session.report.note(f"group {group} can still grow: see cfsctl grow")
         states = node.states.translate(_FREED)
         found = bytearray(expected[: len(states)])
+        if self.session.refused:
+            for index, state in enumerate(states[: len(found)]):
+                found[index] = found[index] or state
         if missing and any(expected[len(states) :]):
             states += bytes(missing)
             found = expected

@@ -11,7 +11,7 @@ from cfs.attributes import BLOCK_BYTES
 from cfs.format import COOKIE_FIRST, HASH_SHIFT, Kind
 from cfs.fsck.attributes import AttributeFilter
 from cfs.fsck.inodes import ExtentFilter, Fixes, InodeWalk, Piece
-from cfs.fsck.salvage import is_name, salvage_inode
+from cfs.fsck.salvage import Salvaged, is_name, salvage_inode
 from cfs.fsck.trees import Entry, Leaf, TreeWalker, TreeWriter, Walked
 from cfs.fsck.volume import NoRoomError, Step, Volume
 from cfs.nodes import (
@@ -46,6 +46,9 @@ class Rewriter:
 
     async def _inode(self, ino: int, fixes: Fixes) -> None:
         node, _ = salvage_inode(self.volume.fs, ino, await self.volume.read(ino))
+        if _would_lose(node, fixes):
+            self.volume.session.give_up(f"inode {ino} cannot be written without a loss")
+            return
         for name, value in fixes.values.items():
             setattr(node, name, value)
         if fixes.drop_content:
@@ -67,6 +70,12 @@ class Rewriter:
             node.blocks = blocks
         self.volume.release(unused)
         self.volume.put(node, Step.PLACE)
+
+
+def _would_lose(node: InodeNode, fixes: Fixes) -> bool:
+    """The inode has a root that cannot be read to its end, and that may not be cut there."""
+    main, xattrs = (isinstance(root, Salvaged) and root.cut for root in (node.root, node.xattrs))
+    return (main and not fixes.rebuild) or (xattrs and not fixes.rebuild_xattrs)
 
 
 class _Rebuilt:

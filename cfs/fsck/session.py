@@ -50,6 +50,13 @@ class Session:
         self.consent = consent
         self.ask = ask
         self.show = show
+        self._refused: set[str] = set()
+        """What was answered with no is not asked again in a later round."""
+
+    @property
+    def refused(self) -> bool:
+        """Something was answered with no: what belongs to it is not known, so nothing is freed."""
+        return bool(self._refused)
 
     @property
     def repairing(self) -> bool:
@@ -57,6 +64,8 @@ class Session:
 
     async def fix(self, text: str, remedy: str, *, lossy: bool = False) -> bool:
         """Report an error; whether to repair it as `remedy` says. Raises NeedsHumanError."""
+        if text in self._refused:
+            return False
         self.report.error(text)
         self.report.lossy_count += lossy
         if self.consent is Consent.NOTHING:
@@ -66,6 +75,7 @@ class Session:
             raise NeedsHumanError(f"{text}: the repair would lose something ({remedy})")
         if lossy and self.consent is Consent.ASK and not await self.ask(f"{text}. {remedy}"):
             self.report.left_count += 1
+            self._refused.add(text)
             return False
         self.report.fixed_count += 1
         return True

@@ -120,6 +120,31 @@ async def test_a_repair_saves_what_can_be_saved(name: str) -> None:
     assert (await check(image.device)).clean
 
 
+LOSSY = [name for name, damage in TABLE.items() if damage.lossy][::4]
+
+
+@pytest.mark.parametrize("name", LOSSY)
+async def test_what_is_refused_is_left_and_can_be_repaired_later(name: str) -> None:
+    damage = TABLE[name]
+    world, image = await spoiled(damage)
+    asked: list[str] = []
+
+    async def no(question: str) -> bool:
+        asked.append(question)
+        return False
+
+    report = await repair(image.device, Session(Report(), Consent.ASK, no))
+    assert asked
+    assert len(set(asked)) == len(asked)
+    assert report.left_count
+    assert any(re.search(damage.says, error) for error in (await check(image.device)).errors)
+    await repaired(image.device)
+    answers = await probe(image.device, list(world.facts))
+    for path, expected in world.facts.items():
+        if not damage.is_in(path, damage.lost):
+            assert answers.found[path] == expected, path
+
+
 async def same(one: MemoryDevice, other: MemoryDevice) -> bool:
     size = one.size_bytes
     return await one.read(0, size) == await other.read(0, size)
