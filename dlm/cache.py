@@ -427,6 +427,9 @@ class Glock:
     # Ends.
 
     async def send_away_and_wait(self) -> None:
+        if self._manager.barred:
+            # A demotion that the bar cut short stays where it is: nobody would wake us.
+            return
         gone = self._manager.runtime.wakeup()
         if not self._closing:
             if self._lock is None or not self.idle:

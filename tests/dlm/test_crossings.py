@@ -1,11 +1,13 @@
 """Operations of the cache, of owners and of deaths that cross each other."""
 
 import pytest
+import trio
 
 from cluster.locks import Mode
 from dlm.cache import LockCache
 from dlm.dispatcher import Dispatcher
 from dlm.modes import COMPATIBLE, Flags, Result
+from tests.dlm.cluster_io import cluster, until
 from tests.dlm.net import FrozenRuntime, Net, instance
 
 NL, CR, CW, PR, PW, EX = Mode
@@ -31,6 +33,21 @@ class Hooks:
 
     def granted(self, lock, mode):
         self.log.append(("granted", mode))
+
+
+class LateHooks:
+    """Hooks that end when the test says so."""
+
+    def __init__(self):
+        self.gate = trio.Event()
+        self.running = 0
+
+    async def demote(self, lock, mode):
+        self.running += 1
+        await self.gate.wait()
+
+    def granted(self, lock, mode):
+        pass
 
 
 def finish(coroutine):
@@ -206,3 +223,20 @@ def test_a_conversion_that_lost_its_mode_does_not_vouch_for_its_value():
     reader = net.lock(2, name, PR, VALBLK)
     (done,) = net.done(2, reader)
     assert not done.lvb_valid or done.lvb == b"n" * 64
+
+
+@pytest.mark.trio
+async def test_giving_everything_back_ends_when_the_instance_is_barred_meanwhile():
+    async with cluster(1) as (_hub, (one,)):
+        hooks = LateHooks()
+        locks = [one.get(name, hooks) for name in (b"a", b"b")]
+        for lock in locks:
+            await lock.hold(EX)
+            lock.release(EX)
+        with trio.fail_after(20):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(one.cache.drop_all)
+                await until(lambda: hooks.running == 2)
+                one.bar("test")
+                hooks.gate.set()
+            await one.drop(b"a")
