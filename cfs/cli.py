@@ -149,8 +149,11 @@ def waiting(mount: str, as_json: bool) -> None:
     if as_json:
         show_json(found)
         return
-    rows = [[row["operation"], str(row["ino"]), str(row["thread"])] for row in found["requests"]]
-    table(["operation", "inode", "thread"], rows)
+    rows = [
+        [row["operation"], str(row["ino"]), str(row["thread"]), f"{row['waited_ms'] / 1000:.1f} s"]
+        for row in found["requests"]
+    ]
+    table(["operation", "inode", "thread", "waits"], rows)
     show_losses(found["losses"])
 
 

@@ -30,13 +30,10 @@ from cfs.mount_system_io import (
     StatusPipe,
     daemonise,
     fuse_mounts,
-    mounted_minor,
     noted_process,
     redirect_output,
     settle_process,
-    unmount,
 )
-from cluster.control_client_io import call
 from cluster.errors import (
     BusyError,
     NotFoundError,
@@ -49,8 +46,6 @@ from cluster.paths_io import run_dir
 from cluster.tool_cli import need_root
 
 log = logging.getLogger("cfs.mount")
-
-FORGET_S = 10.0
 
 
 def _say(message: str) -> None:
@@ -240,55 +235,6 @@ def helper_main() -> None:
         print(USAGE, file=sys.stderr)
         sys.exit(EXIT_USAGE)
     main()
-
-
-def umount_main() -> None:
-    """Entry point of umount.fuse.cfs: unmount, and return only when everything is written.
-
-    The kernel answers umount(2) before the mount process has written its last changes."""
-    words = [word for word in sys.argv[1:] if not word.startswith("-")]
-    flags = 1 if "-f" in sys.argv else 0
-    flags |= 2 if "-l" in sys.argv else 0
-    if {"-h", "--help"} & set(sys.argv):
-        print("usage: umount.fuse.cfs [-f] [-l] DIRECTORY\n\nUnmount; wait for the last write.")
-        sys.exit(0)
-    if len(words) != 1:
-        print("umount.fuse.cfs: one directory is needed", file=sys.stderr)
-        print("  hint: see: umount.fuse.cfs --help", file=sys.stderr)
-        sys.exit(EXIT_USAGE)
-    mountpoint = os.path.realpath(words[0]) if flags == 0 else os.path.abspath(words[0])
-    minor = mounted_minor(mountpoint)
-    if minor < 0:
-        forget_mount(mountpoint)
-        print(f"umount.fuse.cfs: {mountpoint}: not mounted", file=sys.stderr)
-        sys.exit(EXIT_FAILED)
-    watch = watch_process(minor)
-    error = unmount(mountpoint, flags)
-    if error:
-        print(f"umount.fuse.cfs: {mountpoint}: {os.strerror(error)}", file=sys.stderr)
-        sys.exit(EXIT_FAILED)
-    if watch >= 0 and not flags:
-        import select
-
-        select.select([watch], [], [])
-    forget_mount(mountpoint)
-    sys.exit(0)
-
-
-def forget_mount(mountpoint: str) -> None:
-    """It may have been lost: clusterd is not to bring it back. One that ends cleanly says so
-    itself."""
-    with contextlib.suppress(StackError):
-        call("mounts.forget", {"mountpoint": mountpoint}, timeout_s=FORGET_S)
-
-
-def watch_process(minor: int) -> int:
-    """A descriptor that becomes readable when the process of a mount has ended; -1: unknown."""
-    try:
-        text = (run_dir() / "mounts" / str(minor)).read_text()
-        return os.pidfd_open(int(text))
-    except (OSError, ValueError):
-        return -1
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ import trio
 from cfs.attributes import MountOptions
 from cfs.filesystem import FileSystem
 from cfs.kernel_cache_io import InodeTable, KernelCaches
+from cfs.mount_fuse_io import fuse
 from cfs.mount_interrupt_io import RequestWaits
 from cfs.mount_options import MountArguments
 from cfs.mount_session_io import FuseSession
@@ -209,11 +210,19 @@ class Mount:
         return await self.fs.query(verb, params)
 
     def waiting(self) -> list[dict[str, Any]]:
-        """The requests of programs that this mount has not answered yet."""
-        assert self.operations is not None
+        """The requests that this mount has not answered yet: operation, inode, thread (0: the
+        kernel), for how long, and whether only the answer is kept back (no lease)."""
+        now_ns = time.clock_gettime_ns(time.CLOCK_BOOTTIME)
+        known = Opcode.__members__.values()
         return [
-            {"operation": Opcode(r.opcode).name.lower(), "ino": r.inode, "thread": r.pid}
-            for r in self.operations.waits.requests.values()
+            {
+                "operation": Opcode(r.opcode).name.lower() if r.opcode in known else str(r.opcode),
+                "ino": r.inode,
+                "thread": r.pid,
+                "waited_ms": max(0, now_ns - r.start_ns) // 1_000_000,
+                "answer_kept": r.answered,
+            }
+            for r in fuse.pending_requests()
         ]
 
     async def _abandon(self) -> None:

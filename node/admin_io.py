@@ -43,6 +43,7 @@ from gnbd.identity import ServerIdentity, encode_server_token
 from node.clusterd_io import FOLLOWERS_MAX, Clusterd, RestartNeeded
 from node.remount_io import Remounts
 from node.status import Local, build_status, fence_rows, node_rows
+from node.waiting_io import waiting_rows
 
 MEMBER_WAIT_S = 60.0
 VOTER_WAIT_S = 30.0
@@ -99,7 +100,10 @@ class Admin:
 
     async def _status(self, _params: dict[str, Any]) -> dict[str, Any]:
         daemon = self._daemon
-        return build_status(daemon.state, daemon.view, self.local(), daemon.sighting)
+        local = self.local()
+        waiting = await waiting_rows(daemon, local)
+        status = build_status(daemon.state, daemon.view, local, daemon.sighting)
+        return {**status, "waiting": waiting}
 
     async def _nodes(self, _params: dict[str, Any]) -> list[dict[str, Any]]:
         daemon = self._daemon

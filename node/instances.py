@@ -8,6 +8,8 @@ from typing import Any
 from cluster.errors import BusyError, UsageError
 from cluster.ids import INSTANCE_NO_MAX, InstanceNo
 
+NO_METHOD = "no such method"
+"""How the error of a session begins that does not know a verb."""
 INSTANCES_MAX = 90
 """Heartbeats have room for 96: one that is not in them would get no lease."""
 

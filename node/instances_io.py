@@ -37,7 +37,7 @@ from cluster.paths_io import guard_socket
 from cluster.timing import stall_ns
 from cluster.wire import instance_secret
 from node.clusterd_io import Clusterd
-from node.instances import LocalInstance
+from node.instances import NO_METHOD, LocalInstance
 from node.remount_io import Remounts
 from node.volumes_io import Volumes
 from node.wanted import WantedMount
@@ -45,7 +45,6 @@ from node.wanted import WantedMount
 REGISTER_WAIT_S = 60.0
 FORWARD_TIMEOUT_S = 30.0
 SILENT_STALLS = 2
-NO_METHOD = "no such method"
 TEXT_MAX = 1000
 FIELDS_MAX = 32
 

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from datetime import datetime
 from typing import Any
 
+from node.waiting import waiting_lines
+
 _GOOD = ("member", "up", "yes", "quorate")
 _BAD = ("down", "suspect", "no", "NOT quorate")
 
@@ -92,6 +94,8 @@ def status_text(status: dict[str, Any], *, color: bool) -> str:
     if lost:
         missing = [(row["mountpoint"], row["volume"], row["problem"] or "soon") for row in lost]
         lines += ["", *table(("NOT MOUNTED", "VOLUME", "WHY"), missing)]
+    if status["waiting"]:
+        lines += ["", *waiting_lines(status["waiting"])]
     if status["volume_groups"]:
         names = ", ".join(f"{vg['name']} ({vg['sequence']})" for vg in status["volume_groups"])
         lines += ["", f"volume groups: {names}"]

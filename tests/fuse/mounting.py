@@ -76,7 +76,7 @@ class Mounted:
             self.process.kill()
             self.process.wait()
         if f" {self.path} " in Path("/proc/self/mounts").read_text():
-            subprocess.run(["umount", "-lf", self.path], capture_output=True)
+            subprocess.run(["umount", "-i", "-lf", self.path], capture_output=True)
 
 
 @functools.cache

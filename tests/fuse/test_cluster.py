@@ -382,8 +382,9 @@ def test_tools_reach_the_mounts(mounts):
     assert node.call("dlm.spaces", place)
 
 
-def test_an_abandoned_mount_comes_back(mounts):
-    """Also when it was the only one, and master of every lock: it waits for its own recovery."""
+def test_a_mount_ended_by_force_comes_back(mounts):
+    """umount -f refuses, with consent it discards; the mount comes back, also when it
+    was the only one, and so master of every lock: it waits for its own recovery."""
     cluster, on = mounts
     node = cluster.node(3)
     (on[3].path / "kept").write_bytes(b"kept")
@@ -391,8 +392,18 @@ def test_an_abandoned_mount_comes_back(mounts):
     node.call("cfs.sync", {"mountpoint": str(on[3].path)})
     for number in (1, 2):
         assert on[number].close() == 0
-    assert "files" in node.call("cfs.abandon", {"mountpoint": str(on[3].path)})
+    words = [sys.executable, "-m", "cfs.umount_cli", "-f", str(on[3].path)]
+    how = {"env": node.environment, "cwd": harness.ROOT, "capture_output": True, "text": True}
+    refused = subprocess.run(words, **how, timeout=60)
+    assert refused.returncode == 32, refused.stderr
+    assert "not yet durable" in refused.stdout
+    assert "--yes" in refused.stderr
+    assert (on[3].path / "kept").read_bytes() == b"kept"
+    ended = subprocess.run([*words, "--yes"], **how, timeout=60)
+    assert ended.returncode == 0, ended.stderr
+    assert "not yet durable" in ended.stdout
     assert on[3].process.wait(30) != 0
+    assert not os.path.ismount(on[3].path)
     on[3].destroy()
     for number in (3, 1, 2):
         on[number] = mount(cluster.node(number))

@@ -122,7 +122,7 @@ def test_a_harmless_signal_does_not_end_the_wait(frozen):
 def test_a_forced_unmount_ends_all(frozen):
     """umount -f: the waiting program gets an error, the mount process ends and leaves no mount."""
     client = stuck(frozen, "cat", frozen.path / "f")
-    subprocess.run(["umount", "-f", frozen.path], capture_output=True)
+    subprocess.run(["umount", "-i", "-f", frozen.path], capture_output=True)
     assert client.wait(DEADLINE_S) != 0
     frozen.process.wait(DEADLINE_S)
     assert f" {frozen.path} " not in Path("/proc/self/mounts").read_text()

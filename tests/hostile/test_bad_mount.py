@@ -34,7 +34,7 @@ ROWS = [
     ("umount of what is not mounted", "umount.fuse.cfs {dir}/mnt", 32, "not mounted"),
     ("umount of what does not exist", "umount.fuse.cfs {dir}/nowhere", 32, "not mounted"),
 ]
-ENTRY = {"mount.cfs": "main", "umount.fuse.cfs": "umount_main"}
+ENTRY = {"mount.cfs": "cfs.mount", "umount.fuse.cfs": "cfs.umount_cli"}
 
 
 @pytest.fixture
@@ -52,7 +52,7 @@ def place(tmp_path):
 
 def type_in(place, typed: str):
     tool, *words = typed.replace("{dir}", str(place)).split()
-    code = f"from cfs.mount import {ENTRY[tool]} as run; run()"
+    code = f"from {ENTRY[tool]} import main; main()"
     environment = {
         **os.environ, "PYTHONPATH": str(ROOT), "CFS_RUN_DIR": str(place / "run"),
         "CFS_STATE_DIR": str(place / "state"),
@@ -99,6 +99,7 @@ def test_mounting_twice(place):
         typed = (
             (MOUNT, "is mounted at .*mnt \\(pid \\d+\\).*umount"),
             (MOUNT.replace("mnt", "other"), "image is in use"),
+            ("umount.fuse.cfs -f {dir}/mnt", "would be lost.*umount.fuse.cfs -f --yes"),
         )
         for words, complaint in typed:
             done = type_in(place, words)
