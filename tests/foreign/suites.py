@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -69,11 +70,19 @@ def run(words: list[str], place: Path, deadline_s: int) -> tuple[int, str]:
     """The exit code and all output; the program finds nothing of the caller's environment."""
     environment = {"PATH": os.environ["PATH"] + ":/usr/sbin:/sbin", "HOME": "/nonexistent"}
     environment |= {"TMPDIR": str(place), "LC_ALL": "C.UTF-8"}
-    done = subprocess.run(
-        words, cwd=place, env=environment, timeout=deadline_s, stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
+    program = subprocess.Popen(
+        words, cwd=place, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, text=True, errors="replace", start_new_session=True,
     )  # fmt: skip
-    return done.returncode, done.stdout
+    try:
+        output = program.communicate(timeout=deadline_s)[0]
+    except BaseException:
+        # Its children too: they hold the pipe and the mount.
+        os.killpg(program.pid, signal.SIGKILL)
+        output = program.communicate()[0]
+        print(output[-4000:])
+        raise
+    return program.returncode, output
 
 
 def python(place: Path, whole: bool) -> Result:
