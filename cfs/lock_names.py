@@ -9,6 +9,7 @@
 | control | `C` | EX | superblock, slot table, choice of a slot |
 | rename | `R` | EX | moves of directories between directories |
 | mount | `M` | PR by mounts | a mount begins when the dead are recovered |
+| flock | `K` ino | PR, EX | flock(2): a lock per open file, not cached; NL keeps the master |
 
 Order: `R`, then inodes by number, then groups by number. `O` is taken alone or tried. `C` is taken
 with nothing but groups after it. The demote hook of `I` takes `O` in PR if the inode is open here;
@@ -24,6 +25,7 @@ CONTROL_LOCK = b"C"
 RENAME_LOCK = b"R"
 MOUNT_LOCK = b"M"
 SPACE_LOCK = b"S"
+FLOCK = b"K"
 
 
 NEIGHBOURS = 16
@@ -40,6 +42,10 @@ def open_lock_name(ino: int) -> bytes:
 
 def group_lock_name(group: int) -> bytes:
     return b"A%016x" % group
+
+
+def flock_lock_name(ino: int) -> bytes:
+    return b"K%016x" % ino
 
 
 def number_of(name: bytes) -> int:

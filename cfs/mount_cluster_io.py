@@ -43,6 +43,7 @@ from cluster.ids import Instance
 from cluster.mesh_io import TrioMesh, open_mesh
 from cluster.paths_io import boottime_ns
 from cvm.target_io import VolumeClient, open_volume
+from dlm.flocks import Flocks
 from dlm.lockspace_io import LockspaceMember, join
 from native.gate import Word
 
@@ -81,6 +82,10 @@ class ClusterBackend:
     @property
     def owner(self) -> Instance:
         return self.granted.instance
+
+    @property
+    def flocks(self) -> Flocks:
+        return self.locks.flocks
 
     def is_barred(self, instance: Instance) -> bool:
         return self._recovery.gone(instance)

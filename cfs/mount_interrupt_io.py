@@ -3,6 +3,7 @@
 Once the daemon has read a request, `kill -9` of the caller waits for its answer. The kernel sends
 INTERRUPT once, at the first signal of any kind; so an interrupted request is looked at again and
 again until a fatal signal is pending for its caller or it is answered. Then:
+- a request that waits for a lock of a file ends with EINTR at any signal (`wait_interruptibly`);
 - a request that waits for a cluster lock ends with EINTR: nothing has been changed yet. The lock
   cache waits through its runtime, so that is where this is put in;
 - a request that waits for something else (storage that is away) is *abandoned*: the kernel gets
@@ -54,7 +55,17 @@ class RequestWaits:
         self._scopes: dict[int, trio.CancelScope] = {}
         self._signalled: set[int] = set()
         self._abandoned: set[int] = set()
+        self._any_signal: set[int] = set()
         self.ended = 0
+
+    async def wait_interruptibly(self, event: trio.Event) -> None:
+        """As `wait`, but any signal of the caller ends it, as one ends a wait for a file lock."""
+        request = self.requests[trio.lowlevel.current_task()]
+        self._any_signal.add(request.unique)
+        try:
+            await self.wait(event)
+        finally:
+            self._any_signal.discard(request.unique)
 
     async def wait(self, event: trio.Event) -> None:
         """Wait for `event` on behalf of the current task's request, if it has one."""
@@ -74,7 +85,7 @@ class RequestWaits:
                     self._scopes[request.unique] = outer
         if scope.cancelled_caught:
             self.ended += 1
-            raise FsError(errno.EINTR, "the caller was killed")
+            raise FsError(errno.EINTR, "the caller was interrupted")
 
     def is_abandoned(self, unique: int) -> bool:
         """Whether the kernel has been told that this request ended."""
@@ -116,7 +127,7 @@ class RequestWaits:
     def _look_at(self, unique: int, request: Request | None) -> None:
         if request is None:
             self._look_at_kept(unique)
-        elif fatal_signal_pending(request.pid):
+        elif unique in self._any_signal or fatal_signal_pending(request.pid):
             scope = self._scopes.get(unique)
             if scope is not None:
                 scope.cancel()

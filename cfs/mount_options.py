@@ -33,6 +33,7 @@ VOLUME is VG/LV. Options besides those of mount(8):
   mmap=coherent|off   shared writable mappings follow the cluster (default), or do not exist
   noatime|relatime    reading does not move the access time (default), or does if it is older than
                       the last change or a day; only reads that the kernel does not serve itself
+  locks=cluster|local flock and fcntl locks hold on all nodes (default), or on one node each
   read_ahead_kb=N     how far the kernel reads ahead (default 1024)
   log=FILE            where messages go once the file system is mounted
   commit_ms=N         longest time an unsynced change stays in memory (at most 1000)
@@ -51,6 +52,7 @@ class MountArguments(msgspec.Struct, frozen=True):
     local: bool = False
     mmap_coherent: bool = True
     access_times: bool = False
+    locks_wanted: bool = True
     read_ahead_kb: int = READ_AHEAD_KB
     log_path: str = ""
     commit_ms: int = 1000
@@ -63,6 +65,11 @@ class MountArguments(msgspec.Struct, frozen=True):
     @property
     def read_only(self) -> bool:
         return "ro" in self.kernel_options
+
+    @property
+    def cluster_locks(self) -> bool:
+        """Whether locks of files are ours; those of one machine alone the kernel does better."""
+        return self.locks_wanted and not self.local
 
 
 def parse_arguments(arguments: Sequence[str]) -> MountArguments:
@@ -121,6 +128,8 @@ def _take_option(option: str, fields: dict[str, object]) -> None:
         fields["use_epoch"] = False
     elif name == "mmap" and value in ("coherent", "off"):
         fields["mmap_coherent"] = value == "coherent"
+    elif name == "locks" and value in ("cluster", "local"):
+        fields["locks_wanted"] = value == "cluster"
     elif name == "read_ahead_kb":
         fields["read_ahead_kb"] = _number(option, value, READ_AHEAD_KB_MAX)
     elif name == "commit_ms":

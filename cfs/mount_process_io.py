@@ -39,6 +39,7 @@ from cluster.errors import BarredError
 from cluster.ids import Instance
 from cluster.locks import LockManager, Mode
 from cluster.paths_io import run_dir
+from dlm.flocks import Flocks
 from native.requests import Opcode
 
 log = logging.getLogger("cfs.mount")
@@ -69,6 +70,11 @@ class Backend(Protocol):
 
     @property
     def waits(self) -> RequestWaits: ...
+
+    @property
+    def flocks(self) -> Flocks | None:
+        """Locks of files that hold in the whole cluster; None: the kernel's are enough."""
+        ...
 
     def is_barred(self, instance: Instance) -> bool: ...
 
@@ -278,6 +284,8 @@ class Mount:
         caches = KernelCaches(backend.table, fs.root_ino)
         operations = CfsOperations(fs, caches, backend.waits)
         operations.mmap_coherent = self.arguments.mmap_coherent
+        if self.arguments.cluster_locks:
+            operations.flocks = backend.flocks
         extensions = Extensions(operations, operations.extensions())
         self.session.open(operations)
         notifier = self.session.make_notifier()

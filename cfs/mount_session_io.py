@@ -54,6 +54,8 @@ class FuseSession:
         bits = SET_BITS
         if self._arguments.mmap_coherent:
             bits |= fuse.Init.DIRECT_IO_ALLOW_MMAP
+        if self._arguments.cluster_locks:
+            bits |= fuse.Init.FLOCK_LOCKS
         fuse.configure(
             fuse.Settings(
                 set_bits=bits,

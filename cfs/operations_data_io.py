@@ -22,8 +22,9 @@ from cfs.kernel_cache import PAGE_BYTES, KernelInode, Waiter
 from cfs.kernel_cache_io import KernelCaches
 from cfs.mount_fuse_io import pyfuse3
 from cfs.mount_interrupt_io import RequestWaits
-from cfs.operations_base_io import Handle, OperationsBase, handler
+from cfs.operations_base_io import Handle, handler
 from cfs.operations_extension_io import Extension
+from cfs.operations_locks_io import LockOperations
 from cfs.protection import need_openable
 from cluster.locks import CachedLock, Mode
 from native.requests import Opcode, Request
@@ -60,7 +61,7 @@ class Admission:
             self._queue.pop(0).set()
 
 
-class DataOperations(OperationsBase):
+class DataOperations(LockOperations):
     """open, read, write, fsync, flush, release."""
 
     mmap_coherent = True
@@ -141,10 +142,12 @@ class DataOperations(OperationsBase):
 
     @handler
     async def release(self, fh: pyfuse3.FileHandleT) -> None:
-        self._close(fh)
+        self._close(fh, self.request)
 
-    def _close(self, fh: pyfuse3.FileHandleT) -> None:
+    def _close(self, fh: pyfuse3.FileHandleT, request: Request | None = None) -> None:
         handle = self.drop_handle(fh)
+        if request is not None:
+            self.released(handle.inode.number, request)
         if handle.appending is not None:
             handle.appending.cancel()
             handle.lock.release(Mode.EX)

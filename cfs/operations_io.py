@@ -39,6 +39,7 @@ class CfsOperations(LookupOperations, InodeOperations, XattrOperations, RangeOpe
             **self.range_extensions(),
             **self.xattr_extensions(),
             **self.inode_extensions(),
+            **self.lock_extensions(),
         }
 
     # -- names -----------------------------------------------------------------------------------

@@ -13,9 +13,20 @@ from cluster.errors import BarredError
 from cluster.ids import Instance
 from cluster.locks import Mode
 from dlm.engine import Completion, LockClient
-from dlm.lockspace import Answered, Asked, Blocking, Left, Lockspace, Send
+from dlm.lockspace import (
+    Answered,
+    Asked,
+    Blocking,
+    Changed,
+    Left,
+    Lockspace,
+    Ranged,
+    Send,
+)
+from dlm.messages import RangeMessage
 from dlm.modes import Result
 
+Other = Left | Asked | Answered | Ranged | Changed
 _LEAVES_NOTHING = frozenset(
     {Result.AGAIN, Result.CANCELLED, Result.DEADLOCK, Result.INVALID, Result.NO_LOCK}
 )
@@ -29,7 +40,7 @@ class Dispatcher:
         space: Lockspace,
         send: Callable[[Instance, bytes], None],
         now_ns: Callable[[], int],
-        other: Callable[[Left | Asked | Answered], None],
+        other: Callable[[Other], None],
     ) -> None:
         self.space = space
         self._send = send
@@ -93,6 +104,11 @@ class Dispatcher:
 
     def answer(self, to: Instance, query: int, text: bytes) -> None:
         self.space.answer(to, query, text)
+        self._pump()
+
+    def tell(self, to: Instance, message: RangeMessage) -> None:
+        """Send a message about byte ranges."""
+        self.space.tell(to, message)
         self._pump()
 
     def _pump(self) -> None:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args
 
 import msgspec
 
@@ -68,7 +68,23 @@ class Answered(msgspec.Struct, frozen=True):
     text: bytes
 
 
-LocalEvent = Completion | Blocking | Left | Asked | Answered
+class Ranged(msgspec.Struct, frozen=True, gc=False):
+    """A message about byte ranges, for `dlm.range_locks`."""
+
+    source: Instance
+    message: m.RangeMessage
+
+
+class Changed(msgspec.Struct, frozen=True, gc=False):
+    """The members, the failed ones whose journals are not replayed, and the silent ones of these;
+    at its place among the messages."""
+
+    members: frozenset[Instance]
+    dead: frozenset[Instance]
+    silent: frozenset[Instance]
+
+
+LocalEvent = Completion | Blocking | Left | Asked | Answered | Ranged | Changed
 Action = Send | LocalEvent
 
 
@@ -114,6 +130,8 @@ class Lockspace:
             m.Query: lambda source, q, _view: self.events.append(Asked(source, q.id, q.name)),
             m.Answer: lambda source, a, _view: self.events.append(Answered(source, a.id, a.text)),
         }
+        for kind in get_args(m.RangeMessage):
+            self._handlers[kind] = self._ranged
 
     # Operations of this process. Nothing but GRANTED means: no completion will come.
 
@@ -210,6 +228,7 @@ class Lockspace:
             self.view = (event.epoch, event.seq)
             if any(member.instance == self.me for member in event.members):
                 self.recovery.install(event)
+        self.events.append(Changed(self.members, frozenset(self.dead), frozenset(self.silent)))
         # By comparison, not by the subject: a member may be told of several changes at once.
         for one in sorted(self.silent - silent):
             self.recovery.silent(one)
@@ -234,6 +253,10 @@ class Lockspace:
         self._sends.clear()
         self.events.clear()
         return actions
+
+    def tell(self, to: Instance, message: m.RangeMessage) -> None:
+        """Send a message about byte ranges to another member."""
+        self.post(to, message)
 
     # For the parts.
 
@@ -268,6 +291,9 @@ class Lockspace:
                 self.master.settle_unused(name)
         if self.master.early:
             self.master.answer_early()
+
+    def _ranged(self, source: Instance, message: m.RangeMessage, _view: tuple[int, int]) -> None:
+        self.events.append(Ranged(source, message))
 
     def _leave_mark(self, source: Instance, message: m.LeaveMark, _view: tuple[int, int]) -> None:
         self.post(source, m.LeaveAck(message.round))

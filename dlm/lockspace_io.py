@@ -24,10 +24,12 @@ from cluster.locks import LockHooks, Mode
 from cluster.mesh import Mesh, MeshEvent, View
 from dlm import report
 from dlm.cache import LOCKS_MAX, Glock, LockCache
-from dlm.dispatcher import Dispatcher
+from dlm.dispatcher import Dispatcher, Other
 from dlm.engine import Completion
-from dlm.lockspace import Answered, Asked, Left, Lockspace
+from dlm.flocks import Flocks
+from dlm.lockspace import Asked, Changed, Left, Lockspace, Ranged
 from dlm.modes import Flags, Result
+from dlm.range_locks import RangeLocks
 from dlm.runtime_io import TrioRuntime
 
 log = logging.getLogger("dlm")
@@ -53,6 +55,8 @@ class LockspaceMember:
         self.lock, self.convert = self.api.lock, self.api.convert
         self.unlock, self.cancel = self.api.unlock, self.api.cancel
         self.cache = LockCache(self.api, runtime, locks_max=locks_max)
+        self.flocks = Flocks(self.api)
+        self.ranges = RangeLocks(mesh.me, self.api, self.api.tell, runtime)
         self.on_group_event: Callable[[GroupEvent], None] | None = None
         self.on_recovered: Callable[[], None] | None = None
         self._recovering = False
@@ -97,6 +101,7 @@ class LockspaceMember:
         await self.cache.drop_all()
         if self.space.barred:
             return
+        self.ranges.leave()
         self.api.leave()
         with trio.move_on_after(LEAVE_S):
             await self._left.wait()
@@ -127,8 +132,12 @@ class LockspaceMember:
             if self.on_recovered is not None:
                 self.on_recovered()
 
-    def _other(self, action: Left | Asked | Answered) -> None:
-        if isinstance(action, Left):
+    def _other(self, action: Other) -> None:
+        if isinstance(action, Ranged):
+            self.ranges.receive(action.source, action.message)
+        elif isinstance(action, Changed):
+            self.ranges.changed(action)
+        elif isinstance(action, Left):
             self._left.set()
         elif isinstance(action, Asked):
             row = report.about(self.space, self.cache, action.name)

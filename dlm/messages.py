@@ -43,6 +43,8 @@ MESSAGES_MAX = 1 << 20
 PUSH_LOCKS_MAX = 1024
 """Locks or names in one push message."""
 TEXT_BYTES_MAX = 1 << 20
+HOPS_MAX = 64
+"""Operations in one chain of waiting."""
 
 Name = Annotated[bytes, msgspec.Meta(min_length=1, max_length=NAME_BYTES_MAX)]
 Lvb = Annotated[bytes, msgspec.Meta(min_length=LVB_BYTES, max_length=LVB_BYTES)]
@@ -188,11 +190,136 @@ class Answer(msgspec.Struct, array_like=True, tag=19, gc=False):
     text: Text
 
 
+Tenure = tuple[Count, Count]
+RangeRow = tuple[Count, Count, Count]
+"""First byte, last byte, READ or WRITE."""
+Key = Annotated[int, msgspec.Meta(ge=0)]
+
+
+class RangeLock(msgspec.Struct, array_like=True, tag=20, gc=False):
+    name: Name
+    tenure: Tenure
+    number: Count
+    key: Key
+    start: Count
+    end: Count
+    kind: Count
+    wait: bool
+    pid: Count
+    test: bool = False
+
+
+class RangeUnlock(msgspec.Struct, array_like=True, tag=21, gc=False):
+    """`number` 0: no answer is wanted."""
+
+    name: Name
+    tenure: Tenure
+    number: Count
+    key: Key
+    start: Count
+    end: Count
+    rows: list[RangeRow] = []
+
+
+class RangeCancel(msgspec.Struct, array_like=True, tag=22, gc=False):
+    name: Name
+    tenure: Tenure
+    number: Count
+
+
+class RangeConflict(msgspec.Struct, array_like=True, frozen=True, gc=False):
+    """A lock that is in the way, and who holds it."""
+
+    instance: Instance
+    key: Key
+    pid: Count
+    start: Count
+    end: Count
+    kind: Count
+
+
+class RangeReply(msgspec.Struct, array_like=True, tag=23, gc=False):
+    name: Name
+    tenure: Tenure
+    number: Count
+    result: Result
+    conflict: RangeConflict | None = None
+
+
+class RangeKeeper(msgspec.Struct, array_like=True, tag=24, gc=False):
+    name: Name
+    tenure: Tenure
+
+
+class RangeEnlist(msgspec.Struct, array_like=True, tag=25, gc=False):
+    name: Name
+    tenure: Tenure
+
+
+class RangeEnlisted(msgspec.Struct, array_like=True, tag=26, gc=False):
+    """`rows`: owner's key, pid, first byte, last byte, READ or WRITE."""
+
+    name: Name
+    tenure: Tenure
+    rows: list[tuple[Key, Count, Count, Count, Count]]
+    last: bool = True
+
+
+class RangeResigned(msgspec.Struct, array_like=True, tag=27, gc=False):
+    name: Name
+    tenure: Tenure
+
+
+class RangeHop(msgspec.Struct, array_like=True, frozen=True, gc=False):
+    """One waiting operation in a chain of them, and for how long it has waited."""
+
+    instance: Instance
+    key: Key
+    number: Count
+    name: Name
+    age_ns: Count
+
+
+Path = Annotated[list[RangeHop], msgspec.Meta(min_length=1, max_length=HOPS_MAX)]
+
+
+class RangeChase(msgspec.Struct, array_like=True, tag=28, gc=False):
+    name: Name
+    path: Path
+    at: Count
+    verify: bool
+
+
+class RangeChased(msgspec.Struct, array_like=True, tag=29, gc=False):
+    key: Key
+    path: Path
+    at: Count
+    verify: bool
+
+
+class RangeCycle(msgspec.Struct, array_like=True, tag=30, gc=False):
+    path: Path
+    verified: bool
+
+
+RangeMessage = (
+    RangeLock
+    | RangeUnlock
+    | RangeCancel
+    | RangeReply
+    | RangeKeeper
+    | RangeEnlist
+    | RangeEnlisted
+    | RangeResigned
+    | RangeChase
+    | RangeChased
+    | RangeCycle
+)
 ToMaster = Request | Convert | Unlock | Cancel
 ToOwner = Reply | Bast | Redirect | LvbNote
 ToDirectory = Remove | Removed
 RecoveryMessage = Sync | DirPush | LockPush | Pushed | Recovered | LeaveMark | LeaveAck
-Message = ToMaster | ToOwner | ToDirectory | RecoveryMessage | Query | Answer
+Message = ToMaster | ToOwner | ToDirectory | RecoveryMessage | Query | Answer | RangeMessage
 
 
 class Batch(msgspec.Struct, array_like=True, gc=False):

@@ -141,6 +141,7 @@ class Result(enum.IntEnum):
     INVALID = -22
     DEADLOCK = -35
     NO_LOCK = -2
+    FULL = -37
     CANCELLED = -0x10001
     UNLOCKED = -0x10002
     QUEUED = -115

@@ -155,6 +155,7 @@ class Resource:
             elif flags & Flags.VALBLK and lvb is not None:
                 self._write_lvb(lvb)
         self._take_out(lock)
+        self._tell_anew(lock)
         lock.granted = lock.requested = NO_MODE
         self._reply(lock, Result.UNLOCKED)
         self._after()
@@ -163,8 +164,9 @@ class Resource:
         """Give up what the lock waits for. False if that leaves no lock."""
         if lock.requested == NO_MODE:
             return True
-        lock.requested = NO_MODE
         self._take_out(lock)
+        self._tell_anew(lock)
+        lock.requested = NO_MODE
         if lock.granted != NO_MODE:
             self.granted.append(lock)
             # A blocking callback of before may have been answered with this very cancellation.
@@ -182,6 +184,7 @@ class Resource:
             if lock.owner != owner or lock.dead:
                 continue
             self._take_out(lock)
+            self._tell_anew(lock)
             lock.requested = NO_MODE
             if lock.granted in (NO_MODE, NL):
                 gone.append(lock)
@@ -202,6 +205,7 @@ class Resource:
         ]
         for lock in gone:
             self._take_out(lock)
+            self._tell_anew(lock)
             if lock.granted in LVB_WRITERS:
                 # It left without having written the value that its unlock would have brought.
                 self.lvb_valid = False
@@ -372,6 +376,13 @@ class Resource:
         if ahead:
             for lock in self.granted:
                 self._tell(lock, ahead)
+
+    def _tell_anew(self, withdrawn: MasterLock) -> None:
+        """Somebody waits no longer. A holder may have answered the callback of that one wish (it
+        keeps the lock and says so): whoever else waits, now or later, is another reason."""
+        if withdrawn.requested != NO_MODE:
+            for lock in (*self.granted, *self.converting):
+                lock.told = 0
 
     def _tell(self, lock: MasterLock, waiting: int) -> None:
         blocked = EXCLUDES[lock.granted] & waiting

@@ -12,10 +12,10 @@ It interposes `fuse_session_new` and gives the session its own read and write fu
 - `read` reads a message; requests named in `divert` are the caller's, and never reach libfuse:
   operations that it or pyfuse3 lack, or of which they lose arguments, or that shall be quick;
 - an INTERRUPT of an unanswered request wakes `interrupt_fd()`; see `native.fuse_io.Interrupts`;
-- once `set_gate` was called, an answer that may fill a kernel cache is sent inside
+- once `set_gate` was called, an answer that may fill a kernel cache or grant a lock is sent inside
   `Gate.enter`/`leave` (rule G2): while the gate is closed it is kept, and sent by `gate_flush()` or
   by the next answer after the gate opened; when the word is BARRED it becomes ENOTCONN. Errors,
-  answers to laundered WRITEs, FLUSH, RELEASE, FSYNC, locks, and the like always pass.
+  answers to laundered WRITEs, FLUSH, RELEASE, FSYNC, and the like always pass.
 
 Invalidations are in `native.notify`, which needs no session in this process.
 A blocked read of /dev/fuse cannot happen: the descriptor is non-blocking and an empty read counts

@@ -3,7 +3,7 @@
  * fuse_session.c   interposes fuse_session_new, owns the session's read and writev, edits INIT
  * fuse_requests.c  parses requests, the shared table of unanswered ones, interrupts
  * fuse_divert.c    requests that Python answers past libfuse; the one place that reads messages
- * fuse_gate.c      answers that may fill a kernel cache pass the lease gate or are kept
+ * fuse_gate.c      answers that fill a kernel cache or grant a lock pass the lease gate or are kept
  *
  * The reader is one thread; answers and the functions for Python may come from any.
  */

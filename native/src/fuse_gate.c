@@ -1,6 +1,7 @@
-/* The gate of rule G2 in front of every answer that may fill a kernel cache (see fuse.h).
+/* The gate of rule G2 in front of every answer that may fill a kernel cache or grant a lock (see
+ * fuse.h): what it tells is true only as long as the lease lasts.
  *
- * Invariants: a cache-filling answer is written only between count-in and count-out of an open
+ * Invariants: such an answer is written only between count-in and count-out of an open
  * gate; each answer is written once, as it was given or as an error; kept bytes are bounded.
  * Answers are kept in order; there is no order between answers, so others may pass them.
  */
@@ -42,9 +43,9 @@ void gate_reset(void)
     pthread_mutex_unlock(&lock);
 }
 
-/* What does not fill a cache passes at any time: a caller must not wait for nothing, and a purge
- * waits for laundered WRITEs. What we do not know is taken to fill one. */
-static int fills_a_cache(const struct fuse_out_header *header)
+/* All else passes at any time: a caller must not wait for nothing, and a purge waits for laundered
+ * WRITEs. What we do not know is taken to fill a cache. */
+static int needs_a_lease(const struct fuse_out_header *header)
 {
     uint32_t operation_flags;
     if (!header->unique || header->error)
@@ -69,9 +70,6 @@ static int fills_a_cache(const struct fuse_out_header *header)
     case FUSE_RENAME2:
     case FUSE_SETXATTR:
     case FUSE_REMOVEXATTR:
-    case FUSE_GETLK:
-    case FUSE_SETLK:
-    case FUSE_SETLKW:
     case FUSE_FALLOCATE:
     case FUSE_POLL:
     case FUSE_BMAP:
@@ -184,7 +182,7 @@ ssize_t gate_writev(int fd, struct iovec *iov, int count)
     struct fuse_out_header header;
     memcpy(&header, iov[0].iov_base, sizeof header);
     struct native_gate *page = atomic_load(&gate);
-    if (!page || !fills_a_cache(&header))
+    if (!page || !needs_a_lease(&header))
         return write_answer(fd, iov, count, header.unique);
     if (!native_gate_pass(page))
         return keep_or_refuse(fd, iov, count, header.unique);

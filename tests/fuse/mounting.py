@@ -14,7 +14,7 @@ import tempfile
 import time
 from pathlib import Path
 
-DEADLINE_S = 20
+DEADLINE_S = 90
 CLONE_NEWNS = 0x20000
 ROOT = Path(__file__).resolve().parent.parent.parent
 

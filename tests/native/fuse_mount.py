@@ -50,7 +50,7 @@ class Mount:
 
     def client(self, code, *args):
         """Run Python code in the mount's directory; `sys.argv[1:]` is `args`."""
-        text = "import os, sys, mmap, signal, errno\n" + code
+        text = "import os, sys, mmap, signal, errno, fcntl\n" + code
         command = [sys.executable, "-I", "-S", "-c", text, *map(str, args)]
         process = subprocess.Popen(
             command, cwd=self.path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True

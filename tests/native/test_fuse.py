@@ -367,6 +367,27 @@ def test_a_closed_gate_lets_laundered_writes_flush_and_release_pass(gated):
     assert gated.do("state")["queue"]["kept_total"] == 0
 
 
+def test_a_closed_gate_grants_no_lock(tmp_path):
+    settings = {"set_bits": EXPLICIT | 1 << 10}  # FLOCK_LOCKS
+    with mounted(tmp_path / "m", settings=settings, gate=True) as mount:
+        mount.gate.set_lease_end(1 << 62)
+        mount.gate.set_word(1)
+        mount.do("gate")
+        mount.do("put", "f", "x")
+        lock = """
+fd = os.open('f', os.O_RDONLY)
+try: fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB); print('locked')
+except OSError as e: print(errno.errorcode[e.errno])
+"""
+        assert mount.run(lock) == "locked"
+        mount.gate.set_word(2)
+        client = mount.client(lock)
+        wait_for(lambda: mount.do("state")["queue"]["answers"], "a kept answer")
+        mount.gate.set_word(3)
+        mount.do("flush")
+        assert client.communicate(timeout=10)[0] == "ENOTCONN\n"
+
+
 def test_no_cache_is_filled_after_the_purge(gated):
     """Rule G2: answers in flight at the lapse do not put an old page back behind the purge."""
     inode = gated.do("put", "f", "old!" * (PAGE // 4))

@@ -144,8 +144,11 @@ class TinyFs(pyfuse3.Operations):
 
 
 def answer_diverted(length):
-    """LSEEK, past libfuse: 7 bytes further, up to 1000."""
+    """Past libfuse: LSEEK goes 7 bytes further, up to 1000; SETLK grants everything."""
     request = fuse.current_request()
+    if request.opcode == Opcode.SETLK:
+        fuse.reply(request.unique, 0)
+        return
     handle, offset = struct.unpack_from("<QQ", fuse.body(length))
     assert (request.opcode, handle) == (Opcode.LSEEK, request.inode + 1000)
     error = errno.ENXIO if offset > 1000 else 0
@@ -245,7 +248,7 @@ if __name__ == "__main__":
     gate = Gate.map(options["gate"]) if "gate" in options else None
     fs = TinyFs()
     fuse.configure(fuse.Settings(**options.get("settings", {})))
-    fuse.divert([Opcode.LSEEK])
+    fuse.divert([Opcode.LSEEK, Opcode.SETLK])
     pyfuse3.init(fs, mountpoint, {*pyfuse3.default_options, "fsname=tiny"})
     if not fuse.interposed():
         sys.exit("fuse_session_new was not ours")

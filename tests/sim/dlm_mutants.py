@@ -257,11 +257,17 @@ MUTANTS: tuple[Callable[[Patch], None], ...] = (
 )
 
 
-def hunt(seeds: Iterable[int]) -> tuple[int, BaseException] | None:
+WORLDS: dict[Callable[[Patch], None], dict[str, int]] = {
+    released_before_the_survivors_spoke: {"members": 4, "names": 2},
+}
+"""Where a bug shows itself sooner than in the ordinary world."""
+
+
+def hunt(mutant: Callable[[Patch], None], seeds: Iterable[int]) -> tuple[int, BaseException] | None:
     """The first seed on which something is wrong, and what."""
     for seed in seeds:
         try:
-            run(seed)
+            run(seed, **WORLDS.get(mutant, {}))
         except Exception as error:
             return seed, error
     return None

@@ -27,4 +27,4 @@ def test_many_members_and_one_name():
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.__name__)
 def test_every_known_bug_is_caught(mutant, monkeypatch):
     mutant(lambda where, name, value: monkeypatch.setattr(where, name, value, raising=False))
-    assert hunt(range(HUNT_SEEDS)) is not None, mutant.__doc__
+    assert hunt(mutant, range(HUNT_SEEDS)) is not None, mutant.__doc__
