@@ -16,14 +16,28 @@ from __future__ import annotations
 import errno
 import fcntl
 import struct
+from typing import NamedTuple
 
 import msgspec
 
 from cfs.errors import FsError
+from dlm.flocks import Flocks
+from dlm.range_file import UNLOCK
+from dlm.range_locks import RangeLocks
+from dlm.ranges import READ, WRITE
 
 _IN = struct.Struct("<4QIIII")
 _LOCK = struct.Struct("<2QII")
 LK_FLOCK = 1 << 0
+_KINDS = {fcntl.F_RDLCK: READ, fcntl.F_WRLCK: WRITE, fcntl.F_UNLCK: UNLOCK}
+_TYPES = {READ: fcntl.F_RDLCK, WRITE: fcntl.F_WRLCK}
+
+
+class FileLocks(NamedTuple):
+    """Locks of files that hold in the whole cluster."""
+
+    flocks: Flocks
+    ranges: RangeLocks
 
 
 class LockRequest(msgspec.Struct, frozen=True, gc=False):
@@ -33,7 +47,7 @@ class LockRequest(msgspec.Struct, frozen=True, gc=False):
     owner: int
     start: int
     end: int
-    type: int
+    kind: int
     pid: int
     flags: int
 
@@ -44,7 +58,7 @@ class LockRequest(msgspec.Struct, frozen=True, gc=False):
 
     @property
     def unlocks(self) -> bool:
-        return self.type == fcntl.F_UNLCK
+        return self.kind == UNLOCK
 
 
 def parse_lock(body: bytes) -> LockRequest:
@@ -52,11 +66,16 @@ def parse_lock(body: bytes) -> LockRequest:
     if len(body) < _IN.size:
         raise FsError(errno.EINVAL)
     handle, owner, start, end, kind, pid, flags, _padding = _IN.unpack_from(body)
-    if start > end or kind not in (fcntl.F_RDLCK, fcntl.F_WRLCK, fcntl.F_UNLCK):
+    if start > end or kind not in _KINDS:
         raise FsError(errno.EINVAL)
-    return LockRequest(handle, owner, start, end, kind, pid, flags)
+    return LockRequest(handle, owner, start, end, _KINDS[kind], pid, flags)
+
+
+FREE = _LOCK.pack(0, 0, fcntl.F_UNLCK, 0)
+"""The answer to GETLK when nothing is in the way."""
 
 
 def encode_lock(start: int, end: int, kind: int, pid: int) -> bytes:
-    """The answer to GETLK."""
-    return _LOCK.pack(start, end, kind, pid)
+    """The answer to GETLK. The kernel knows only its own processes: of a lock of another node it
+    is told pid 0."""
+    return _LOCK.pack(start, end, _TYPES[kind], pid)

@@ -10,6 +10,7 @@
 | rename | `R` | EX | moves of directories between directories |
 | mount | `M` | PR by mounts | a mount begins when the dead are recovered |
 | flock | `K` ino | PR, EX | flock(2): a lock per open file, not cached; NL keeps the master |
+| ranges | `P` ino | EX | who holds it keeps the byte ranges of fcntl(2), `dlm/range_locks.py` |
 
 Order: `R`, then inodes by number, then groups by number. `O` is taken alone or tried. `C` is taken
 with nothing but groups after it. The demote hook of `I` takes `O` in PR if the inode is open here;
@@ -42,6 +43,10 @@ def open_lock_name(ino: int) -> bytes:
 
 def group_lock_name(group: int) -> bytes:
     return b"A%016x" % group
+
+
+def range_lock_name(ino: int) -> bytes:
+    return b"P%016x" % ino
 
 
 def flock_lock_name(ino: int) -> bytes:

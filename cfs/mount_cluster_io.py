@@ -22,6 +22,7 @@ import trio
 
 from cfs import stage
 from cfs.errors import CorruptionError, FsError
+from cfs.file_locks import FileLocks
 from cfs.guard_client_io import GuardSession, SharedInodeTable, attach
 from cfs.mount_fuse_io import fuse
 from cfs.mount_interrupt_io import InterruptibleRuntime, RequestWaits
@@ -43,7 +44,6 @@ from cluster.ids import Instance
 from cluster.mesh_io import TrioMesh, open_mesh
 from cluster.paths_io import boottime_ns
 from cvm.target_io import VolumeClient, open_volume
-from dlm.flocks import Flocks
 from dlm.lockspace_io import LockspaceMember, join
 from native.gate import Word
 
@@ -84,8 +84,8 @@ class ClusterBackend:
         return self.granted.instance
 
     @property
-    def flocks(self) -> Flocks:
-        return self.locks.flocks
+    def file_locks(self) -> FileLocks:
+        return FileLocks(self.locks.flocks, self.locks.ranges)
 
     def is_barred(self, instance: Instance) -> bool:
         return self._recovery.gone(instance)

@@ -40,7 +40,7 @@ class LocalBackend:
         self.waits = RequestWaits()
         self.locks = LocalLocks(InterruptibleRuntime(TrioRuntime(nursery), self.waits))
         self.table = NoTable()
-        self.flocks = None
+        self.file_locks = None
         self.owner = Instance(
             NodeId(1), Incarnation(time.clock_gettime_ns(time.CLOCK_REALTIME)), InstanceNo(1)
         )

@@ -23,6 +23,7 @@ from typing import Any, Protocol
 import trio
 
 from cfs.attributes import MountOptions
+from cfs.file_locks import FileLocks
 from cfs.filesystem import FileSystem
 from cfs.kernel_cache_io import InodeTable, KernelCaches
 from cfs.mount_fuse_io import fuse
@@ -39,7 +40,6 @@ from cluster.errors import BarredError
 from cluster.ids import Instance
 from cluster.locks import LockManager, Mode
 from cluster.paths_io import run_dir
-from dlm.flocks import Flocks
 from native.requests import Opcode
 
 log = logging.getLogger("cfs.mount")
@@ -72,7 +72,7 @@ class Backend(Protocol):
     def waits(self) -> RequestWaits: ...
 
     @property
-    def flocks(self) -> Flocks | None:
+    def file_locks(self) -> FileLocks | None:
         """Locks of files that hold in the whole cluster; None: the kernel's are enough."""
         ...
 
@@ -285,7 +285,7 @@ class Mount:
         operations = CfsOperations(fs, caches, backend.waits)
         operations.mmap_coherent = self.arguments.mmap_coherent
         if self.arguments.cluster_locks:
-            operations.flocks = backend.flocks
+            operations.file_locks = backend.file_locks
         extensions = Extensions(operations, operations.extensions())
         self.session.open(operations)
         notifier = self.session.make_notifier()

@@ -55,7 +55,7 @@ class FuseSession:
         if self._arguments.mmap_coherent:
             bits |= fuse.Init.DIRECT_IO_ALLOW_MMAP
         if self._arguments.cluster_locks:
-            bits |= fuse.Init.FLOCK_LOCKS
+            bits |= fuse.Init.POSIX_LOCKS | fuse.Init.FLOCK_LOCKS
         fuse.configure(
             fuse.Settings(
                 set_bits=bits,

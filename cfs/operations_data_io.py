@@ -162,6 +162,7 @@ class DataOperations(LockOperations):
         """close() waits for nothing, and tells of data that was lost by now."""
         handle = self.handles.get(request.handle)
         if handle is not None:
+            self.flushed(handle.inode.number, request.lock_owner)
             self._hear(handle)
         return b""
 

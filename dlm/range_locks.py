@@ -156,9 +156,9 @@ class RangeLocks:
         lock is granted all the same, it is given back, or ends with its owner."""
         operation.done = None
         self.waiting.pop(operation.number, None)
-        if operation.kind == UNLOCK:
+        if operation.kind == UNLOCK or operation.result is not None or operation.abandoned:
             return
-        if operation.withdrawn or operation.sent:
+        if operation.file.role is Role.GUEST and operation.sent:
             operation.abandoned = True
             operation.file.abandoned += 1
         else:

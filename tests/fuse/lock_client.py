@@ -90,7 +90,8 @@ def obey():
         except Interrupted:
             answer = {"error": "EINTR"}
         except OSError as error:
-            answer = {"error": errno.errorcode[error.errno]}
+            name = errno.errorcode[error.errno]
+            answer = {"error": "EDEADLK" if name == "EDEADLOCK" else name}
         print(json.dumps(answer), flush=True)
 
 

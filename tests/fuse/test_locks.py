@@ -1,10 +1,12 @@
-"""Locks of files between three mounts: flock, as programs use it."""
+"""Locks of files between three mounts: flock and fcntl, as programs use them."""
 
 from __future__ import annotations
 
 import os
 import signal
+import struct
 import subprocess
+import sys
 
 import pytest
 
@@ -127,3 +129,142 @@ def test_flock_1_reports_who_is_not_first(places):
         holder.wait()
         holder.stdout.close()
     eventually(lambda: flock(places[0], "-n").wait(30) == 0, "the lock came free")
+
+
+# Byte ranges.
+
+
+def test_ranges_exclude_between_nodes(places):
+    with clients(*places) as (a, b, c):
+        fa, fb, fc = (one.do("open", "f") for one in (a, b, c))
+        assert a.do("posix", fa, "w", start=10, length=10) is None
+        assert b.do("posix", fb, "w", start=20, length=0, nowait=True) is None
+        assert b.do("posix", fb, "r", start=19, length=1, nowait=True) == "EAGAIN"
+        assert c.do("posix", fc, "r", length=10, nowait=True) is None
+        assert a.do("posix", fa, "r", start=10, length=10) is None
+        assert c.do("posix", fc, "r", length=20, nowait=True) is None
+        b.start("posix", fb, "w", start=5, length=5)
+        assert not b.answered(0.1)
+        assert c.do("posix", fc, "u", length=12) is None
+        assert b.end() is None
+        assert c.do("posix", fc, "w", start=1 << 40, length=1, nowait=True) == "EAGAIN"
+
+
+def test_the_holder_is_told_by_its_pid_or_as_another_node(places):
+    with clients(places[0], places[0], places[1]) as (a, b, c):
+        fa, fb, fc = (one.do("open", "f") for one in (a, b, c))
+        assert a.do("posix", fa, "w", start=3, length=4) is None
+        assert b.do("test", fb, "r") == ["w", 3, 4, a.pid]
+        assert c.do("test", fc, "w", start=5, length=100) == ["w", 3, 4, 0]
+        assert c.do("test", fc, "w", start=7) is None
+        assert c.do("posix", fc, "r", start=20) is None
+        assert a.do("test", fa, "w", start=10) == ["r", 20, 0, 0]
+        assert a.do("test", fa, "r", start=10) is None
+
+
+def test_a_waiting_range_ends_with_any_signal(places):
+    with clients(*places) as (a, b, c):
+        fa, fb, fc = (one.do("open", "f") for one in (a, b, c))
+        a.do("posix", fa, "w")
+        for waiting, fd in ((b, fb), (c, fc)):
+            waiting.start("posix", fd, "w", start=7, length=1)
+            assert not waiting.answered(0.1)
+            waiting.interrupt()
+            assert waiting.end() == "EINTR"
+        assert a.do("posix", fa, "u") is None
+        assert b.do("posix", fb, "w", nowait=True) is None
+
+
+@pytest.mark.parametrize("end", ["close", "kill"])
+def test_ranges_end_with_their_process(places, end):
+    """Closing any descriptor of the file is enough, as POSIX wants it."""
+    with clients(*places[:2]) as (a, b):
+        fa, other, fb = a.do("open", "f"), a.do("open", "f"), b.do("open", "f")
+        assert a.do("posix", fa, "w") is None
+        b.start("posix", fb, "w")
+        assert not b.answered(0.1)
+        if end == "close":
+            a.do("close", other)
+        else:
+            a.kill()
+        assert b.end() is None
+
+
+def test_ofd_locks_belong_to_the_open_file(places):
+    with clients(*places[:2]) as (a, b):
+        one, two, fb = a.do("open", "f"), a.do("open", "f"), b.do("open", "f")
+        copy = a.do("dup", one)
+        assert a.do("ofd", one, "w", length=10) is None
+        assert a.do("ofd", two, "r", length=1, nowait=True) == "EAGAIN"
+        assert a.do("posix", one, "r", length=1, nowait=True) == "EAGAIN"
+        a.do("close", two)  # ends locks of the process, not of the open file
+        a.do("close", one)
+        assert b.do("ofd", fb, "r", nowait=True) == "EAGAIN"
+        assert b.do("test", fb, "r", ofd=True)[:3] == ["w", 0, 10]
+        b.start("ofd", fb, "r")
+        a.do("close", copy)
+        assert b.end() is None
+
+
+def test_a_circle_over_nodes_is_a_deadlock(places):
+    with clients(*places) as (a, b, c):
+        files = [(one, one.do("open", "f"), one.do("open", "g")) for one in (a, b, c)]
+        for number, (one, f, _g) in enumerate(files):
+            assert one.do("posix", f, "w", start=number, length=1) is None
+        assert a.do("posix", files[0][2], "w") is None
+        a.start("posix", files[0][1], "w", start=1, length=1)
+        assert not a.answered(0.1)
+        b.start("posix", files[1][1], "w", start=2, length=1)
+        assert not b.answered(0.1)
+        assert c.do("posix", files[2][2], "w") == "EDEADLK"
+        assert not a.answered(0.1)
+        c.do("close", files[2][1])
+        assert b.end() is None
+        b.do("close", files[1][1])
+        assert a.end() is None
+
+
+PING_PONG = """
+import fcntl, os, struct, sys
+path, me, rounds = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+fd = os.open(path, os.O_RDWR)
+def lock(kind, start, length=1):
+    fcntl.fcntl(fd, fcntl.F_SETLKW, struct.pack("hhqqi4x", kind, 0, start, length, 0))
+wrong = 0
+for number in range(rounds):
+    byte = 8 * (number % 4)
+    lock(fcntl.F_WRLCK, byte, 8)
+    count, = struct.unpack("<Q", os.pread(fd, 8, byte))
+    os.pwrite(fd, struct.pack("<Q", count + 1), byte)
+    if struct.unpack("<Q", os.pread(fd, 8, byte))[0] != count + 1:
+        wrong += 1
+    lock(fcntl.F_UNLCK, byte, 8)
+print(wrong)
+"""
+
+
+def test_counters_under_ranges_lose_nothing(places):
+    rounds = 60
+    (places[0] / "f").write_bytes(bytes(32))
+    words = [sys.executable, "-c", PING_PONG]
+    running = [
+        subprocess.Popen(
+            [*words, place / "f", str(number), str(rounds)], stdout=subprocess.PIPE, text=True
+        )
+        for number, place in enumerate([*places, places[0]])
+    ]
+    assert [process.communicate(timeout=120)[0] for process in running] == ["0\n"] * len(running)
+    total = sum(struct.unpack("<4Q", (places[1] / "f").read_bytes()))
+    assert total == rounds * len(running)
+
+
+def test_many_ranges_of_one_owner(places):
+    with clients(*places[:2]) as (a, b):
+        fa, fb = a.do("open", "f"), b.do("open", "f")
+        for number in range(200):
+            assert a.do("posix", fa, "rw"[number % 2], start=4 * number, length=2) is None
+        assert b.do("posix", fb, "r", start=4 * 50 + 2, length=2, nowait=True) is None
+        assert b.do("posix", fb, "w", start=4 * 50, length=1, nowait=True) == "EAGAIN"
+        assert b.do("test", fb, "r", start=4 * 60) == ["w", 4 * 61, 2, 0]
+        assert a.do("posix", fa, "u") is None
+        assert b.do("posix", fb, "w", nowait=True) is None

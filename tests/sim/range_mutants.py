@@ -150,17 +150,6 @@ def the_dead_get_what_they_waited_for(patch: Patch) -> None:
     patch(RangeTable, "forget_waiters", lambda self, instance: None)
 
 
-def the_next_lock_overtakes_one_given_up(patch: Patch) -> None:
-    """An owner locks anew before its abandoned wish has ended at the keeper."""
-    abandon = RangeLocks.abandon
-
-    def mutant(self, operation):
-        abandon(self, operation)
-        operation.file.abandoned = 0
-
-    patch(RangeLocks, "abandon", mutant)
-
-
 def a_circle_is_believed_the_first_time(patch: Patch) -> None:
     """The chase is not repeated, though its parts were seen one after another."""
 
@@ -196,15 +185,21 @@ MUTANTS: tuple[Callable[[Patch], None], ...] = (
     an_interrupted_wait_ends_at_once,
     what_was_under_way_is_not_asked_again,
     the_dead_get_what_they_waited_for,
-    the_next_lock_overtakes_one_given_up,
     a_circle_is_believed_the_first_time,
     circles_over_members_are_not_seen,
 )
 
 ONE_THREAD = {"threads": 1, "interrupts": 0.0, "faults": False}
 WORLDS: dict[Callable[[Patch], None], dict[str, object]] = {
-    the_next_lock_overtakes_one_given_up: {"threads": 1, "interrupts": 0.5, "abandons": 0.9},
-    a_circle_is_believed_the_first_time: {**ONE_THREAD, "step_ns": 60_000_000},
+    nobody_doubts_the_dead: {"fault_rate": 0.03},
+    requests_are_decided_too_early: {"fault_rate": 0.03},
+    answers_of_another_tenure_are_believed: {"members": 5, "names": 1},
+    a_circle_is_believed_the_first_time: {
+        **ONE_THREAD,
+        "names": 1,
+        "file_bytes": 2,
+        "step_ns": 60_000_000,
+    },
     circles_over_members_are_not_seen: ONE_THREAD,
 }
 """Where a bug shows itself sooner than in the ordinary world."""

@@ -264,13 +264,16 @@ class RangeWorld:
         if not ready:
             return
         member = self.random.choice(ready)
-        process = self.random.choice(member.processes)
-        if process.pending and self.random.random() < self.interrupts:
-            self.interrupt(member, process)
-        elif len(process.pending) < self.threads and (
-            not process.pending or self.random.random() < 0.2
-        ):
-            self.operate(member, process)
+        waiting = [one for one in member.processes if one.pending]
+        free = [one for one in member.processes if not one.pending]
+        if waiting and self.random.random() < self.interrupts:
+            self.interrupt(member, self.random.choice(waiting))
+        elif free and (not waiting or self.threads == 1 or self.random.random() < 0.8):
+            self.operate(member, self.random.choice(free))
+        elif self.threads > 1:
+            process = self.random.choice(waiting)
+            if len(process.pending) < self.threads:
+                self.operate(member, process)
 
     def interrupt(self, member: Member, process: Process) -> None:
         if self.random.random() < 0.3:
@@ -412,6 +415,8 @@ class RangeWorld:
         for member in self.members.values():
             member.space.check()
             member.ranges.check()
+            for process in member.processes if self.threads == 1 else ():
+                self.no_surprise(member, process)
         for name in self.names:
             held = self.held(name)
             self.no_conflict(name, held)
@@ -429,6 +434,19 @@ class RangeWorld:
                     for row in rows:
                         if not covered(row, known):
                             raise Violation(f"R4: the keeper of {name!r} misses {owner} {row}")
+
+    def no_surprise(self, member: Member, process: Process) -> None:
+        """R7: an owner holds what it was told, nothing that it has given up waiting for."""
+        if process.odd or process.pending:
+            return
+        for name, told in process.told.items():
+            file = member.ranges.files.get(name)
+            if file is None or any(o.key == process.key for o in file.operations.values()):
+                continue
+            ranges = file.table.owners.get(Owner(member.space.me, process.key))
+            held = ranges.rows if ranges is not None else []
+            if held != told.rows:
+                raise Violation(f"R7: {process.key} holds {held} of {name!r}, not {told.rows}")
 
     def no_conflict(self, name: bytes, held: dict[Owner, list[Row]]) -> None:
         everything = [(owner, row) for owner, rows in held.items() for row in rows]
@@ -522,15 +540,8 @@ class RangeWorld:
                     raise Violation(f"L2: {me} still has something of {name!r}")
 
     def conservation(self) -> None:
-        """R6: a keeper knows of no lock that its owner does not know of. R7: an owner holds what it
-        was told, nothing that it has given up waiting for."""
+        """R6: a keeper knows of no lock that its owner does not know of."""
         for member in self.members.values():
-            for process in member.processes if self.threads == 1 else ():
-                for name, told in process.told.items():
-                    owner = Owner(member.space.me, process.key)
-                    held = self.locked(name).get(owner, [])
-                    if held != told.rows and not process.odd:
-                        raise Violation(f"R7: {owner} holds {held} of {name!r}, not {told.rows}")
             for name, file in member.ranges.files.items():
                 if file.role is Role.KEEPER:
                     known = {owner: list(r.rows) for owner, r in file.table.owners.items()}

@@ -6,14 +6,7 @@ from dlm.modes import Result
 from tests.sim.range_mutants import MUTANTS, hunt
 from tests.sim.range_world import run
 
-HUNT_SEEDS = 150
-RARE = {
-    "a_circle_is_believed_the_first_time",
-    "answers_of_another_tenure_are_believed",
-    "nobody_doubts_the_dead",
-    "requests_are_decided_too_early",
-}
-"""Bugs that show in so few seeds that a hunt for them takes longer than the tests have."""
+HUNT_SEEDS = 250
 
 
 @pytest.mark.parametrize("first", range(0, 20, 10))
@@ -36,9 +29,7 @@ def test_many_members_and_one_name():
         run(seed, names=1, members=5)
 
 
-@pytest.mark.parametrize(
-    "mutant", [m for m in MUTANTS if m.__name__ not in RARE], ids=lambda mutant: mutant.__name__
-)
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.__name__)
 def test_every_known_bug_is_caught(mutant, monkeypatch):
     mutant(lambda where, name, value: monkeypatch.setattr(where, name, value, raising=False))
     assert hunt(mutant, range(HUNT_SEEDS)) is not None, mutant.__doc__
