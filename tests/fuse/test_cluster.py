@@ -350,17 +350,19 @@ def test_a_lost_mount_comes_back_by_itself(mounts):
         assert again.returncode == 32
         assert "mounted at" in again.stderr
         for loss in ("mount", "power"):
-            with (path / "kept").open("rb") as file:
-                os.fsync(file.fileno())
-                if loss == "mount":
-                    (row,) = [i for i in node.status()["instances"] if i["kind"] == "mount"]
-                    os.kill(row["pid"], signal.SIGKILL)
-                else:
-                    node.kill()
-                    node.start()
-                harness.wait_until(is_back, f"mounted again after the loss of {loss}")
-                with pytest.raises(OSError, match="not connected"):
-                    file.read()
+            file = os.open(path / "kept", os.O_RDONLY)
+            os.fsync(file)
+            if loss == "mount":
+                (row,) = [i for i in node.status()["instances"] if i["kind"] == "mount"]
+                os.kill(row["pid"], signal.SIGKILL)
+            else:
+                node.kill()
+                node.start()
+            harness.wait_until(is_back, f"mounted again after the loss of {loss}")
+            with pytest.raises(OSError, match="not connected"):
+                os.read(file, 10)
+            with contextlib.suppress(OSError):  # close() tells of the end, too
+                os.close(file)
             assert "noatime" in str(node.call("mounts.list"))
         assert run("umount", str(path)).returncode == 0
         harness.wait_until(lambda: not remembered(), "the clean unmount is forgotten for")
