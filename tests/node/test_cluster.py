@@ -208,7 +208,7 @@ def test_events_and_screens(cluster):
     assert "member" in node.ctl("nodes").stdout
     assert "nobody was put out" in node.tool("node.fence_cli", "history")
     wrong = node.ctl("voter", "add", "nobody", check=False)
-    assert (wrong.returncode, "nobody" in wrong.stderr) == (2, True)
+    assert (wrong.returncode, "nobody" in wrong.stderr) == (7, True)
     status = subprocess.run(
         [sys.executable, "-c", "import sys; import node.cli; print('trio' in sys.modules)"],
         env=node.environment, capture_output=True, text=True, check=True,
