@@ -189,6 +189,15 @@ class OperationsBase(pyfuse3.Operations):  # type: ignore[misc]
             if inode is not None and inode.generation == last.generation:
                 inode.remains = last
 
+    def try_attributes_of(self, account: KernelInode) -> Attributes | None:
+        """`attributes_of` if it needs no waiting. Raises FsError(ESTALE)."""
+        if account.remains is not None:
+            return None
+        attributes = self.fs.try_getattr(account.number)
+        if attributes is not None:
+            self.need_same_life(account, attributes)
+        return attributes
+
     async def attributes_of(self, inode: KernelInode) -> Attributes:
         """Attributes of an inode that the kernel knows, also of one that is no more."""
         try:

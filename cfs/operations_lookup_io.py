@@ -75,13 +75,8 @@ class LookupOperations(OperationsBase):
 
     def _try_getattr(self, request: Request, body: bytes) -> bytes | None:
         account = self.known(request.inode)
-        if account.remains is not None:
-            return None
-        attributes = self.fs.try_getattr(account.number)
-        if attributes is None:
-            return None
-        self.need_same_life(account, attributes)
-        return self._attributes(account, attributes)
+        attributes = self.try_attributes_of(account)
+        return None if attributes is None else self._attributes(account, attributes)
 
     async def _getattr(self, request: Request, body: bytes) -> bytes:
         account = self.known(request.inode)
