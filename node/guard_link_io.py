@@ -132,7 +132,9 @@ class GuardLink:
                 return
             try:
                 data, fds, _flags, _address = socket.recv_fds(self._socket, PACKET_BYTES_MAX, 4)
-            except BlockingIOError:
+            except (BlockingIOError, ConnectionResetError):
+                # Reset: the guard ended with packets of ours unread. The kernel tells that once,
+                # ahead of what the guard said last, and then the end.
                 continue
             except OSError:
                 data, fds = b"", []
