@@ -83,7 +83,7 @@ class ControlServer:
             case m.ExportsRequest():
                 return m.ExportsReport(self._exports())
             case m.ExportAdd(name, path, size_bytes, access, filters):
-                service.add_export(Export(name, path, size_bytes, access, False, filters))
+                service.add_export(Export(name, path, size_bytes, access, filters=filters))
             case m.ExportResize(name, size_bytes):
                 export = service.export(name)
                 if size_bytes < export.backend.size_bytes or size_bytes % 512:

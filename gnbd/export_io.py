@@ -73,6 +73,7 @@ class ExportRuntime:
     def __init__(self, config: Export, reservations: Reservations, sequence_min: int) -> None:
         self.name = config.name
         self.access = config.access
+        self.description = config.description
         backend: Backend = FileBackend(
             Path(config.path),
             None if config.size is None else parse_size(config.size),

@@ -10,6 +10,7 @@
     path = "/srv/disk0.img"
     size = "4G"                     # the file is made sparse if it does not exist
     access = "cluster"              # or "plain": standard NBD for anyone
+    description = "for the archive" # shown by LIST and INFO
     read_only = false
     filters = ["volatile", "delay:write_ms=5", "log:path=/tmp/writes.log"]
 
@@ -45,6 +46,7 @@ class Export(msgspec.Struct, forbid_unknown_fields=True):
     path: Annotated[str, msgspec.Meta(min_length=1)]
     size: str | int | None = None
     access: Annotated[str, msgspec.Meta(pattern="^(plain|cluster)$")] = "plain"
+    description: Annotated[str, msgspec.Meta(max_length=1024)] = ""
     read_only: bool = False
     filters: list[str] = []
 

@@ -25,6 +25,7 @@ class Offer(msgspec.Struct, frozen=True):
     name: str
     size_bytes: int
     flags: int
+    description: str = ""
 
 
 class Denied(msgspec.Struct, frozen=True):
@@ -37,7 +38,8 @@ class Denied(msgspec.Struct, frozen=True):
 class Directory(Protocol):
     """What this client may see; the answer may change with LOGIN."""
 
-    def names(self) -> Sequence[str]: ...
+    def names(self) -> Sequence[tuple[str, str]]:
+        """Names with their descriptions."""
 
     def find(self, name: str) -> Offer | Denied: ...
 
@@ -209,9 +211,10 @@ class Handshake:
         if data:
             return Send(self.refusal(p.OPT_LIST, p.REP_ERR_INVALID, "LIST takes no data"))
         replies = []
-        for name in self._directory.names()[: p.LIST_MAX]:
+        for name, description in self._directory.names()[: p.LIST_MAX]:
             raw = name.encode()
-            replies.append(p.option_reply(p.OPT_LIST, p.REP_SERVER, _U32.pack(len(raw)) + raw))
+            data = _U32.pack(len(raw)) + raw + description.encode()
+            replies.append(p.option_reply(p.OPT_LIST, p.REP_SERVER, data))
         replies.append(p.option_reply(p.OPT_LIST, p.REP_ACK))
         return Send(b"".join(replies))
 
@@ -252,6 +255,8 @@ class Handshake:
             ),
             _U16.pack(p.INFO_NAME) + raw,
         ]
+        if found.description:
+            infos.append(_U16.pack(p.INFO_DESCRIPTION) + found.description.encode())
         replies = b"".join(p.option_reply(number, p.REP_INFO, info) for info in infos)
         replies += p.option_reply(number, p.REP_ACK)
         if number == p.OPT_INFO:

@@ -59,7 +59,7 @@ class _View:
         self._service = service
         self._connection = connection
 
-    def names(self) -> list[str]:
+    def names(self) -> list[tuple[str, str]]:
         return self._service.names(self._connection.session)
 
     def find(self, name: str) -> Offer | Denied:

@@ -99,11 +99,11 @@ class Service:
         for name, table in tables.items():
             self.exports[name].reservations = table
 
-    def names(self, session: Session | None) -> list[str]:
+    def names(self, session: Session | None) -> list[tuple[str, str]]:
         """What LIST shows."""
         with self._lock:
             return [
-                e.name
+                (e.name, e.description)
                 for e in self.exports.values()
                 if e.access == "plain" or (session is not None and session.export == e.name)
             ]
@@ -118,7 +118,7 @@ class Service:
                 return Denied(p.REP_ERR_UNKNOWN, f"there is no export {name!r}")
             if export.access == "cluster" and (session is None or session.export != name):
                 return Denied(p.REP_ERR_POLICY, f"export {name!r} is for logged-in instances")
-            return Offer(export.name, export.backend.size_bytes, export.flags)
+            return Offer(export.name, export.backend.size_bytes, export.flags, export.description)
 
     def export(self, name: str) -> ExportRuntime:
         """An export by name. Raises UsageError."""

@@ -76,8 +76,8 @@ def _seal_frame(data: bytes) -> bytes:
 
 
 class _Directory:
-    def names(self) -> list[str]:
-        return ["disk0"]
+    def names(self) -> list[tuple[str, str]]:
+        return [("disk0", "")]
 
     def find(self, name: str) -> Offer | Denied:
         if name == "disk0":

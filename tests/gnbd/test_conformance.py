@@ -142,7 +142,7 @@ class One:
     """A directory with one export."""
 
     def names(self):
-        return ["disk"]
+        return [("disk", "")]
 
     def find(self, name):
         return Offer("disk", SIZE, 1) if name == "disk" else Denied(p.REP_ERR_UNKNOWN, "no")

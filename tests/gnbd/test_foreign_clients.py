@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+from pathlib import Path
 
 import pytest
 
-from tests.gnbd.harness import export_toml, running
+from tests.gnbd.harness import export_toml, running, wait_for
 
 MIB = 1 << 20
 
@@ -17,6 +18,7 @@ MIB = 1 << 20
 def server(tmp_path_factory):
     directory = tmp_path_factory.mktemp("foreign")
     exports = export_toml("plain", directory / "plain.img", size="128M")
+    exports += 'description = "a disk for everybody"\n'
     exports += export_toml("cached", directory / "cached.img", size="128M", filters='"volatile"')
     exports += export_toml("secret", directory / "secret.img", access="cluster")
     with running(directory, exports) as server:
@@ -71,10 +73,11 @@ def test_nbdcopy_round_trip(server, tmp_path, export):
     """Several connections, many requests in flight, both directions, with a flush."""
     source = tmp_path / "source"
     source.write_bytes(os.urandom(32 * MIB))
-    done = run("nbdcopy", "--connections=4", "--flush", str(source), f"{server.uri}/{export}")
+    many = ("nbdcopy", "--connections=4", "--requests=64", "--flush")
+    done = run(*many, str(source), f"{server.uri}/{export}")
     assert done.returncode == 0, done.stderr
     back = tmp_path / "back"
-    done = run("nbdcopy", f"{server.uri}/{export}", str(back))
+    done = run(*many, f"{server.uri}/{export}", str(back))
     assert done.returncode == 0, done.stderr
     assert back.read_bytes()[: 32 * MIB] == source.read_bytes()
 
@@ -100,7 +103,7 @@ def test_fio_verifies(server, tmp_path, export):
     """fio's nbd engine: random writes of mixed sizes, verified by checksum."""
     done = run(
         "fio", "--name=v", "--ioengine=nbd", f"--uri={server.uri}/{export}", "--rw=randwrite",
-        "--bsrange=4k-256k", "--iodepth=16", "--size=32M", "--verify=crc32c", "--do_verify=1",
+        "--bsrange=4k-256k", "--iodepth=64", "--size=32M", "--verify=crc32c", "--do_verify=1",
         "--fsync=32", "--output-format=json", cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
@@ -120,6 +123,55 @@ def test_qemu_img_as_a_target(server, tmp_path):
     assert (tmp_path / "back").read_bytes()[: 5 * MIB] == image.read_bytes()
 
 
+@pytest.mark.parametrize("flag", ["flush", "fua", "trim", "zero", "fast-zero", "df", "cache",
+                                  "multi-conn", "connect", "structured-reply"])  # fmt: skip
+def test_nbdinfo_asks_what_can_be(server, flag):
+    """Exit status 0: yes."""
+    assert run("nbdinfo", "--can", flag, f"{server.uri}/plain").returncode == 0
+    assert run("nbdinfo", "--is", "read-only", f"{server.uri}/plain").returncode == 2
+
+
+def test_a_qcow2_image_lives_on_an_export(server, tmp_path):
+    """qemu-img makes, fills, checks and compares an image format on the export itself."""
+    source = tmp_path / "source"
+    source.write_bytes(os.urandom(2 * MIB) + bytes(6 * MIB) + os.urandom(MIB))
+    target = f"{server.uri}/plain"
+    for command in (
+        ("create", "-f", "qcow2", target, "100M"),
+        ("check", "-f", "qcow2", target),
+        ("convert", "-f", "raw", "-O", "qcow2", str(source), target),
+        ("check", "-f", "qcow2", target),
+        ("compare", "-f", "raw", "-F", "qcow2", str(source), target),
+    ):
+        done = run("qemu-img", *command)
+        assert done.returncode == 0, done.stdout + done.stderr
+    done = run("qemu-io", "-f", "qcow2", "-c", "write -P 9 3M 64k", target)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert run("qemu-img", "compare", "-F", "qcow2", str(source), target).returncode == 1
+
+
+def test_ext4_through_nbdfuse(server, tmp_path):
+    """A file system made on the export as a file of nbdfuse, and found whole by another client."""
+    mount = tmp_path / "disk"
+    mount.touch()
+    with subprocess.Popen(["nbdfuse", str(mount), f"{server.uri}/plain"]) as fuse:
+        try:
+            wait_for(lambda: mount.stat().st_size == 128 * MIB, "nbdfuse is there")
+            (tmp_path / "tree").mkdir()
+            (tmp_path / "tree" / "file").write_bytes(os.urandom(3 * MIB))
+            done = run("mkfs.ext4", "-q", "-F", "-d", str(tmp_path / "tree"), str(mount))
+            assert done.returncode == 0, done.stderr
+        finally:
+            run("fusermount3", "-u", str(mount))
+            assert fuse.wait(20) == 0
+    done = run("nbdcopy", f"{server.uri}/plain", str(tmp_path / "image"))
+    assert done.returncode == 0, done.stderr
+    done = run("e2fsck", "-f", "-n", str(tmp_path / "image"))
+    assert done.returncode == 0, done.stdout
+    done = run("debugfs", "-R", f"dump /file {tmp_path}/file", str(tmp_path / "image"))
+    assert (tmp_path / "file").read_bytes() == (tmp_path / "tree" / "file").read_bytes()
+
+
 def test_a_clean_stop_flushes_everything(tmp_path):
     """SIGTERM: what was only in the volatile cache is in the file afterwards."""
     path = tmp_path / "disk.img"
@@ -133,3 +185,10 @@ def test_a_clean_stop_flushes_everything(tmp_path):
             assert path.read_bytes()[4096:8192] == bytes(4096)
             assert server.stop() == 0
     assert path.read_bytes()[4096:8192] == b"x" * 4096
+
+
+def test_libnbd_makes_every_call(server):
+    """libnbd's Python module: negotiation, each command and flag, errors, asynchronous calls."""
+    script = Path(__file__).with_name("libnbd_calls.py")
+    done = run("/usr/bin/python3", str(script), server.uri)
+    assert done.returncode == 0, done.stdout + done.stderr
