@@ -191,7 +191,7 @@ class OrphanLists:
 
     async def _entries(self, slot: int, node: OrphanNode) -> None:
         self._nodes[node.block] = node
-        for index, ino in enumerate(node.inos):
+        for index, ino in enumerate(node.inos) if any(node.inos) else ():
             if not ino:
                 continue
             if not self.volume.exists(ino):

@@ -1,6 +1,7 @@
 """`python -m tests.crash`: the crash-point campaign.
 
     python -m tests.crash record DIR --seed 1 --changes 2000    run the workload, keep the logs
+    python -m tests.crash record DIR --kill --power             a mount dies, a server loses power
     python -m tests.crash check DIR                             every prefix, several disks each
     python -m tests.crash check DIR --share 3/8                 an eighth of the points
     python -m tests.crash check DIR --points 200                some points only
@@ -72,13 +73,15 @@ def app() -> None:
 @click.option("--seed", default=1)
 @click.option("--changes", default=2000)
 @click.option("--nodes", default=3)
-def record(base: Path, seed: int, changes: int, nodes: int) -> None:
+@click.option("--kill", is_flag=True, help="Kill a mount process on the way.")
+@click.option("--power", is_flag=True, help="Cut the power of a server on the way.")
+def record(base: Path, seed: int, changes: int, nodes: int, kill: bool, power: bool) -> None:
     """Run the workload on a cluster of real processes."""
     from tests.crash.record import record as run_record
 
     base.mkdir(parents=True)
     begin = time.monotonic()
-    run_record(base, seed, changes=changes, nodes=nodes)
+    run_record(base, seed, changes=changes, nodes=nodes, kill=kill, power=power)
     sizes = {path.name: path.stat().st_size for path in base.glob("s*.log")}
     click.echo(f"{changes} changes in {time.monotonic() - begin:.1f} s, logs {sizes}")
 
@@ -103,13 +106,15 @@ def check(base: Path, points: int, at: int, share: str, variants: int, seed: int
 @click.option("--changes", default=2000)
 @click.option("--points", default=0)
 @click.option("--variants", default=7)
-def run(seed: int, changes: int, points: int, variants: int) -> None:
+@click.option("--kill", is_flag=True)
+@click.option("--power", is_flag=True)
+def run(seed: int, changes: int, points: int, variants: int, kill: bool, power: bool) -> None:
     """Record and check."""
     from tests.crash.record import record as run_record
 
     with tempfile.TemporaryDirectory(prefix="cfs-crash-") as name:
         base = Path(name)
-        run_record(base, seed, changes=changes)
+        run_record(base, seed, changes=changes, kill=kill, power=power)
         good = check_points(
             Verifier.load(base), points=points, at=-1, share="1/1", variants=variants, seed=seed
         )

@@ -31,8 +31,9 @@ def test_any_prefix_holds_what_was_promised(seed: int) -> None:
 
 
 def test_any_prefix_of_a_real_cluster_holds_what_was_promised(tmp_path: Path) -> None:
-    """Real processes: what two servers executed for two nodes, cut off anywhere."""
-    record(tmp_path, 1, changes=120, nodes=2, agents=2, each=1)
+    """Real processes: what two servers executed for two nodes, cut off anywhere. On the way one of
+    the servers loses its power, later a mount process is killed."""
+    record(tmp_path, 1, changes=120, nodes=2, agents=2, each=1, kill=True, power=True)
     check(Verifier.load(tmp_path), REAL_POINTS, 1)
 
 

@@ -48,8 +48,10 @@ class Verifier:
     def load(cls, base: Path) -> Verifier:
         """From the directory that `tests.crash.record` left."""
         recording = load(base)
-        logs = {server: base / name for server, name in recording.logs.items()}
-        volume_map = read_map(list(logs.values()), recording.volume)
+        logs = {
+            server: [base / name for name in names] for server, names in recording.logs.items()
+        }
+        volume_map = read_map(next(iter(logs.values()))[0], recording.volume)
         return cls(recording, merged(logs, Translator(volume_map)), volume_map.size_bytes)
 
     def points(self) -> range:

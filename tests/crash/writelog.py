@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 
 import msgspec
@@ -65,10 +66,10 @@ def read_log(path: Path) -> Iterator[tuple[int, bool, int, bytes, int]]:
         yield operation, bool(flags & 1), offset, body, at_ns
 
 
-def read_map(logs: list[Path], volume: str) -> VolumeMap:
-    """The layout of a volume, from the metadata that the logs put on the disks."""
+def read_map(log: Path, volume: str) -> VolumeMap:
+    """The layout of a volume, from the metadata that the log of a server puts on its disk."""
     head = bytearray(SLOT_OFFSET_BYTES + SLOT_COUNT * SLOT_BYTES)
-    for operation, _, offset, body, _ in read_log(logs[0]):
+    for operation, _, offset, body, _ in read_log(log):
         if operation not in (LOG_FLUSH, LOG_OPEN) and offset < len(head):
             body = body[: len(head) - offset]
             head[offset : offset + len(body)] = body
@@ -116,16 +117,16 @@ class Translator:
         return found
 
 
-def merged(logs: dict[int, Path], translator: Translator) -> list[Entry]:
-    """All entries of all servers (id: log) in the order of their times."""
+def merged(logs: dict[int, list[Path]], translator: Translator) -> list[Entry]:
+    """All entries of all servers (id: the logs of its lives) in the order of their times."""
 
-    def entries(server: int, path: Path) -> Iterator[Entry]:
-        for operation, fua, offset, body, at_ns in read_log(path):
+    def entries(server: int, lives: list[Path]) -> Iterator[Entry]:
+        for operation, fua, offset, body, at_ns in chain.from_iterable(map(read_log, lives)):
             if operation in (LOG_FLUSH, LOG_OPEN):
                 yield Entry(at_ns, server, operation, False, offset, [])
             else:
                 pieces = translator.pieces(server, offset, body)
                 yield Entry(at_ns, server, LOG_WRITE, fua, at_ns, pieces)
 
-    streams = [entries(server, path) for server, path in logs.items()]
+    streams = [entries(server, lives) for server, lives in logs.items()]
     return list(heapq.merge(*streams, key=lambda entry: entry.at_ns))
