@@ -136,6 +136,14 @@ class Backend:
         """(length, is a hole) in order; as much as is known cheaply."""
         return [(length, False)]
 
+    def loses_reply(self, operation: str, offset: int, length: int) -> bool:
+        """Whether a filter keeps this request from being answered."""
+        return False
+
+    def owed_s(self, operation: str) -> float:
+        """So long a connection has to rest after such a request."""
+        return 0.0
+
     def resize(self, size_bytes: int) -> None:
         raise NotImplementedError
 

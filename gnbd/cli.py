@@ -115,7 +115,7 @@ def _is_address(host: str) -> bool:
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.pass_context
 def control_main(context: click.Context, server: str, config: str | None, as_json: bool) -> None:
-    """Look at a gnbd-server and steer its filters."""
+    """Look at a gnbd-server and steer it."""
     context.obj = (server, config, as_json)
 
 
@@ -210,7 +210,7 @@ def keys(context: click.Context, export: str) -> None:
 def filter_command(context: click.Context, export: str, action: str, spec: str) -> None:
     """Put a filter on an export, change it, or take it away."""
 
-    parsed = parse_filter(spec)
+    parsed = parse_filter(spec, whole=action == "add")
 
     def work(control: BlockingControl) -> object:
         request = m.FilterCommand(export, action, parsed.kind, parsed.parameters)

@@ -22,7 +22,7 @@ from fencing.admission import DEAD_MS_DEFAULT
 from gnbd import messages as m
 from gnbd.control_session import ControlSession, Peer
 from gnbd.exports import Export, checked_filter
-from gnbd.filters_io import changed_stack
+from gnbd.filters.stack_io import filters_of
 from gnbd.identity import ServerIdentity
 from gnbd.service_io import Service
 from gnbd.voter_io import Voter
@@ -90,9 +90,8 @@ class ControlServer:
                     raise UsageError("an export only grows, by multiples of 512 bytes")
                 export.resize(size_bytes)
             case m.FilterCommand(name, action, kind, parameters):
-                export = service.export(name)
                 spec = checked_filter(kind, parameters, whole=action == "add")
-                export.use(changed_stack(export.backend, action, spec))
+                service.change_filter(name, action, spec)
             case m.SequenceMinimum():
                 return service.raise_minimum(request)
             case m.Leave(instance):
@@ -139,7 +138,8 @@ class ControlServer:
                 name=e.name,
                 size_bytes=e.backend.size_bytes,
                 access=e.access,
-                filters=e.filter_texts(),
+                filters=[str(f.spec) for f in filters_of(e.backend)],
+                filter_reports={f.kind: f.report() for f in filters_of(e.backend) if f.report()},
                 connections=len(e.connections),
                 sequence_min=e.sequence_min,
                 cache_generation=e.cache_generation,

@@ -14,7 +14,7 @@ from fencing.reservations import Reservations
 from gnbd import protocol as p
 from gnbd.backends_io import Backend, FileBackend
 from gnbd.exports import Export, parse_filter
-from gnbd.filters_io import filters_of, stack_filter
+from gnbd.filters.stack_io import stack_filter
 from gnbd.flushes_io import Flushes
 from native import nbd as g
 
@@ -40,14 +40,22 @@ class Connection:
         self.peer = peer
         self.session: Session | None = None
         self.export: ExportRuntime | None = None
-        self.closing = False
+        self._closing = threading.Event()
         self.barred = False
         self.transmission: g.Connection | None = None
         self.finished = threading.Event()
 
+    @property
+    def closing(self) -> bool:
+        return self._closing.is_set()
+
+    def wait_shut(self, seconds: float) -> None:
+        """Rest, unless the connection is shut."""
+        self._closing.wait(seconds)
+
     def shut(self) -> None:
         """Stop it: requests not begun are discarded, blocked calls return."""
-        self.closing = True
+        self._closing.set()
         if self.transmission is not None:
             self.transmission.close()
         try:
@@ -58,7 +66,8 @@ class Connection:
     def refuse(self) -> None:
         """As `shut`, for good: the peer is barred. A node that was paused as a whole does not know
         that yet, and sends what it had in mind: that is read, counted and never executed (R2)."""
-        self.barred = self.closing = True
+        self.barred = True
+        self._closing.set()
         if self.transmission is not None:
             self.transmission.close()
         try:
@@ -116,6 +125,3 @@ class ExportRuntime:
         if nexus.number == CLUSTERD:
             return False
         return self.sequences.get(nexus, 0) < self.sequence_min
-
-    def filter_texts(self) -> list[str]:
-        return [str(f.spec) for f in filters_of(self.backend)]

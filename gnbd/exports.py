@@ -28,11 +28,21 @@ from cluster.errors import ConfigError
 from cluster.sizes import SIZE_BYTES_MAX, parse_size
 
 EXPORTS_MAX = 256
+OPERATIONS = ("all", "read", "write", "flush", "trim", "zero", "cache", "status")
+"""Of a filter; `write` is also trim and zero, `read` also cache and status."""
+_CHOICE: dict[str, type] = {
+    "operation": str, "count": int, "skip": int, "per_mille": int, "seed": int, "offset": int,
+    "length": int,
+}  # fmt: skip
 FILTER_KINDS: dict[str, dict[str, type]] = {
     "volatile": {},
     "log": {"path": str},
     "delay": {"read_ms": int, "write_ms": int, "flush_ms": int},
-    "error": {"operation": str, "errno": int, "count": int, "offset": int, "length": int},
+    "error": _CHOICE | {"errno": int},
+    "drop": _CHOICE,
+    "torn": _CHOICE | {"bytes": int},
+    "rate": {"read_bytes_s": int, "write_bytes_s": int, "requests_s": int, "burst_ms": int},
+    "stats": {},
 }
 SECTOR_BYTES = 512
 
@@ -81,8 +91,8 @@ class FilterSpec(msgspec.Struct, frozen=True):
         return f"{self.kind}:{text}" if text else self.kind
 
 
-def parse_filter(text: str) -> FilterSpec:
-    """ "kind" or "kind:key=value,...". Raises ConfigError."""
+def parse_filter(text: str, *, whole: bool = True) -> FilterSpec:
+    """ "kind" or "kind:key=value,..."; `whole`: with all that it needs. Raises ConfigError."""
     kind, _, rest = text.partition(":")
     parameters: dict[str, int | str] = {}
     for part in filter(None, rest.split(",")):
@@ -90,7 +100,7 @@ def parse_filter(text: str) -> FilterSpec:
         if not equals:
             raise ConfigError(f"filter {text!r}: {part!r} is not key=value")
         parameters[key] = value
-    return checked_filter(kind, parameters)
+    return checked_filter(kind, parameters, whole=whole)
 
 
 def checked_filter(
@@ -109,8 +119,11 @@ def checked_filter(
             result[key] = int(value) if wanted is int else str(value)
         except ValueError:
             raise ConfigError(f"filter {kind!r}: {key} must be a number") from None
-        if wanted is int and not 0 <= int(value) <= SIZE_BYTES_MAX:
+        lowest = -1 if key == "count" else 0  # -1: for ever
+        if wanted is int and not lowest <= int(value) <= SIZE_BYTES_MAX:
             raise ConfigError(f"filter {kind!r}: {key} must not be {value}")
+    if result.get("operation", "all") not in OPERATIONS:
+        raise ConfigError(f"filter {kind!r}: operation must be one of {', '.join(OPERATIONS)}")
     if whole and kind == "log" and "path" not in result:
         raise ConfigError("filter 'log' needs path=FILE")
     return FilterSpec(kind, result)

@@ -233,6 +233,7 @@ class ExportReport(msgspec.Struct, frozen=True):
     sequence_min: int
     cache_generation: int
     counters: dict[str, int]
+    filter_reports: dict[str, dict[str, int]] = {}
 
 
 class ExportsReport(msgspec.Struct, frozen=True, tag_field="t", tag="exports report"):

@@ -28,7 +28,8 @@ from fencing.store_io import StateFile
 from gnbd import messages as m
 from gnbd import protocol as p
 from gnbd.export_io import CACHE_GENERATION_ERRORS, Connection, ExportRuntime, Session
-from gnbd.exports import EXPORTS_MAX, Export, ServerConfig
+from gnbd.exports import EXPORTS_MAX, Export, FilterSpec, ServerConfig
+from gnbd.filters.stack_io import changed_stack
 from gnbd.handshake import Denied, Offer
 from gnbd.identity import ServerIdentity
 from native import nbd as g
@@ -133,6 +134,12 @@ class Service:
             if config.name in self.exports or len(self.exports) >= EXPORTS_MAX:
                 raise UsageError(f"export {config.name!r} exists, or there are too many")
             self._open(config)
+
+    def change_filter(self, name: str, action: str, spec: FilterSpec) -> None:
+        """`add`, `set` or `remove` one filter of an export. Raises UsageError, OSError."""
+        with self._lock:
+            export = self.export(name)
+            export.use(changed_stack(export.backend, action, spec))
 
     # -- gates -----------------------------------------------------------------------------
 

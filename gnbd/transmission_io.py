@@ -25,6 +25,11 @@ _PLAIN_FLAGS = p.CMD_FLAG_FUA
 _ZERO_FLAGS = p.CMD_FLAG_FUA | p.CMD_FLAG_NO_HOLE | p.CMD_FLAG_FAST_ZERO
 _STATUS_FLAGS = p.CMD_FLAG_FUA | p.CMD_FLAG_REQ_ONE
 _PRIVATE = {p.CMD_DRAIN, p.CMD_SEQUENCE, p.CMD_PING, p.CMD_LOGOUT}
+_OPERATIONS = {
+    p.CMD_READ: "read", p.CMD_WRITE: "write", p.CMD_FLUSH: "flush", p.CMD_TRIM: "trim",
+    p.CMD_WRITE_ZEROES: "zero", p.CMD_CACHE: "cache", p.CMD_BLOCK_STATUS: "status",
+}  # fmt: skip
+"""As the filters call them."""
 _EXTENT = struct.Struct(">II")
 _CONTEXT = struct.Struct(">I")
 
@@ -79,10 +84,13 @@ class Transmission:
         if kind in _PRIVATE:
             self._private(request)
             return
+        operation = _OPERATIONS.get(kind, "")
+        backend = self._export.backend
+        lost = backend.loses_reply(operation, request.offset, request.length)
         try:
             error = self._checked(request)
             if not error:
-                error = self._deed(request)
+                error = self._deed(request, lost)
         except OSError as problem:
             error = _wire_error(problem)
             if kind == p.CMD_WRITE and request.flags & p.CMD_FLAG_FUA:
@@ -91,8 +99,11 @@ class Transmission:
             if self._flush_lost:
                 self._answer_last(error)
                 return
-        if kind != p.CMD_BLOCK_STATUS or error:
+        if not lost and (kind != p.CMD_BLOCK_STATUS or error):
             self._native.done(error)
+        if owed_s := backend.owed_s(operation):
+            self._native.send()
+            self._connection.wait_shut(owed_s)
 
     def _checked(self, request: Request) -> int:
         """What the request may not ask, as an NBD error."""
@@ -118,7 +129,7 @@ class Transmission:
             case _:
                 return p.EINVAL
 
-    def _deed(self, request: Request) -> int:
+    def _deed(self, request: Request, lost: bool) -> int:
         """Execute; raises OSError."""
         backend = self._export.backend
         offset, length, flags = request.offset, request.length, request.flags
@@ -139,7 +150,8 @@ class Transmission:
                 backend.cache(offset, length)
                 return 0
             case p.CMD_BLOCK_STATUS:
-                self._status(request)
+                if not lost:
+                    self._status(request)
                 return 0
             case _:
                 durable = True

@@ -19,7 +19,7 @@ from cfs.filesystem import FileSystem
 from cfs.mkfs_plan import Choices, plan, write_plan
 from cluster.device import Buffer
 from cluster.locks import Mode
-from gnbd.filters_io import LOG_FLUSH, LOG_WRITE
+from gnbd.filters.log_io import LOG_FLUSH, LOG_WRITE
 from tests.cfs.harness import Cluster
 from tests.crash.content import block_bytes, commit_bytes, stream
 from tests.crash.disk import RamVolume

@@ -16,7 +16,8 @@ from cluster.ids import NodeId
 from cluster.sizes import parse_size
 from gnbd.backends_io import FileBackend
 from gnbd.exports import FilterSpec, decode_exports, parse_filter
-from gnbd.filters_io import LOG_ENTRY, LOG_MAGIC, changed_stack, filters_of, stack_filter
+from gnbd.filters.log_io import LOG_ENTRY, LOG_MAGIC
+from gnbd.filters.stack_io import changed_stack, filters_of, stack_filter
 from gnbd.identity import decode_server_token_untrusted, encode_server_token
 from tests.gnbd.harness import export_toml, member, running
 

@@ -1,0 +1,36 @@
+"""`torn`: the first `bytes` bytes (none given: half) of a write that the chooser takes are applied,
+then the server dies, as a host does in the middle of a write. Next to the file the prefix stays;
+above `volatile` it is lost with the rest.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+
+from gnbd.backends_io import Backend
+from gnbd.exports import FilterSpec
+from gnbd.filters.chooser_io import Chooser
+from gnbd.filters.filter_io import Filter
+
+
+class Torn(Filter):
+    """Dies once."""
+
+    kind = "torn"
+
+    def __init__(self, below: Backend, spec: FilterSpec) -> None:
+        super().__init__(below, spec)
+        self._chooser = Chooser(spec)
+
+    def configure(self, spec: FilterSpec) -> None:
+        super().configure(spec)
+        self._chooser = Chooser(spec)
+
+    def write(self, offset: int, view: memoryview, fua: bool) -> None:
+        if self._chooser.takes("write", offset, len(view)):
+            length = int(self.spec.parameters.get("bytes", len(view) // 2))
+            if length:
+                self.below.write(offset, view[:length], False)
+            os.kill(os.getpid(), signal.SIGKILL)
+        self.below.write(offset, view, fua)
