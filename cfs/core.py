@@ -154,6 +154,7 @@ class Core:
                     await self.demand.more_space(rounds)
                 except NeedWait as need:
                     tx.close()
+                    self._release_groups(groups, held)
                     await need.wait()
                 except CorruptionError as error:
                     raise self.damaged(error) from error

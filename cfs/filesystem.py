@@ -474,8 +474,7 @@ class FileSystem(RangeCalls):
         state.open_count -= 1
         if not state.open_count:
             self.core.release_open(state)
-            if ino in self.orphans.where:
-                self.orphans.reap_soon(ino)
+            self.orphans.reap_soon(ino)
 
     def forget(self, inos: Sequence[int]) -> None:
         """The kernel knows these inodes no more; their cached state may go."""
@@ -554,7 +553,7 @@ class FileSystem(RangeCalls):
         manager; whoever owns it gives them back."""
         core = self.core
         self._closing = True
-        self.orphans.stopped = True
+        await self.orphans.stop()
         if self._background is not None:
             await self._background.wait()
         while core.pages.dirty:

@@ -373,7 +373,7 @@ class Names:
         need_unprotected(seen)
         if self.find(tx, pstate, name) is not None:
             raise FsError(errno.EEXIST)
-        if not seen.nlink and not (seen.flags & FLAG_LINKABLE and seen.block in self.orphans.where):
+        if not seen.nlink and not (seen.flags & FLAG_LINKABLE and self.orphans.holds(seen.block)):
             raise FsError(errno.ENOENT)
         if seen.nlink >= LINKS_MAX:
             raise FsError(errno.EMLINK)

@@ -5,12 +5,18 @@ name (or begins a long cut) to the one that frees it (or ends the cut). The list
 whoever has the slot; after a crash by who replays the journal (`adopt`).
 
 An inode is freed under its open lock in EX: then nobody anywhere has it open.
+
+Taking names away never fails for want of a place in the list. Who finds it full waits while inodes
+are being freed; if all that stand in it are open somewhere, the inode goes into memory (`unlisted`)
+and into the list as soon as there is room. A crash before that leaves an inode without a name,
+which fsck frees.
 """
 
 from __future__ import annotations
 
 import errno
 from collections import deque
+from itertools import islice
 
 from cfs.attributes import BLOCK_BYTES
 from cfs.cache import Covered, InodeState
@@ -21,13 +27,13 @@ from cfs.format import Kind, open_block_untrusted
 from cfs.journal_format import HEADER_BLOCKS, ORPHAN_BLOCKS
 from cfs.lock_names import inode_lock_name, open_lock_name
 from cfs.nodes import (
-    ORPHANS_PER_BLOCK,
     InodeNode,
     OrphanNode,
     Xattr,
     decode_node_untrusted,
 )
-from cfs.transaction import Tx
+from cfs.seams import Event
+from cfs.transaction import NeedWait, Tx
 from cfs.xattr import XattrEditor
 from cluster.errors import BarredError
 from cluster.locks import CachedLock, Mode
@@ -45,9 +51,15 @@ class Orphans:
         self.first = first_block + HEADER_BLOCKS
         self.covered = Covered(slot, None)
         self.where: dict[int, tuple[int, int]] = {}
+        self.unlisted: dict[int, None] = {}
+        """What should stand in the list and finds no room there."""
         self._free: list[tuple[int, int]] = []
-        self._waiting: deque[int] = deque()
-        self._active: set[int] = set()
+        self._queue: deque[int] = deque()
+        self._pending: set[int] = set()
+        """In the queue, with a worker, or waited for until other mounts have closed it."""
+        self._workers = 0
+        self._progress: Event | None = None
+        self._listing = False
         self._drops: deque[int] = deque()
         self._dropping = False
         self.stopped = False
@@ -66,14 +78,28 @@ class Orphans:
 
     # -- the list --------------------------------------------------------------------------------
 
+    def holds(self, ino: int) -> bool:
+        """Whether the inode waits to be freed (or cut)."""
+        return ino in self.where or ino in self.unlisted
+
+    @property
+    def room(self) -> int:
+        """How many entries the list can take."""
+        return len(self._free)
+
     def add(self, tx: Tx, ino: int) -> None:
         """Put an inode into the list, as part of a transaction; nothing if it is there."""
-        self.add_many(tx, [ino])
+        if self.holds(ino):
+            return
+        if self._free:
+            self.enter(tx, [ino])
+        elif self._workers:
+            raise NeedWait(self._wait_for_worker)
+        else:
+            tx.after(lambda: self.unlisted.setdefault(ino))
 
-    def add_many(self, tx: Tx, inos: list[int]) -> None:
-        inos = [ino for ino in inos if ino not in self.where]
-        if len(inos) > len(self._free):
-            raise FsError(errno.ENOSPC, "too many open files without a name")
+    def enter(self, tx: Tx, inos: list[int]) -> None:
+        """Put inodes into the list, which has room for them and does not have them."""
         places = self._free[len(self._free) - len(inos) :]
         for ino, (block, index) in zip(inos, places, strict=True):
             node = tx.edit(self.covered, block, Kind.ORPHANS)
@@ -83,14 +109,16 @@ class Orphans:
 
         def done() -> None:
             del self._free[len(self._free) - len(places) :]
-            self.where.update(zip(inos, places, strict=True))
+            for ino, place in zip(inos, places, strict=True):
+                self.where[ino] = place
+                self.unlisted.pop(ino, None)
 
-        if inos:
-            tx.after(done)
+        tx.after(done)
 
     def remove(self, tx: Tx, ino: int) -> None:
         place = self.where.get(ino)
         if place is None:
+            tx.after(lambda: self.unlisted.pop(ino, None))
             return
         node = tx.edit(self.covered, place[0], Kind.ORPHANS)
         assert isinstance(node, OrphanNode)
@@ -100,8 +128,23 @@ class Orphans:
         def done() -> None:
             del self.where[ino]
             self._free.append(place)
+            if self.unlisted and not self._listing:
+                self._listing = True
+                self.core.runtime.spawn(self._list_more, "orphans")
 
         tx.after(done)
+
+    async def _list_more(self) -> None:
+        """There is room for some of what is only in memory."""
+        try:
+            while self.unlisted and self._free:
+                await self.core.run(
+                    lambda tx: self.enter(tx, list(islice(self.unlisted, len(self._free))))
+                )
+        except (FsError, BarredError):
+            pass
+        finally:
+            self._listing = False
 
     # -- the end of an inode ---------------------------------------------------------------------
 
@@ -148,43 +191,77 @@ class Orphans:
 
     def reap_soon(self, ino: int) -> None:
         """Free an orphan as soon as nobody has it open."""
-        if self.stopped or ino in self._active or ino not in self.where:
+        if self.stopped or ino in self._pending or not self.holds(ino):
             return
-        if len(self._active) >= REAPERS_MAX:
-            self._waiting.append(ino)
-            return
-        self._active.add(ino)
-        self.core.runtime.spawn(lambda: self._reap_task(ino), "orphan")
+        self._pending.add(ino)
+        self._queue.append(ino)
+        if self._workers < REAPERS_MAX:
+            self._workers += 1
+            self.core.runtime.spawn(self._work, "orphans")
 
     def reap_all(self) -> None:
         for ino in list(self.where):
             self.reap_soon(ino)
 
-    async def _reap_task(self, ino: int) -> None:
+    async def _work(self) -> None:
         try:
-            await self._reap(ino)
-        except (FsError, BarredError):
-            pass  # It stays in the list; the next mount or fsck meets it again.
+            while self._queue:
+                await self._reap(self._queue.popleft())
+                self._tell()
         finally:
-            self._active.discard(ino)
-            while self._waiting and len(self._active) < REAPERS_MAX:
-                self.reap_soon(self._waiting.popleft())
+            self._workers -= 1
+            self._tell()
+
+    def _tell(self) -> None:
+        """A worker is done with an inode, or for good."""
+        if self._progress is not None:
+            self._progress.set()
+            self._progress = None
+
+    async def _wait_for_worker(self) -> None:
+        if self._workers:
+            event = self._progress = self._progress or self.core.runtime.event()
+            await event.wait()
+
+    async def stop(self) -> None:
+        """Free what nobody has open, then nothing more; what stands in the list is met again by
+        the next mount."""
+        while self._workers:
+            await self._wait_for_worker()
+        self.stopped = True
 
     async def _reap(self, ino: int) -> None:
+        """Free an orphan unless somebody has it open. It takes no lock that waits for the last
+        close: a worker that did would keep others from being freed."""
         core = self.core
         state = core.table.get(ino)
         lock = core.locks.get(open_lock_name(ino), core)
-        while not state.open_count:  # The last close_ref comes here again.
-            # Until every other mount has closed it. Not kept while the inode's lock is waited for:
-            # a mount that has it open takes this lock before it gives that one.
+        alone = again = True
+        try:
+            if not state.open_count:
+                await state.hold(Mode.EX)
+                try:
+                    alone = await self._reap_alone(state, lock)
+                finally:
+                    state.release(Mode.EX)
+        except (FsError, BarredError):
+            again = False  # It stays in the list; the next mount or fsck meets it again.
+        if not alone:
+            core.runtime.spawn(lambda: self._wait_for_others(ino, lock), "orphan")
+            return
+        self._pending.discard(ino)
+        if again and not state.open_count:  # else the last close_ref comes here again
+            self.reap_soon(ino)
+
+    async def _wait_for_others(self, ino: int, lock: CachedLock) -> None:
+        """Until every other mount has closed it."""
+        try:
             await lock.hold(Mode.EX)
             lock.release(Mode.EX)
-            await state.hold(Mode.EX)
-            try:
-                if await self._reap_alone(state, lock):
-                    return
-            finally:
-                state.release(Mode.EX)
+        except (FsError, BarredError):
+            return
+        self._pending.discard(ino)
+        self.reap_soon(ino)
 
     async def _reap_alone(self, state: InodeState, lock: CachedLock) -> bool:
         """The inode's lock is held in EX. False: another mount has it open after all."""
@@ -272,8 +349,8 @@ async def read_orphans(core: Core, slot: int, first: int) -> list[OrphanNode]:
 
 
 async def adopt(core: Core, orphans: Orphans, slot: int, first_block: int) -> int:
-    """Move the entries of a slot that nobody uses into our own list; how many. The other slot's
-    blocks are on the disk when this returns."""
+    """Move the entries of a slot that nobody uses into our own list, as many as it takes; how many.
+    The other slot's blocks are on the disk when this returns."""
     if slot == orphans.covered.number:
         return 0
     covered = Covered(slot, None)
@@ -281,20 +358,24 @@ async def adopt(core: Core, orphans: Orphans, slot: int, first_block: int) -> in
     nodes = await read_orphans(core, slot, first_block + HEADER_BLOCKS)
     for node in nodes:
         covered.nodes[node.block] = node
-        inos = [ino for ino in node.inos if ino]
-        if not inos:
-            continue
-
-        def move(tx: Tx, block: int = node.block, inos: list[int] = inos) -> None:
-            twin = tx.edit(covered, block, Kind.ORPHANS)
-            assert isinstance(twin, OrphanNode)
-            twin.inos = [0] * ORPHANS_PER_BLOCK
-            orphans.add_many(tx, inos)
-
-        await core.run(move)
-        moved += inos
+        if any(node.inos) and orphans.room:
+            moved += await core.run(lambda tx, n=node: _move(tx, orphans, covered, n))  # type: ignore[misc]
     if moved:
         await core.journal.checkpoint()
         for ino in moved:
             orphans.reap_soon(ino)
     return len(moved)
+
+
+def _move(tx: Tx, orphans: Orphans, covered: Covered, node: OrphanNode) -> list[int]:
+    """Move entries of a block of another slot; those that were moved."""
+    twin = tx.edit(covered, node.block, Kind.ORPHANS)
+    assert isinstance(twin, OrphanNode)
+    taken: list[int] = []
+    for index, ino in enumerate(twin.inos):
+        if ino and len(taken) < orphans.room:
+            twin.inos[index] = 0
+            if not orphans.holds(ino):
+                taken.append(ino)
+    orphans.enter(tx, taken)
+    return taken
