@@ -20,23 +20,23 @@ import msgspec
 
 from cfs import stage
 from cfs.attributes import BLOCK_BYTES, Attributes, DirEntry, MountOptions, SetAttributes, Totals
+from cfs.background import Background
 from cfs.core import Core
 from cfs.errors import FsError
 from cfs.inodes import Inodes
-from cfs.lock_names import MOUNT_LOCK, inode_lock_name, open_lock_name
+from cfs.lock_names import MOUNT_LOCK
 from cfs.names import Birth, Names
 from cfs.nodes import InodeNode
 from cfs.orphans import Orphans, adopt
 from cfs.range_calls import RangeCalls
 from cfs.renames import Renames
-from cfs.seams import Environment, Event, Runtime
+from cfs.seams import Environment, Runtime
 from cfs.transaction import READER, Missing
 from cluster.device import BlockDevice, Buffer
 from cluster.errors import BarredError, BusyError
 from cluster.ids import Instance
 from cluster.locks import CachedLock, LockManager, Mode
 
-COLD_MAX = 4096
 STATFS_MAX_AGE_NS = 1_000_000_000
 RECOVERY_WAIT_S = 60.0
 RECOVERY_POLL_S = 0.2
@@ -69,8 +69,7 @@ class FileSystem(RangeCalls):
         self.renames: Renames
         self.inodes: Inodes
         self._mount_lock = mount_lock
-        self._closing = False
-        self._background: Event | None = None
+        self.background: Background
         self._beliefs_at = -STATFS_MAX_AGE_NS
 
     @classmethod
@@ -97,8 +96,7 @@ class FileSystem(RangeCalls):
             lock.release(Mode.PR)
             raise
         if core.options.background:
-            self._background = core.runtime.event()
-            core.runtime.spawn(self._run_background, "background")
+            self.background.start()
         return self
 
     async def _begin(self) -> None:
@@ -113,6 +111,7 @@ class FileSystem(RangeCalls):
             self.names = Names(core, self.files, self.orphans)
             self.renames = Renames(core, self.names)
             self.inodes = Inodes(core, self.files, self.orphans)
+            self.background = Background(core, self.orphans)
             await self.orphans.load()
             for slot, place in free:
                 await adopt(core, self.orphans, slot, place[0])
@@ -128,53 +127,12 @@ class FileSystem(RangeCalls):
         except (FsError, BarredError):
             pass  # No room for another journal: the next mount is told that all are in use.
 
-    async def _run_background(self) -> None:
-        """Commit at least every interval, write in place now and then, keep the cache small."""
-        core = self.core
-        assert self._background is not None
-        interval = core.options.commit_interval_ms / 1000
-        since_checkpoint = 0
-        try:
-            while not self._closing and core.error is None:
-                await core.runtime.sleep(interval)
-                since_checkpoint += core.options.commit_interval_ms
-                if await self.tick(
-                    checkpoint=since_checkpoint >= core.options.checkpoint_interval_ms
-                ):
-                    since_checkpoint = 0
-        except BarredError as error:
-            core.fail(error)
-        finally:
-            self._background.set()
-
-    async def tick(self, *, checkpoint: bool = False) -> bool:
-        """One round of background work; True if a checkpoint was made."""
-        core = self.core
-        try:
-            await core.pages.flush_all()
-            if checkpoint and not core.journal.is_empty:
-                await core.journal.checkpoint(move_tail=True)
-            elif core.journal.running:
-                await core.journal.commit()
-        except Exception as error:
-            if core.error is None:
-                core.fail(error)
-            return False
-        self.orphans.drop_freed()
-        await self._shrink_cache()
-        return checkpoint
-
-    async def _shrink_cache(self) -> None:
-        core = self.core
-        cold, core.cold = core.cold, set()
-        for ino in cold:
-            state = core.table.states.get(ino)
-            if state is not None:
-                core.table.forget(state)
-        for state in core.table.surplus(core.is_dirty)[:COLD_MAX]:
-            await core.locks.drop(open_lock_name(state.ino))
-            await core.locks.drop(inode_lock_name(state.ino))
-            core.table.forget(state)
+    async def tick(self, *, checkpoint: bool = False) -> None:
+        """One round of the background's work, for mounts that do none by themselves."""
+        await self.background.commit()
+        if checkpoint:
+            await self.background.checkpoint()
+        await self.background.tidy()
 
     @property
     def damage_met(self) -> int:
@@ -552,10 +510,8 @@ class FileSystem(RangeCalls):
         """Write everything, leave a clean journal, stop the tasks. Locks stay with the lock
         manager; whoever owns it gives them back."""
         core = self.core
-        self._closing = True
         await self.orphans.stop()
-        if self._background is not None:
-            await self._background.wait()
+        await self.background.stop()
         while core.pages.dirty:
             await core.pages.flush_all()
         await core.journal.close()

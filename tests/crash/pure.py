@@ -7,7 +7,7 @@ What it cannot show is whether the real data path flushes when it is asked to.
 from __future__ import annotations
 
 import random
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import Any
 
 import trio
@@ -24,7 +24,7 @@ from tests.cfs.harness import Cluster
 from tests.crash.content import block_bytes, commit_bytes, stream
 from tests.crash.disk import RamVolume
 from tests.crash.record import Recording, make_things
-from tests.crash.things import Change, Thing
+from tests.crash.things import KINDS, Change, Thing
 from tests.crash.writelog import Entry
 
 SIZE_BYTES = 32 << 20
@@ -258,7 +258,13 @@ class Workers:
 
 
 async def record_pure(
-    seed: int, *, changes: int, mounts: int = 3, each: int = 1, kill: bool = False
+    seed: int,
+    *,
+    changes: int,
+    mounts: int = 3,
+    each: int = 1,
+    kill: bool = False,
+    kinds: Iterable[str] = tuple(KINDS),
 ) -> tuple[Recording, list[Entry], int]:
     """Run the workload; (what is known, what the disks did, their size)."""
     rng = random.Random(seed)
@@ -269,7 +275,7 @@ async def record_pure(
     )  # fmt: skip
     await write_plan(device, plan(SIZE_BYTES // BLOCK_BYTES, choices))  # type: ignore[arg-type]
     begin = device.tick()
-    workers = Workers(make_things(rng, FOLDERS, each), device, rng)
+    workers = Workers(make_things(rng, FOLDERS, each, kinds), device, rng)
     async with trio.open_nursery() as nursery:
         cluster = Cluster(nursery, device)  # type: ignore[arg-type]
         clients = {}

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -44,11 +44,14 @@ class Recording(msgspec.Struct):
     things: list[History]
 
 
-def make_things(rng: random.Random, folders: int, each: int) -> list[Thing]:
+def make_things(
+    rng: random.Random, folders: int, each: int, kinds: Iterable[str] = tuple(KINDS)
+) -> list[Thing]:
     """A bit of everything, spread over the folders."""
     things: list[Thing] = []
     for number in range(each):
-        for kind, build in KINDS.items():
+        for kind in kinds:
+            build = KINDS[kind]
             seed = rng.randrange(1 << 30) * 2 + number % 2
             top = f"d{rng.randrange(folders)}"
             if build is Block:

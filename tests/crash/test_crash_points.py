@@ -37,6 +37,13 @@ def test_any_prefix_of_a_real_cluster_holds_what_was_promised(tmp_path: Path) ->
     check(Verifier.load(tmp_path), REAL_POINTS, 1)
 
 
+def test_a_file_that_is_replaced_is_the_old_one_or_the_new_one() -> None:
+    """Write new, fsync, rename over it, fsync the directory: after a crash at any moment the file
+    is whole, and no older than the last directory fsync that returned. Every prefix."""
+    verifier = Verifier(*run_pure(5, changes=12, each=2, mounts=2, kinds=("committed",)))
+    check(verifier, len(verifier.points()), 5)
+
+
 def test_a_broken_promise_is_noticed() -> None:
     """The judge is not blind: flushes that cover nothing, and a lost write."""
     recording, entries, size = run_pure(3, changes=60)
