@@ -25,7 +25,16 @@ from cfs.pages import DirtyPages
 from cfs.sanity import check_node_untrusted
 from cfs.seams import Environment, Event
 from cfs.space import Space
-from cfs.transaction import Missing, NeedGroup, NeedSpace, NeedWait, Tx
+from cfs.transaction import (
+    Changed,
+    Missing,
+    NeedGroup,
+    NeedInodes,
+    NeedSpace,
+    NeedWait,
+    NotNow,
+    Tx,
+)
 from cluster.device import BlockDevice
 from cluster.errors import BarredError, DeviceError
 from cluster.locks import CachedLock, LockManager, Mode
@@ -162,6 +171,21 @@ class Core:
                     tx.close()
         finally:
             self._release_groups(groups, held)
+
+    def try_run(self, body: Callable[[Tx], T]) -> T:
+        """As `run`, if nothing has to be waited for. Raises NotNow else: the waiting way then meets
+        again whatever was in the way, damage included."""
+        if self.error is not None or self.journal.running_full or not self.demand.told:
+            raise NotNow
+        tx = Tx(self.journal.running, set())
+        try:
+            result = body(tx)
+            tx.apply()
+        except (Missing, NeedGroup, NeedSpace, NeedInodes, NeedWait, Changed, CorruptionError):
+            raise NotNow from None
+        finally:
+            tx.close()
+        return result
 
     async def _hold_group(self, number: int, groups: list[GroupState], held: set[int]) -> None:
         """Hold one more group for the whole operation; always in ascending order."""

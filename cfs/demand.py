@@ -56,6 +56,14 @@ class SpaceDemand:
             self.core.runtime.spawn(self._announce, "space")
 
     @property
+    def told(self) -> bool:
+        """Whether others learn of any change that is made now."""
+        if self._announcing is not None or not self.lock.try_hold(Mode.PR):
+            return False
+        self.lock.release(Mode.PR)
+        return True
+
+    @property
     def untold(self) -> bool:
         """Whether changes here are not yet to be seen by others."""
         return self._announcing is not None

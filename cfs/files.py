@@ -25,7 +25,7 @@ from cfs.errors import FsError
 from cfs.nodes import CONTENT_BYTES_MAX, Extent, InodeNode, Tree
 from cfs.protection import need_mutable
 from cfs.reading import need_regular
-from cfs.transaction import READER, NeedWait, Tx
+from cfs.transaction import READER, NeedWait, NotNow, Tx
 from cfs.tree import TreeEditor
 from cfs.xattr import CAPABILITY, XattrEditor
 from cluster.device import Buffer
@@ -43,6 +43,13 @@ def clear_privileges(inode: InodeNode) -> None:
         inode.mode &= ~0o4000
     if inode.mode & 0o2010 == 0o2010:
         inode.mode &= ~0o2000
+
+
+def lasting(data: Buffer) -> memoryview:
+    """A view of bytes that nobody changes: written pages keep parts of it."""
+    if isinstance(data, memoryview) and isinstance(data.obj, bytes):
+        return data
+    return memoryview(data if isinstance(data, bytes) else bytes(data))
 
 
 class PageChanges:
@@ -82,7 +89,7 @@ class Files:
         core = self.core
         if not laundered:
             await core.pages.room(len(data))
-        view = memoryview(data if isinstance(data, bytes) else bytes(data))
+        view = lasting(data)
         try:
             return await core.run(
                 lambda tx: self._write_body(tx, state, offset, view, laundered=laundered, kill=kill)
@@ -99,9 +106,19 @@ class Files:
             if not laundered:
                 core.pages.settled(len(data))
 
-    async def _has_unwritten(
-        self, state: InodeState, offset: int | None, view: memoryview
-    ) -> bool:
+    def try_write(
+        self, state: InodeState, offset: int, data: Buffer, *, laundered: bool, kill: bool
+    ) -> int:
+        """As `write`, at once; the length. Raises NotNow."""
+        core = self.core
+        if not (laundered or core.pages.has_room(len(data))):
+            raise NotNow
+        view = lasting(data)
+        return core.try_run(
+            lambda tx: self._write_body(tx, state, offset, view, laundered=laundered, kill=kill)
+        )[1]
+
+    async def _has_unwritten(self, state: InodeState, offset: int | None, view: memoryview) -> bool:
         """Whether a write goes to blocks that the file has, but that were never written."""
 
         def look() -> bool:

@@ -176,6 +176,39 @@ class FileSystem(RangeCalls):
         finally:
             state.release(Mode.PR)
 
+    def try_setattr(self, ino: int, changes: SetAttributes) -> Attributes:
+        """As `setattr` without a new size. Raises NotNow, like those that follow, if it would have
+        to wait."""
+        return self.inodes.try_setattr(self.core.state(ino), changes)
+
+    def try_create(
+        self, parent: int, name: bytes, mode: int, uid: int, gid: int, umask: int
+    ) -> Attributes:
+        """As `create`."""
+        birth = Birth(stat.S_IFREG | mode & 0o7777, uid, gid, umask)
+        return self.names.try_make(parent, name, birth)
+
+    def try_mkdir(
+        self, parent: int, name: bytes, mode: int, uid: int, gid: int, umask: int
+    ) -> Attributes:
+        """As `mkdir`."""
+        birth = Birth(stat.S_IFDIR | mode & 0o7777, uid, gid, umask)
+        return self.names.try_make(parent, name, birth)
+
+    def try_remove(self, parent: int, name: bytes, *, directory: bool) -> Attributes | None:
+        """As `rmdir` if it is to be a `directory`, else `unlink`."""
+        return self.names.try_remove(parent, name, directory_wanted=directory)
+
+    def try_rename(
+        self, parent: int, name: bytes, new_parent: int, new_name: bytes, flags: int
+    ) -> Attributes | None:
+        """As `rename`."""
+        return self.renames.try_rename((parent, name, new_parent, new_name), flags)
+
+    def try_write_held(self, ino: int, offset: int, data: Buffer, *, kill: bool) -> int:
+        """As `write_held`."""
+        return self.files.try_write(self.core.state(ino), offset, data, laundered=False, kill=kill)
+
     def try_getxattr(self, ino: int, name: bytes) -> bytes | None:
         """As `getxattr`, if it needs neither a message nor the disk. Raises ENODATA."""
         return self.inodes.try_getxattr(self.core.state(ino), name)

@@ -10,6 +10,14 @@
 length u64, flags u64; answer: size u32, padding u32, of COPY_FILE_RANGE_64: size u64 |
 | ioctl_in | handle u64, flags u32, command u32, argument u64, in size u32, out size u32; data |
 | ioctl_out | result i32, flags u32, in and out vectors u32; data |
+| setattr_in | fields u32, padding u32, handle u64, size u64, lock owner u64, atime, mtime, ctime \
+(seconds u64 each, then ns u32 each), mode u32, unused u32, uid u32, gid u32, unused u32 |
+| mknod_in | mode u32, device u32, umask u32, padding u32; name |
+| mkdir_in | mode u32, umask u32; name |
+| link_in | node u64; name |
+| rename_in | new directory u64; both names. rename2_in: flags u32, padding u32 before the names |
+| write_in | handle u64, offset u64, size u32, write flags u32, lock owner u64, flags u32, \
+padding u32; data. Answer: size u32, padding u32 |
 | create_in | open flags u32, mode u32, umask u32, more flags u32; name |
 | entry_out | node u64, generation u64, name and attribute timeouts (seconds u64; ns u32); attr |
 | attr_out | attribute timeout (seconds u64, ns u32), padding u32; attr |
@@ -36,6 +44,14 @@ COPY_OUT = struct.Struct("=II")
 COPY_64_OUT = struct.Struct("=Q")
 IOCTL_IN = struct.Struct("=QIIQII")
 IOCTL_OUT = struct.Struct("=iIII")
+SETATTR_IN = struct.Struct("=I4xQQQqqqIIII4xII4x")
+MKNOD_IN = struct.Struct("=IIII")
+MKDIR_IN = struct.Struct("=II")
+LINK_IN = struct.Struct("=Q")
+RENAME_IN = struct.Struct("=Q")
+RENAME2_IN = struct.Struct("=QII")
+WRITE_IN_BYTES = 40
+WRITE_OUT = struct.Struct("=II")
 CREATE_IN = struct.Struct("=IIII")
 OPEN_OUT = struct.Struct("=QIi")
 STATX_IN = struct.Struct("=IIQII")

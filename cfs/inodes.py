@@ -19,6 +19,7 @@ from cfs.cache import InodeState
 from cfs.core import Core
 from cfs.errors import CorruptionError, FsError
 from cfs.files import Files
+from cfs.immediate import Attempt
 from cfs.nodes import InodeNode
 from cfs.orphans import Orphans
 from cfs.protection import need_mutable, need_unprotected
@@ -51,6 +52,13 @@ class Inodes:
         while not done:
             done = await core.run(lambda tx: self._cut_more(tx, state))
         return attributes
+
+    def try_setattr(self, state: InodeState, changes: SetAttributes) -> Attributes:
+        """As `setattr` without a new size, at once, taking the lock itself. Raises NotNow."""
+        assert changes.size is None
+        with Attempt() as attempt:
+            attempt.hold(state, Mode.EX)
+            return self.core.try_run(lambda tx: self._setattr_body(tx, state, changes))[1]
 
     def _setattr_body(
         self, tx: Tx, state: InodeState, changes: SetAttributes

@@ -28,6 +28,7 @@ from cfs.cache import InodeState, hold_all, release_all
 from cfs.core import Core
 from cfs.errors import CorruptionError, FsError
 from cfs.files import Files
+from cfs.immediate import Attempt
 from cfs.lock_names import open_lock_name
 from cfs.nodes import InodeNode, Tree
 from cfs.orphans import Orphans
@@ -58,6 +59,14 @@ def need_new_name(name: bytes) -> None:
     need_name(name)
     if name in (b".", b".."):
         raise FsError(errno.EEXIST)
+
+
+def need_removable_name(name: bytes) -> None:
+    if name == b".":
+        raise FsError(errno.EINVAL)
+    if name == b"..":
+        raise FsError(errno.ENOTEMPTY)
+    need_name(name)
 
 
 class Names:
@@ -192,6 +201,16 @@ class Names:
         return await self._make(
             pstate, Mode.EX, lambda tx: self._make_body(tx, pstate, name, birth, content)
         )
+
+    def try_make(self, parent: int, name: bytes, birth: Birth) -> Attributes:
+        """As `make`, at once. Raises NotNow."""
+        need_new_name(name)
+        pstate = self.core.state(parent)
+        with Attempt() as attempt:
+            attempt.hold(pstate, Mode.EX)
+            made = self.core.try_run(lambda tx: self._make_body(tx, pstate, name, birth, None))
+        self.core.refill_pool_soon()
+        return made
 
     async def make_nameless(self, parent: int, birth: Birth, *, linkable: bool) -> Attributes:
         """A new regular file without a name, in the list of orphans. Nobody frees it before
@@ -392,11 +411,7 @@ class Names:
         self, parent: int, name: bytes, *, directory_wanted: bool
     ) -> Attributes | None:
         """unlink and rmdir. Returns what is left of an inode that has lost its last name."""
-        if name == b".":
-            raise FsError(errno.EINVAL)
-        if name == b"..":
-            raise FsError(errno.ENOTEMPTY)
-        need_name(name)
+        need_removable_name(name)
         core = self.core
         pstate = core.state(parent)
         while True:
@@ -422,6 +437,29 @@ class Names:
                         lock.release(Mode.EX)
             finally:
                 release_all(wants)
+
+    def try_remove(self, parent: int, name: bytes, *, directory_wanted: bool) -> Attributes | None:
+        """As `remove`, at once. Raises NotNow."""
+        need_removable_name(name)
+        core = self.core
+        pstate = core.state(parent)
+        with Attempt() as attempt:
+            attempt.hold(pstate, Mode.EX)
+            child = core.state(self._child(READER, pstate, name))
+            attempt.hold(child, Mode.EX)
+            alone = self.try_alone(child, attempt)
+            return core.try_run(
+                lambda tx: self._remove_body(tx, pstate, child, name, (directory_wanted, alone))
+            )
+
+    def try_alone(self, child: InodeState, attempt: Attempt) -> bool:
+        """As `alone`; `attempt` takes the hold of an open lock."""
+        inode = READER.inode(child)
+        if child.open_count or (inode.nlink > 1 and not inode.is_directory):
+            return False
+        if not child.sole:
+            attempt.hold(self.core.locks.get(open_lock_name(child.ino), self.core), Mode.EX)
+        return True
 
     async def alone(self, child: InodeState) -> tuple[bool, CachedLock | None]:
         """Whether the inode is about to lose its last name and no other mount has it open; its open

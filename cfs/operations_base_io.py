@@ -175,13 +175,6 @@ class OperationsBase(pyfuse3.Operations):  # type: ignore[misc]
         lock = self.fs.inode_lock(inode.number)
         return fresh, self.caches.attribute_timeout(inode, lock, inode.revision)
 
-    def answer_attributes(
-        self, inode: KernelInode, attributes: Attributes
-    ) -> pyfuse3.EntryAttributes:
-        """An answer to GETATTR or SETATTR: the newest there is, believed while the lock is here."""
-        fresh, timeout = self.current_attributes(inode, attributes)
-        return entry(fresh, attribute_timeout_s=timeout, name_timeout_s=0.0)
-
     def buried(self, last: Attributes | None) -> None:
         """An inode has lost its last name here (None: none has)."""
         if last is not None:

@@ -1,4 +1,4 @@
-"""Handlers of data: open, read, write, and what makes it durable.
+"""Handlers of data: read, write, and what makes it durable.
 
 A READ or WRITE through the page cache takes the inode's lock itself, as a waiter that a revocation
 can serve or go around (`KernelCaches.hold`), because the kernel may keep pages locked for it. What
@@ -8,14 +8,13 @@ ever filled at the end of file that the kernel believes in) goes through the cor
 
 from __future__ import annotations
 
-import errno
 import logging
 import os
 import time
 
 import trio
 
-from cfs.attributes import SetAttributes
+from cfs import fuse_layout
 from cfs.errors import FsError
 from cfs.filesystem import FileSystem
 from cfs.kernel_cache import PAGE_BYTES, KernelInode, Waiter
@@ -24,8 +23,8 @@ from cfs.mount_fuse_io import pyfuse3
 from cfs.mount_interrupt_io import RequestWaits
 from cfs.operations_base_io import Handle, handler
 from cfs.operations_extension_io import Extension
-from cfs.operations_locks_io import LockOperations
-from cfs.protection import need_openable
+from cfs.operations_open_io import OpenOperations
+from cluster.device import Buffer
 from cluster.locks import CachedLock, Mode
 from native.requests import Opcode, Request
 
@@ -34,6 +33,8 @@ log = logging.getLogger("cfs.operations")
 READ_BYTES_MAX = 512 << 20
 """Data of READs being answered; above it further ones wait (their lock held, their turn near)."""
 SYNC_BIT = os.O_SYNC & ~os.O_DSYNC
+WAITING_FLAGS = os.O_APPEND | os.O_DSYNC | os.O_SYNC
+"""Of an open file: its writes wait, or need more than the lock."""
 WRITE_BYTES_MAX = 1 << 20
 SPLIT_BYTES_MIN = WRITE_BYTES_MAX - PAGE_BYTES
 SPLIT_WAIT_S = 0.05
@@ -61,102 +62,21 @@ class Admission:
             self._queue.pop(0).set()
 
 
-class DataOperations(LockOperations):
-    """open, read, write, fsync, flush, release."""
-
-    mmap_coherent = True
+class DataOperations(OpenOperations):
+    """read, write, fsync, flush."""
 
     def __init__(self, fs: FileSystem, caches: KernelCaches, waits: RequestWaits) -> None:
         super().__init__(fs, caches, waits)
         self.admission = Admission(READ_BYTES_MAX)
         self.launder_waits = 0
 
-    async def open_handle(
-        self, inode: KernelInode, flags: int, *, kill: bool = False
-    ) -> pyfuse3.FileInfo:
-        """Open an inode that the kernel knows; the answer follows without a checkpoint. `kill`:
-        who truncates may not keep set-user-id and set-group-id."""
-        number = inode.number
-        if not self.fs.try_open_ref(number):
-            await self.fs.open_ref(number)
-        try:
-            if flags & (os.O_ACCMODE | os.O_TRUNC):
-                found = self.fs.try_getattr(number) or await self.fs.getattr(number)
-                appends = flags & (os.O_APPEND | os.O_TRUNC) == os.O_APPEND
-                need_openable(found.flags, writes=True, appends=appends)
-            if flags & os.O_TRUNC:
-                await self.truncate(inode, SetAttributes(size=0, kill_privileges=kill))
-                await self.caches.attributes_settled(inode)
-            handle = self.add_handle(inode, self.fs.inode_lock(number), flags)
-        except BaseException:
-            self.fs.close_ref(number)
-            raise
-        handle.losses_heard = self.fs.error_mark(number)
-        handle.uncached = bool(flags & os.O_APPEND)
-        if flags & os.O_ACCMODE == os.O_RDWR:
-            if self.mmap_coherent:
-                await self._start_shared_writing(handle)
-            else:
-                handle.uncached = True
-        return pyfuse3.FileInfo(
-            fh=pyfuse3.FileHandleT(handle.number), direct_io=handle.uncached, keep_cache=True
-        )
-
-    async def _start_shared_writing(self, handle: Handle) -> None:
-        """From now on the inode's pages are valid only under EX (rule G5). Those that are cached
-        under PR stay valid if the lock goes up without having gone down; if it does go down
-        first, the revocation drops them because `writers` is up. Pages of holes go in any case: a
-        store into them would find no block reserved."""
-        inode, lock = handle.inode, handle.lock
-        handle.shared_writer = True
-        inode.writers += 1
-        try:
-            if not lock.try_hold(Mode.EX):
-                await lock.hold(Mode.EX)
-            try:
-                if inode.writers == 1 and inode.pages:
-                    start, end = inode.pages.spans[0][0], inode.pages.spans[-1][1]
-                    if await self.fs.has_holes_held(inode.number, start, end):
-                        await self.caches.drop_all_pages(inode.number)
-            finally:
-                lock.release(Mode.EX)
-        except BaseException:
-            self.drop_handle(handle.number)
-            self.fs.close_ref(inode.number)
-            raise
-
-    @handler
-    async def open(
-        self, inode: pyfuse3.InodeT, flags: pyfuse3.FlagT, ctx: pyfuse3.RequestContext
-    ) -> pyfuse3.FileInfo:
-        kill = self.request.kills_privileges
-        info = await self.open_handle(self.known(inode), flags, kill=kill)
-        self.stop_if_opened_in_vain(info.fh)
-        return info
-
-    def stop_if_opened_in_vain(self, fh: pyfuse3.FileHandleT) -> None:
-        """Raise if the caller was killed: the kernel will never release the handle."""
-        if self.waits.abandoned_now():
-            self._close(fh)
-            raise FsError(errno.EINTR, "the caller was killed")
-
-    @handler
-    async def release(self, fh: pyfuse3.FileHandleT) -> None:
-        self._close(fh, self.request)
-
-    def _close(self, fh: pyfuse3.FileHandleT, request: Request | None = None) -> None:
-        handle = self.drop_handle(fh)
-        if request is not None:
-            self.released(handle.inode.number, request)
-        if handle.appending is not None:
-            handle.appending.cancel()
-            handle.lock.release(Mode.EX)
-        self.fs.close_ref(handle.inode.number)
-
     # -- what became of written data -----------------------------------------------------------
 
     def data_extensions(self) -> dict[Opcode, Extension]:
-        return {Opcode.FLUSH: Extension(self._flush, self._try_flush)}
+        return {
+            Opcode.FLUSH: Extension(self._flush, self._try_flush),
+            Opcode.WRITE: Extension(self._write, self._try_write),
+        }
 
     def _try_flush(self, request: Request, body: bytes) -> bytes:
         """close() waits for nothing, and tells of data that was lost by now."""
@@ -238,17 +158,38 @@ class DataOperations(LockOperations):
 
     # -- writing -------------------------------------------------------------------------------
 
-    @handler
-    async def write(self, fh: pyfuse3.FileHandleT, off: int, buf: bytes) -> int:
-        request = self.request
-        if request.laundered:
-            return await self._launder(self.known(pyfuse3.InodeT(request.inode)), off, buf)
-        handle = self.handles[fh]
-        written = await self._write(handle, request, off, buf)
-        await self.caches.attributes_settled(handle.inode)
-        return written
+    def _try_write(self, request: Request, body: bytes) -> bytes | None:
+        """The common case: through the page cache, under a lock that is here."""
+        if request.laundered or request.past_cache or request.flags & WAITING_FLAGS:
+            return None
+        inode = self.handles[request.handle].inode
+        lock = self.fs.inode_lock(inode.number)
+        # `filled`: pages were invalidated, and this WRITE may be near that.
+        if inode.revoking or inode.filled or not lock.try_hold(Mode.EX):
+            return None
+        off, buf = request.offset, memoryview(body)[fuse_layout.WRITE_IN_BYTES :]
+        try:
+            kill = request.kills_privileges
+            if kill and (seen := self.fs.try_getattr(inode.number)) and seen.mode & 0o6000:
+                return None  # the kernel has to be told before the answer
+            written = self.fs.try_write_held(inode.number, off, buf, kill=kill)
+            inode.note_write(off, off + len(buf))
+            inode.pages.add(off, off + len(buf))
+        finally:
+            lock.release(Mode.EX)
+        return fuse_layout.WRITE_OUT.pack(written, 0)
 
-    async def _write(self, handle: Handle, request: Request, off: int, buf: bytes) -> int:
+    async def _write(self, request: Request, body: bytes) -> bytes:
+        off, buf = request.offset, memoryview(body)[fuse_layout.WRITE_IN_BYTES :]
+        if request.laundered:
+            written = await self._launder(self.known(request.inode), off, buf)
+        else:
+            handle = self.handles[request.handle]
+            written = await self._write_by(handle, request, off, buf)
+            await self.caches.attributes_settled(handle.inode)
+        return fuse_layout.WRITE_OUT.pack(written, 0)
+
+    async def _write_by(self, handle: Handle, request: Request, off: int, buf: Buffer) -> int:
         inode = handle.inode
         flags, kill = request.flags, request.kills_privileges
         if flags & os.O_APPEND:
@@ -268,7 +209,7 @@ class DataOperations(LockOperations):
         return written
 
     async def _write_past_cache(
-        self, handle: Handle, flags: int, off: int, buf: bytes, kill: bool
+        self, handle: Handle, flags: int, off: int, buf: Buffer, kill: bool
     ) -> int:
         inode = handle.inode
         direct = bool(flags & os.O_DIRECT)
@@ -286,7 +227,7 @@ class DataOperations(LockOperations):
             await self.sync_written(handle, flags)
         return written
 
-    async def _append(self, handle: Handle, flags: int, off: int, buf: bytes, kill: bool) -> int:
+    async def _append(self, handle: Handle, flags: int, off: int, buf: Buffer, kill: bool) -> int:
         """Write at the true end of file, whatever the kernel believes that to be."""
         inode, lock = handle.inode, handle.lock
         if handle.appending is not None:
@@ -336,7 +277,7 @@ class DataOperations(LockOperations):
         inode: KernelInode,
         lock: CachedLock,
         off: int,
-        buf: bytes,
+        buf: Buffer,
         *,
         laundered: bool = False,
         kill: bool = False,
@@ -351,7 +292,7 @@ class DataOperations(LockOperations):
             lock.release(Mode.EX)
             self.caches.served_one(inode)
 
-    async def _launder(self, inode: KernelInode, off: int, buf: bytes) -> int:
+    async def _launder(self, inode: KernelInode, off: int, buf: Buffer) -> int:
         """The kernel writes dirty pages of a shared mapping back; if this failed they would be
         lost, and whoever invalidates them waits for it. It is only buffered."""
         lock = self.fs.inode_lock(inode.number)

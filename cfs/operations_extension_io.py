@@ -1,9 +1,9 @@
-"""Requests that pyfuse3 and libfuse do not know, or of which they lose arguments.
+"""Requests that pyfuse3 and libfuse do not know, lose arguments of, or are too slow for.
 
-The session extension takes them out as they are read (`native.fuse.divert`); each is answered by a
-task of its own, with the same account of callers and errors as pyfuse3's handlers. A handler gets
-the parsed request and the bytes behind its header (layouts: linux/fuse.h), and returns the bytes of
-the answer. It raises FsError for an error.
+The session extension takes them out as they are read (`native.fuse.divert`); what has to wait is
+answered by a task of its own, with the same account of callers and errors as pyfuse3's handlers. A
+handler gets the parsed request and the bytes behind its header (layouts: linux/fuse.h), and returns
+the bytes of the answer. It raises FsError for an error.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import trio
 
 from cfs.mount_fuse_io import fuse
 from cfs.operations_base_io import OperationsBase
+from cfs.transaction import NotNow
 from native.requests import Opcode, Request
 
 log = logging.getLogger("cfs.operations")
@@ -26,12 +27,21 @@ Handler = Callable[[Request, bytes], Awaitable[bytes]]
 _OPCODES = [Opcode(number) if number in set(Opcode) else None for number in range(64)]
 
 
+class Later(Exception):
+    """Raised by `Extension.try_now` when a part is done and the rest has to wait."""
+
+    def __init__(self, handle: Handler) -> None:
+        super().__init__()
+        self.handle = handle
+
+
 class Extension(NamedTuple):
     """How one operation is answered."""
 
     handle: Handler
     try_now: Callable[[Request, bytes], bytes | None] | None = None
-    """The answer if it needs no waiting at all; None: `handle` is asked. May raise FsError."""
+    """The answer if it needs no waiting at all; None or NotNow: nothing is done, and `handle` is
+    asked. May raise FsError, or Later."""
 
 
 class Extensions:
@@ -60,9 +70,14 @@ class Extensions:
         counters = self._operations.counters
         counters[name] = counters.get(name, 0) + 1
         assert extension is not None
+        handle = extension.handle
         if extension.try_now is not None:
             try:
                 data = extension.try_now(request, body)
+            except NotNow:
+                data = None
+            except Later as later:
+                data, handle = None, later.handle
             except Exception as error:
                 self._reply(name, request, self._operations.errno_of(name, error))
                 return
@@ -70,14 +85,14 @@ class Extensions:
                 self._reply(name, request, 0, data)
                 return
         assert self._nursery is not None, "requests are read before `run` has started"
-        self._nursery.start_soon(self._answer, name, extension, request, body, name=name)
+        self._nursery.start_soon(self._answer, name, handle, request, body, name=name)
 
-    async def _answer(self, name: str, extension: Extension, request: Request, body: bytes) -> None:
+    async def _answer(self, name: str, handle: Handler, request: Request, body: bytes) -> None:
         operations = self._operations
         task = trio.lowlevel.current_task()
         operations.waits.requests[task] = request
         try:
-            data, error = await extension.handle(request, body), 0
+            data, error = await handle(request, body), 0
         except Exception as failure:
             data, error = b"", operations.errno_of(name, failure)
         finally:

@@ -1,4 +1,4 @@
-"""Single inodes, taken past libfuse: statx with the time of birth, O_TMPFILE, flags by ioctl."""
+"""Single inodes, past libfuse: setattr, statx with the time of birth, O_TMPFILE, flags by ioctl."""
 
 from __future__ import annotations
 
@@ -13,13 +13,30 @@ from cfs.attributes import (
     FLAG_NOATIME,
     FLAG_NODUMP,
     FLAGS_SETTABLE,
+    NOW,
     Attributes,
+    SetAttributes,
 )
 from cfs.errors import FsError
+from cfs.fuse_layout import NS_PER_S
 from cfs.kernel_cache import KernelInode
 from cfs.operations_data_io import DataOperations
 from cfs.operations_extension_io import Extension
-from native.requests import Opcode, Request
+from native.requests import (
+    SETATTR_ATIME,
+    SETATTR_ATIME_NOW,
+    SETATTR_CTIME,
+    SETATTR_GID,
+    SETATTR_MODE,
+    SETATTR_MTIME,
+    SETATTR_MTIME_NOW,
+    SETATTR_SIZE,
+    SETATTR_UID,
+    Opcode,
+    Request,
+)
+
+PERMISSION_BITS = 0o7777
 
 FS_IOC_GETFLAGS = 0x80086601
 FS_IOC_SETFLAGS = 0x40086602
@@ -33,10 +50,11 @@ XFLAGS = {FLAG_IMMUTABLE: 0x8, FLAG_APPEND: 0x10, FLAG_NOATIME: 0x40, FLAG_NODUM
 
 
 class InodeOperations(DataOperations):
-    """statx, tmpfile, ioctl."""
+    """setattr, statx, tmpfile, ioctl."""
 
     def inode_extensions(self) -> dict[Opcode, Extension]:
         return {
+            Opcode.SETATTR: Extension(self._setattr, self._try_setattr),
             Opcode.STATX: Extension(self._statx, self._try_statx),
             Opcode.TMPFILE: Extension(self._tmpfile),
             Opcode.IOCTL: Extension(self._ioctl),
@@ -57,6 +75,51 @@ class InodeOperations(DataOperations):
         attributes, timeout = self.current_attributes(account, attributes)
         return fuse_layout.encode_statx(attributes, timeout)
 
+    # -- setattr ---------------------------------------------------------------------------------
+
+    @staticmethod
+    def _changes(request: Request, body: bytes) -> SetAttributes:
+        (
+            valid, _, size, _, atime_s, mtime_s, ctime_s, atime_ns, mtime_ns, ctime_ns,
+            mode, uid, gid,
+        ) = fuse_layout.SETATTR_IN.unpack_from(body)  # fmt: skip
+
+        def time(given: int, now: int, seconds: int, ns: int) -> int | None:
+            if not valid & given:
+                return None
+            return NOW if valid & now else seconds * NS_PER_S + ns
+
+        return SetAttributes(
+            size=size if valid & SETATTR_SIZE else None,
+            mode=mode & PERMISSION_BITS if valid & SETATTR_MODE else None,
+            uid=uid if valid & SETATTR_UID else None,
+            gid=gid if valid & SETATTR_GID else None,
+            atime_ns=time(SETATTR_ATIME, SETATTR_ATIME_NOW, atime_s, atime_ns),
+            mtime_ns=time(SETATTR_MTIME, SETATTR_MTIME_NOW, mtime_s, mtime_ns),
+            ctime_ns=time(SETATTR_CTIME, 0, ctime_s, ctime_ns),
+            kill_privileges=request.kills_privileges,
+        )
+
+    def _try_setattr(self, request: Request, body: bytes) -> bytes | None:
+        changes = self._changes(request, body)
+        if changes.size is not None:
+            return None
+        account = self.known(request.inode)
+        return self._attributes_out(account, self.fs.try_setattr(account.number, changes))
+
+    async def _setattr(self, request: Request, body: bytes) -> bytes:
+        changes = self._changes(request, body)
+        account = self.known(request.inode)
+        if changes.size is not None:
+            changed = await self.truncate(account, changes)
+        else:
+            changed = await self.fs.setattr(account.number, changes)
+        return self._attributes_out(account, changed)
+
+    def _attributes_out(self, account: KernelInode, changed: Attributes) -> bytes:
+        fresh, timeout = self.current_attributes(account, changed)
+        return fuse_layout.encode_attr_out(fresh, timeout)
+
     # -- O_TMPFILE ---------------------------------------------------------------------------------
 
     async def _tmpfile(self, request: Request, body: bytes) -> bytes:
@@ -68,7 +131,7 @@ class InodeOperations(DataOperations):
         inode = self.caches.know(made.ino, made.generation, directory=False)
         inode.lookups += 1
         try:
-            info = await self.open_handle(inode, flags & ~os.O_TRUNC)
+            handle = await self.open_handle(inode, flags & ~os.O_TRUNC)
         except BaseException:
             inode.lookups -= 1
             self.caches.drop_if_unused(inode)
@@ -76,13 +139,10 @@ class InodeOperations(DataOperations):
         finally:
             self.fs.close_ref(made.ino)
         attributes, timeout = self.current_attributes(inode, made)
-        opened = (info.direct_io and fuse_layout.FOPEN_DIRECT_IO) | (
-            info.keep_cache and fuse_layout.FOPEN_KEEP_CACHE
-        )
         entry = fuse_layout.encode_entry(
             attributes, inode.node, attribute_timeout_s=timeout, name_timeout_s=0.0
         )
-        return entry + fuse_layout.OPEN_OUT.pack(info.fh, opened, 0)
+        return entry + self.encode_opened(handle)
 
     # -- flags -----------------------------------------------------------------------------------
 

@@ -37,7 +37,7 @@ class LookupOperations(OperationsBase):
             attributes = self.fs.try_lookup(parent.number, body[:-1])
         except FsError as error:
             return self._absent(parent, revision, error)
-        return None if attributes is None else self._entry(parent, revision, attributes)
+        return None if attributes is None else self.encode_named(parent, revision, attributes)
 
     async def _lookup(self, request: Request, body: bytes) -> bytes:
         parent = self.known(request.inode)
@@ -47,7 +47,7 @@ class LookupOperations(OperationsBase):
             self.stop_if_abandoned(request.unique)
         except FsError as error:
             return self._absent(parent, revision, error)
-        return self._entry(parent, revision, attributes)
+        return self.encode_named(parent, revision, attributes)
 
     def name_timeout(self, parent: KernelInode, revision: int) -> float:
         """How long a name in `parent` may be believed, in seconds; `revision`: as it was before the
@@ -61,7 +61,7 @@ class LookupOperations(OperationsBase):
             raise error
         return fuse_layout.encode_absent(timeout)
 
-    def _entry(self, parent: KernelInode, revision: int, attributes: Attributes) -> bytes:
+    def encode_named(self, parent: KernelInode, revision: int, attributes: Attributes) -> bytes:
         """The answer that makes the kernel know an inode: counted until it is forgotten."""
         inode, attributes, timeout = self.count_entry(attributes)
         return fuse_layout.encode_entry(

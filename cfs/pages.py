@@ -138,7 +138,7 @@ class DirtyPages:
     async def room(self, size: int) -> None:
         """Wait while there is too much unwritten data; first come, first served. The caller may
         then bring `size` bytes, and calls `settled` when it has, or will not."""
-        if self._room or not self._fits(size):
+        if not self.has_room(size):
             self._start_write_back()
             event = self._runtime.event()
             entry = (size, event)
@@ -154,6 +154,10 @@ class DirtyPages:
                 raise
         else:
             self._promised += size
+
+    def has_room(self, size: int) -> bool:
+        """Whether `size` bytes may come now, before anybody who waits."""
+        return not self._room and self._fits(size)
 
     def settled(self, size: int) -> None:
         """What `room` promised is in the buffer, or is not needed."""

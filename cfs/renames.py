@@ -15,11 +15,12 @@ from cfs.attributes import LINKS_MAX, RENAME_EXCHANGE, RENAME_NOREPLACE, Attribu
 from cfs.cache import InodeState, hold_all, release_all
 from cfs.core import Core
 from cfs.errors import FsError
+from cfs.immediate import Attempt
 from cfs.lock_names import RENAME_LOCK
 from cfs.names import Names, need_name
 from cfs.nodes import InodeNode
 from cfs.protection import need_mutable, need_unprotected
-from cfs.transaction import READER, Changed, Tx
+from cfs.transaction import READER, Changed, NotNow, Tx
 from cluster.locks import CachedLock, Mode
 
 RENAME_DEPTH_MAX = 4096
@@ -47,15 +48,8 @@ class Renames:
 
     async def rename(self, places: tuple[int, bytes, int, bytes], flags: int) -> Attributes | None:
         """Returns what is left of an inode that has lost its last name."""
-        parent, name, new_parent, new_name = places
-        if flags not in (0, RENAME_NOREPLACE, RENAME_EXCHANGE):
-            raise FsError(errno.EINVAL)
-        for each in (name, new_name):
-            if each in (b".", b".."):
-                raise FsError(errno.EBUSY)
-            need_name(each)
         core = self.core
-        here = Places(core.state(parent), name, core.state(new_parent), new_name)
+        here = self._places(places, flags)
         rename_lock: CachedLock | None = None
         try:
             while True:
@@ -75,6 +69,44 @@ class Renames:
         finally:
             if rename_lock is not None:
                 rename_lock.release(Mode.EX)
+
+    def try_rename(self, places: tuple[int, bytes, int, bytes], flags: int) -> Attributes | None:
+        """As `rename`, at once. Raises NotNow."""
+        core, names = self.core, self.names
+        here = self._places(places, flags)
+        with Attempt() as attempt:
+            attempt.hold(here.old, Mode.EX)
+            attempt.hold(here.new, Mode.EX)
+            source = names.find(READER, here.old, here.name)
+            if source is None:
+                raise FsError(errno.ENOENT)
+            target = names.find(READER, here.new, here.new_name) or (0, *NOTHING)
+            if self._moving(here, source[1:], target[1:], flags):
+                raise NotNow
+            found = source[1], target[1]
+            for ino in set(found) - {0, here.old.ino, here.new.ino}:
+                attempt.hold(core.state(ino), Mode.EX)
+            alone = False
+            if self._replaces(here, found, flags):
+                alone = names.try_alone(core.state(target[1]), attempt)
+            return core.try_run(lambda tx: self._body(tx, here, found, flags, alone))
+
+    def _places(self, places: tuple[int, bytes, int, bytes], flags: int) -> Places:
+        """Raises FsError for names and flags that make no sense."""
+        parent, name, new_parent, new_name = places
+        if flags not in (0, RENAME_NOREPLACE, RENAME_EXCHANGE):
+            raise FsError(errno.EINVAL)
+        for each in (name, new_name):
+            if each in (b".", b".."):
+                raise FsError(errno.EBUSY)
+            need_name(each)
+        core = self.core
+        return Places(core.state(parent), name, core.state(new_parent), new_name)
+
+    @staticmethod
+    def _replaces(here: Places, found: tuple[int, int], flags: int) -> bool:
+        """Whether the inode at the new name loses it."""
+        return found[1] not in (0, here.old.ino, found[0]) and not flags & RENAME_EXCHANGE
 
     @staticmethod
     def _moving(here: Places, source: Entry, target: Entry, flags: int) -> list[tuple[int, int]]:
@@ -133,8 +165,7 @@ class Renames:
         await hold_all(wants)
         try:
             alone, lock = False, None
-            replaces = found[1] not in (0, here.old.ino, found[0])
-            if replaces and not flags & RENAME_EXCHANGE:
+            if self._replaces(here, found, flags):
                 alone, lock = await self.names.alone(states[found[1]])
             try:
                 return await core.run(lambda tx: self._body(tx, here, found, flags, alone))

@@ -57,6 +57,10 @@ class NeedInodes(Exception):
     """No inode is prepared; the caller lets its inode locks go before it prepares more."""
 
 
+class NotNow(Exception):
+    """Something has to be waited for; nothing was done."""
+
+
 class Changed(Exception):
     """What was looked up before the locks were taken is no longer so: begin anew."""
 

@@ -202,7 +202,8 @@ def divert(opcodes: Iterable[Opcode]) -> None:
 
 NOTHING = -1
 FOR_LIBFUSE = -2
-MESSAGE_BYTES_MAX = 1 << 20
+MESSAGE_BYTES_MAX = (1 << 20) + 4096 - 40
+"""Of the body of a message: the largest WRITE and what stands before its data."""
 
 _message = memoryview(ffi.buffer(lib.native_fuse_message(), MESSAGE_BYTES_MAX))
 

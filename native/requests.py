@@ -96,6 +96,13 @@ WRITE_LOCKOWNER = 1 << 1
 page fault, read-ahead, a buffered write) comes without, whatever the flags of its descriptor."""
 WRITE_KILL_SUIDGID = 1 << 2
 OPEN_KILL_SUIDGID = 1 << 0
+SETATTR_MODE = 1 << 0
+SETATTR_UID = 1 << 1
+SETATTR_GID = 1 << 2
+SETATTR_SIZE = 1 << 3
+SETATTR_ATIME = 1 << 4
+SETATTR_MTIME = 1 << 5
+SETATTR_CTIME = 1 << 10
 SETATTR_ATIME_NOW = 1 << 7
 SETATTR_MTIME_NOW = 1 << 8
 SETATTR_KILL_SUIDGID = 1 << 11

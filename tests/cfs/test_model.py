@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import stat
 
 import trio
@@ -11,6 +12,8 @@ from hypothesis import strategies as st
 from cfs.attributes import RENAME_EXCHANGE, MountOptions, SetAttributes
 from cfs.errors import FsError
 from cfs.filesystem import FileSystem
+from cfs.transaction import NotNow
+from cluster.locks import Mode
 from tests.cfs.harness import QUIET, fsck, make_device, mounted, tree_of
 
 NAMES = [b"a", b"b", b"c", b"d" * 200, b"e" * 255]
@@ -176,8 +179,35 @@ async def resolve(fs: FileSystem, path: Path) -> int:
     return ino
 
 
+def attempt(fs: FileSystem, kind: str, parent: int, path: Path, rest: tuple[object, ...]) -> None:
+    """The operations that can be tried at once. Raises NotNow: nothing is done."""
+    if kind == "create":
+        fs.try_create(parent, path[-1], 0o644, 0, 0, 0)
+    elif kind == "mkdir":
+        fs.try_mkdir(parent, path[-1], 0o755, 0, 0, 0)
+    elif kind in ("unlink", "rmdir"):
+        fs.try_remove(parent, path[-1], directory=kind == "rmdir")
+    elif kind in ("rename", "exchange"):
+        new_parent, new_name = rest
+        flags = RENAME_EXCHANGE if kind == "exchange" else 0
+        fs.try_rename(parent, path[-1], new_parent, new_name, flags)  # type: ignore[arg-type]
+    else:
+        raise NotNow
+
+
+def attempt_write(fs: FileSystem, ino: int, offset: int, data: bytes) -> None:
+    """A write at once. Raises NotNow: nothing is done."""
+    lock = fs.inode_lock(ino)
+    if not lock.try_hold(Mode.EX):
+        raise NotNow
+    try:
+        assert fs.try_write_held(ino, offset, data, kill=True) == len(data)
+    finally:
+        lock.release(Mode.EX)
+
+
 async def apply(fs: FileSystem, kind: str, *how: object) -> None:
-    """One operation by path."""
+    """One operation by path. Those on paths of odd length are tried at once first."""
     if kind in ("sync", "remount"):
         await fs.sync()
         return
@@ -190,7 +220,13 @@ async def apply(fs: FileSystem, kind: str, *how: object) -> None:
             raise FsError(21)
         if kind == "write":
             offset, size, direct = rest
-            await fs.write(ino, offset, pattern(offset, size), direct=direct)  # type: ignore[arg-type]
+            data = pattern(offset, size)  # type: ignore[arg-type]
+            try:
+                if direct or not len(path) % 2:
+                    raise NotNow
+                attempt_write(fs, ino, offset, data)  # type: ignore[arg-type]
+            except NotNow:
+                await fs.write(ino, offset, data, direct=direct)  # type: ignore[arg-type]
         elif kind == "append":
             data = pattern(attributes.size, rest[0])  # type: ignore[arg-type]
             await fs.write(ino, 0, data, append=True)
@@ -202,6 +238,13 @@ async def apply(fs: FileSystem, kind: str, *how: object) -> None:
         await fs.link(await resolve(fs, path), await resolve(fs, new[:-1]), new[-1])
         return
     parent = await resolve(fs, path[:-1])
+    if kind in ("rename", "exchange"):
+        new = rest[0]  # type: ignore[assignment]
+        rest = (await resolve(fs, new[:-1]), new[-1])
+    if len(path) % 2:
+        with contextlib.suppress(NotNow):
+            attempt(fs, kind, parent, path, rest)
+            return
     if kind == "create":
         await fs.create(parent, path[-1], 0o644, 0, 0)
     elif kind == "mkdir":
@@ -213,9 +256,8 @@ async def apply(fs: FileSystem, kind: str, *how: object) -> None:
     elif kind == "rmdir":
         await fs.rmdir(parent, path[-1])
     else:
-        new = rest[0]  # type: ignore[assignment]
         flags = RENAME_EXCHANGE if kind == "exchange" else 0
-        await fs.rename(parent, path[-1], await resolve(fs, new[:-1]), new[-1], flags)
+        await fs.rename(parent, path[-1], *rest, flags)  # type: ignore[arg-type]
 
 
 async def both(fs: FileSystem, model: Model, operation: tuple[object, ...]) -> None:

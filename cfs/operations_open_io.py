@@ -1,0 +1,205 @@
+"""Open files and directories, taken past libfuse: open, release, opendir, releasedir.
+
+The answer to an open follows without a checkpoint, so that no revocation comes between.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+
+from cfs import fuse_layout
+from cfs.attributes import SetAttributes
+from cfs.errors import FsError
+from cfs.kernel_cache import KernelInode
+from cfs.operations_base_io import Handle
+from cfs.operations_extension_io import Extension
+from cfs.operations_locks_io import LockOperations
+from cfs.protection import need_openable
+from cfs.transaction import NotNow
+from cluster.locks import Mode
+from native.requests import Opcode, Request
+
+
+class OpenOperations(LockOperations):
+    """open, release, opendir, releasedir."""
+
+    mmap_coherent = True
+
+    def open_extensions(self) -> dict[Opcode, Extension]:
+        return {
+            Opcode.OPEN: Extension(self._open, self._try_open),
+            Opcode.RELEASE: Extension(self._release, self._try_release),
+            Opcode.OPENDIR: Extension(self._opendir, self._try_opendir),
+            Opcode.RELEASEDIR: Extension(self._release, self._try_releasedir),
+        }
+
+    def encode_opened(self, handle: Handle) -> bytes:
+        """`fuse_open_out`."""
+        flags = fuse_layout.FOPEN_KEEP_CACHE
+        if handle.uncached:
+            flags |= fuse_layout.FOPEN_DIRECT_IO
+        return fuse_layout.OPEN_OUT.pack(handle.number, flags, 0)
+
+    # -- files -------------------------------------------------------------------------------------
+
+    def _try_open(self, request: Request, body: bytes) -> bytes | None:
+        handle = self.try_open_handle(self.known(request.inode), request.flags)
+        return None if handle is None else self.encode_opened(handle)
+
+    async def _open(self, request: Request, body: bytes) -> bytes:
+        account = self.known(request.inode)
+        handle = await self.open_handle(account, request.flags, kill=request.kills_privileges)
+        self.stop_if_opened_in_vain(request, handle)
+        return self.encode_opened(handle)
+
+    def try_open_handle(self, inode: KernelInode, flags: int) -> Handle | None:
+        """`open_handle` if nothing has to be waited for: no message, no page to drop."""
+        number = inode.number
+        shared = flags & os.O_ACCMODE == os.O_RDWR and self.mmap_coherent
+        if flags & os.O_TRUNC or (shared and not inode.writers and inode.pages):
+            return None
+        if not self.fs.try_open_ref(number):
+            return None
+        lock = self.fs.inode_lock(number)
+        try:
+            if flags & os.O_ACCMODE:
+                found = self.fs.try_getattr(number)
+                if found is None:
+                    raise NotNow
+                need_openable(found.flags, writes=True, appends=bool(flags & os.O_APPEND))
+            if shared and not lock.try_hold(Mode.EX):
+                raise NotNow
+            handle = self._new_handle(inode, flags)
+        except NotNow:
+            self.fs.close_ref(number)
+            return None
+        except BaseException:
+            self.fs.close_ref(number)
+            raise
+        if shared:
+            handle.shared_writer = True
+            inode.writers += 1
+            lock.release(Mode.EX)
+        return handle
+
+    async def open_handle(self, inode: KernelInode, flags: int, *, kill: bool = False) -> Handle:
+        """Open an inode that the kernel knows; the answer follows without a checkpoint. `kill`:
+        who truncates may not keep set-user-id and set-group-id."""
+        number = inode.number
+        if not self.fs.try_open_ref(number):
+            await self.fs.open_ref(number)
+        try:
+            if flags & (os.O_ACCMODE | os.O_TRUNC):
+                found = self.fs.try_getattr(number) or await self.fs.getattr(number)
+                appends = flags & (os.O_APPEND | os.O_TRUNC) == os.O_APPEND
+                need_openable(found.flags, writes=True, appends=appends)
+            if flags & os.O_TRUNC:
+                await self.truncate(inode, SetAttributes(size=0, kill_privileges=kill))
+                await self.caches.attributes_settled(inode)
+            handle = self._new_handle(inode, flags)
+        except BaseException:
+            self.fs.close_ref(number)
+            raise
+        if flags & os.O_ACCMODE == os.O_RDWR and self.mmap_coherent:
+            await self._start_shared_writing(handle)
+        return handle
+
+    def _new_handle(self, inode: KernelInode, flags: int) -> Handle:
+        handle = self.add_handle(inode, self.fs.inode_lock(inode.number), flags)
+        handle.losses_heard = self.fs.error_mark(inode.number)
+        shared = flags & os.O_ACCMODE == os.O_RDWR
+        handle.uncached = bool(flags & os.O_APPEND) or (shared and not self.mmap_coherent)
+        return handle
+
+    async def _start_shared_writing(self, handle: Handle) -> None:
+        """From now on the inode's pages are valid only under EX (rule G5). Those that are cached
+        under PR stay valid if the lock goes up without having gone down; if it does go down
+        first, the revocation drops them because `writers` is up. Pages of holes go in any case: a
+        store into them would find no block reserved."""
+        inode, lock = handle.inode, handle.lock
+        handle.shared_writer = True
+        inode.writers += 1
+        try:
+            if not lock.try_hold(Mode.EX):
+                await lock.hold(Mode.EX)
+            try:
+                if inode.writers == 1 and inode.pages:
+                    start, end = inode.pages.spans[0][0], inode.pages.spans[-1][1]
+                    if await self.fs.has_holes_held(inode.number, start, end):
+                        await self.caches.drop_all_pages(inode.number)
+            finally:
+                lock.release(Mode.EX)
+        except BaseException:
+            self.drop_handle(handle.number)
+            self.fs.close_ref(inode.number)
+            raise
+
+    def stop_if_opened_in_vain(self, request: Request, handle: Handle) -> None:
+        """Raise if the caller was killed: the kernel will never release the handle."""
+        if self.waits.is_abandoned(request.unique):
+            self._close(handle.number)
+            raise FsError(errno.EINTR, "the caller was killed")
+
+    def _try_release(self, request: Request, body: bytes) -> bytes:
+        self._close(request.handle, request)
+        return b""
+
+    async def _release(self, request: Request, body: bytes) -> bytes:
+        raise AssertionError("a release never waits")
+
+    def _close(self, number: int, request: Request | None = None) -> None:
+        handle = self.drop_handle(number)
+        if request is not None:
+            self.released(handle.inode.number, request)
+        if handle.appending is not None:
+            handle.appending.cancel()
+            handle.lock.release(Mode.EX)
+        self.fs.close_ref(handle.inode.number)
+
+    # -- directories -----------------------------------------------------------------------------
+
+    def _try_opendir(self, request: Request, body: bytes) -> bytes | None:
+        account = self.known(request.inode)
+        if not self.fs.try_open_ref(account.number):
+            return None
+        return self._opened_directory(account)
+
+    async def _opendir(self, request: Request, body: bytes) -> bytes:
+        account = self.known(request.inode)
+        try:
+            await self.fs.open_ref(account.number)
+        except FsError as error:
+            if error.errno != errno.ESTALE or account.remains is None:
+                raise
+            handle = self.add_handle(account, self.fs.inode_lock(account.number), 0)
+            handle.removed = True
+            return self._encode_opened_directory(handle)
+        answer = self._opened_directory(account)
+        if self.waits.is_abandoned(request.unique):
+            (number, _, _) = fuse_layout.OPEN_OUT.unpack(answer)
+            self._close_directory(number)
+            raise FsError(errno.EINTR, "the caller was killed")
+        return answer
+
+    def _opened_directory(self, account: KernelInode) -> bytes:
+        """The caller has taken a reference."""
+        try:
+            handle = self.add_handle(account, self.fs.inode_lock(account.number), 0)
+        except BaseException:
+            self.fs.close_ref(account.number)
+            raise
+        return self._encode_opened_directory(handle)
+
+    @staticmethod
+    def _encode_opened_directory(handle: Handle) -> bytes:
+        return fuse_layout.OPEN_OUT.pack(handle.number, 0, 0)
+
+    def _try_releasedir(self, request: Request, body: bytes) -> bytes:
+        self._close_directory(request.handle)
+        return b""
+
+    def _close_directory(self, number: int) -> None:
+        handle = self.drop_handle(number)
+        if not handle.removed:
+            self.fs.close_ref(handle.inode.number)
