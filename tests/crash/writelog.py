@@ -34,6 +34,7 @@ from gnbd.filters.log_io import (
     LOG_WRITE,
 )
 
+HEAD_BYTES = SLOT_OFFSET_BYTES + SLOT_COUNT * SLOT_BYTES
 Piece = tuple[int, bytes]
 """(offset in the volume, bytes)"""
 
@@ -69,16 +70,21 @@ def read_log(path: Path) -> Iterator[tuple[int, bool, int, bytes, int]]:
 
 def read_map(log: Path, volume: str) -> VolumeMap:
     """The layout of a volume, from the metadata that the log of a server puts on its disk."""
-    head = bytearray(SLOT_OFFSET_BYTES + SLOT_COUNT * SLOT_BYTES)
+    head = bytearray(HEAD_BYTES)
     for operation, _, offset, body, _ in read_log(log):
         if operation not in (LOG_FLUSH, LOG_OPEN) and offset < len(head):
             body = body[: len(head) - offset]
             head[offset : offset + len(body)] = body
-    assert decode_label_untrusted(bytes(head[:LABEL_BYTES])) is not None, "not a PV"
+    return map_in(bytes(head), volume)
+
+
+def map_in(head: bytes, volume: str) -> VolumeMap:
+    """The layout of a volume, from the first `HEAD_BYTES` of one of its disks."""
+    assert decode_label_untrusted(head[:LABEL_BYTES]) is not None, "not a PV"
     slots = []
     for number in range(SLOT_COUNT):
         start = SLOT_OFFSET_BYTES + number * SLOT_BYTES
-        slot = decode_slot_untrusted(bytes(head[start : start + SLOT_BYTES]), start)
+        slot = decode_slot_untrusted(head[start : start + SLOT_BYTES], start)
         if slot is not None:
             slots.append(slot)
     newest = max(slots, key=lambda slot: slot.sequence)

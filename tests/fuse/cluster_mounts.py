@@ -18,18 +18,33 @@ if "node_harness" not in sys.modules:
     _spec.loader.exec_module(harness)
 
 
+VOLUME = "vg0/vol0"
+DISK_SIZE = "600m"
+
+
+def fsck(node, *options):
+    """Run fsck.cfs on the volume, which is mounted nowhere: (exit code, what it said)."""
+    done = subprocess.run(
+        [sys.executable, "-m", "cfs.fsck.cli", *options, VOLUME],
+        env=node.environment, cwd=harness.ROOT, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    return done.returncode, done.stdout + done.stderr
+
+
 def mount(node, *options):
-    """Mount vg0/vol0 on a node."""
+    """Mount the volume on a node."""
     path = node.base / "mnt"
     path.mkdir(exist_ok=True)
-    words = ["-m", "cfs.mount", "vg0/vol0", str(path), "-f"]
+    words = ["-m", "cfs.mount", VOLUME, str(path), "-f"]
     if options:
         words += ["-o", ",".join(options)]
     return Mounted(words, path, node.base / "mount.log", node.environment)
 
 
 @contextlib.contextmanager
-def cluster_mounts(base: Path, *options: str, count: int = 3, size: str = "600m"):
+def cluster_mounts(
+    base: Path, *options: str, count: int = 3, volume: str = "1g", mkfs: tuple[str, ...] = ()
+):
     """A cluster with a mounted file system: (cluster, mounts by node number)."""
     cluster = harness.Cluster(base)
     mounts: dict[int, Mounted] = {}
@@ -37,25 +52,22 @@ def cluster_mounts(base: Path, *options: str, count: int = 3, size: str = "600m"
         first = cluster.up(count)[0]
         for number in (1, 2):
             server = harness.Server(cluster, number)
-            server.configure(size)
+            server.configure(DISK_SIZE)
             server.start()
         for words in (
             ("pvcreate", "s1/disk0", "s2/disk0"),
             ("vgcreate", "vg0", "s1/disk0", "s2/disk0"),
-            ("lvcreate", "-n", "vol0", "-i", "2", "-I", "64k", "-L", "1g", "vg0"),
+            ("lvcreate", "-n", "vol0", "-i", "2", "-I", "64k", "-L", volume, "vg0"),
         ):
             first.tool("cvm.cli", *words)
-        first.tool("cfs.mkfs", "-q", "vg0/vol0")
+        first.tool("cfs.mkfs", "-q", *mkfs, VOLUME)
         for number in range(1, count + 1):
             mounts[number] = mount(cluster.node(number), *options)
         yield cluster, mounts
         for number, mounted in mounts.items():
             assert mounted.close() == 0, (number, mounted.log.read_text()[-3000:])
-        check = subprocess.run(
-            [sys.executable, "-m", "cfs.fsck.cli", "-n", "vg0/vol0"],
-            env=first.environment, cwd=harness.ROOT, capture_output=True, text=True, timeout=120,
-        )  # fmt: skip
-        assert check.returncode == 0, check.stdout + check.stderr
+        code, text = fsck(first, "-n")
+        assert code == 0, text
     finally:
         for mounted in mounts.values():
             mounted.destroy()

@@ -134,6 +134,7 @@ class Cluster:
         self.base = base
         self.octet = random.SystemRandom().randrange(40, 250)
         self.nodes = {}
+        self.servers = {}
         self.started = []
 
     def node(self, number):
@@ -196,6 +197,7 @@ class Server:
 
     def __init__(self, cluster, number):
         self.cluster = cluster
+        cluster.servers[number] = self
         self.number = number
         self.name = f"s{number}"
         self.base = cluster.base / self.name
