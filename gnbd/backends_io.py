@@ -240,9 +240,10 @@ class FileBackend(Backend):
         return found
 
     def resize(self, size_bytes: int) -> None:
-        os.ftruncate(self.fd, size_bytes)
-        os.fsync(self.fd)
+        if self._grow_to(size_bytes) < size_bytes:
+            raise OSError(errno.ENOSPC, f"{self.path} is smaller than that")
         self.size_bytes = size_bytes
 
     def close(self) -> None:
-        os.close(self.fd)
+        fd, self.fd = self.fd, -1
+        os.close(fd)

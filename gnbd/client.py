@@ -35,6 +35,8 @@ stay together and share system calls."""
 _HEADER_COST_BYTES = 512
 
 
+WITH_DATA = frozenset({p.CMD_READ, p.CMD_PING})
+"""Whose answers bring `length` bytes."""
 _OF_ONE_LANE = frozenset({p.CMD_PING, p.CMD_DRAIN, p.CMD_LOGOUT})
 
 
@@ -244,7 +246,10 @@ class ClientCore:
         if number:
             request.finish(DeviceError(_describe(request, number)))
             return
-        if request.kind == p.CMD_WRITE:
+        if request.kind == p.CMD_PING:
+            # An export only grows. A late answer of an earlier size changes nothing.
+            self.size_bytes = max(self.size_bytes, p.SIZE.unpack(request.result)[0])
+        elif request.kind == p.CMD_WRITE:
             assert request.data is not None
             piece = Piece(request.offset, request.length, owned(request.data))
             self.retained.add(piece)

@@ -345,7 +345,7 @@ class GnbdDevice:
             await trio.sleep(self._options.dead_ms / 4000)
             for link in links:
                 if not any(r.kind == p.CMD_PING for r in link.lane.in_flight.values()):
-                    request = Request(p.CMD_PING)
+                    request = Request(p.CMD_PING, length=p.SIZE.size)
                     self.core.place_private(link.lane, request)
                     link.post(request)
                     link.kick()

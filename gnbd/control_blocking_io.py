@@ -71,6 +71,19 @@ def _drive_blocking(dialogue: Generator[bytes | int, bytes, A], sock: socket.soc
         raise UnreachableError(f"the control session broke: {error}") from error
 
 
+def _connect(address: str, port: int) -> socket.socket:
+    """TCP, or a Unix socket if `address` is a path."""
+    if not address.startswith("/"):
+        return socket.create_connection((address, port), CONNECT_TIMEOUT_S)
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        sock.connect(address)
+    except OSError:
+        sock.close()
+        raise
+    return sock
+
+
 @contextmanager
 def open_blocking(
     addresses: Sequence[str], port: int, keys: Keys, identity: Peer, timeout_s: float = 30.0
@@ -79,7 +92,7 @@ def open_blocking(
     problem: Exception | None = None
     for address in addresses:
         try:
-            sock = socket.create_connection((address, port), CONNECT_TIMEOUT_S)
+            sock = _connect(address, port)
         except OSError as error:
             problem = error
             continue
@@ -90,6 +103,6 @@ def open_blocking(
             yield BlockingControl(protocol, sock)
             return
     raise UnreachableError(
-        f"no server answers at {', '.join(addresses)} port {port}: {problem}",
+        f"no server answers at {', '.join(addresses)}{f' port {port}' if port else ''}: {problem}",
         hint="is gnbd-server running there?",
     )

@@ -8,7 +8,7 @@ from typing import TypeVar
 import msgspec
 
 from cluster.decoding import decode_untrusted
-from cluster.errors import ProtocolError, StackError, UsageError
+from cluster.errors import ProtocolError, StackError
 from cluster.ids import Epoch
 from cluster.wire import Keys
 from gnbd import messages as m
@@ -72,7 +72,7 @@ def expect(answer: m.Answer, kind: type[T]) -> T:
     if isinstance(answer, m.Refused):
         if answer.kind == "epoch":
             raise InstallRefusedError(answer.message, answer.epoch)
-        raise (UsageError if answer.kind == "usage" else StackError)(answer.message)
+        raise m.REFUSALS.get(answer.kind, StackError)(answer.message, hint=answer.hint)
     if not isinstance(answer, kind):
         raise ProtocolError("an answer of the wrong kind")
     return answer

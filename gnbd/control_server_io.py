@@ -7,7 +7,7 @@ from typing import assert_never
 
 import msgspec
 
-from cluster.errors import ConfigError, ProtocolError, StackError, UsageError
+from cluster.errors import ProtocolError, StackError, UsageError
 from cluster.ids import Epoch, Incarnation, NodeId
 from cluster.messages import (
     ACCEPTOR_MESSAGES,
@@ -17,11 +17,13 @@ from cluster.messages import (
     decode_message_untrusted,
     encode_message,
 )
+from cluster.paths_io import boottime_ns
 from cluster.wire import Frame
 from fencing.admission import DEAD_MS_DEFAULT
 from gnbd import messages as m
+from gnbd.catalogue_io import Catalogue
 from gnbd.control_session import ControlSession, Peer
-from gnbd.exports import Export, checked_filter
+from gnbd.exports import checked_filter
 from gnbd.filters.stack_io import filters_of
 from gnbd.identity import ServerIdentity
 from gnbd.service_io import Service
@@ -31,10 +33,20 @@ from gnbd.voter_io import Voter
 class ControlServer:
     """The server's end of one CONTROL connection."""
 
-    def __init__(self, service: Service, voter: Voter, identity: ServerIdentity) -> None:
+    def __init__(
+        self,
+        service: Service,
+        catalogue: Catalogue,
+        voter: Voter | None,
+        identity: ServerIdentity,
+        local: bool = False,
+    ) -> None:
+        """`local`: not a member of the cluster asks, but root on this machine."""
         self._service = service
+        self._catalogue = catalogue
         self._voter = voter
         self._identity = identity
+        self._local = local
         self._session: ControlSession | None = None
         self.trusted = False
 
@@ -45,11 +57,16 @@ class ControlServer:
         frame = self._session.open_untrusted(data)
         self.trusted = True
         request = m.decode_request_untrusted(frame.payload)
-        self._service.heard(NodeId(frame.sender), frame.incarnation)
         try:
+            if not self._local:
+                self._service.heard(NodeId(frame.sender), frame.incarnation)
+            elif not isinstance(request, m.LOCAL_REQUESTS):
+                raise UsageError("only a member of the cluster may ask that")
             answer = self._perform(frame, request)
-        except (UsageError, ConfigError) as error:
-            answer = m.Refused("usage", error.message)
+        except ProtocolError:
+            raise
+        except StackError as error:
+            answer = m.Refused(_kind_of(error), error.message, hint=error.hint)
         except OSError as error:
             answer = m.Refused("io", str(error))
         return self._session.seal(msgspec.msgpack.encode(answer), self._service.admission.epoch)
@@ -60,7 +77,8 @@ class ControlServer:
             raise ProtocolError("a control session begins with a nonce")
         identity = self._identity
         nonce = secrets.token_bytes(m.NONCE_BYTES)
-        me = Peer(identity.server_id, identity.cluster_id_bytes, Incarnation(self._voter.boot))
+        boot = Incarnation(self._voter.boot if self._voter else 0)
+        me = Peer(identity.server_id, identity.cluster_id_bytes, boot)
         self._session = ControlSession(identity.keys, me, hello.nonce, nonce)
         welcome = m.ControlWelcome(nonce, identity.server_id, identity.name)
         return msgspec.msgpack.encode(welcome)
@@ -82,16 +100,21 @@ class ControlServer:
                 return self._status()
             case m.ExportsRequest():
                 return m.ExportsReport(self._exports())
-            case m.ExportAdd(name, path, size_bytes, access, filters):
-                service.add_export(Export(name, path, size_bytes, access, filters=filters))
+            case m.ConnectionsRequest():
+                return m.ConnectionsReport(self._connections())
+            case m.PathsRequest():
+                return m.PathsReport(self._paths())
+            case m.ExportAdd(export):
+                self._catalogue.add(export)
+            case m.ExportRemove(name, force):
+                self._catalogue.remove(name, force)
             case m.ExportResize(name, size_bytes):
-                export = service.export(name)
-                if size_bytes < export.backend.size_bytes or size_bytes % 512:
-                    raise UsageError("an export only grows, by multiples of 512 bytes")
-                export.resize(size_bytes)
+                service.resize(name, size_bytes)
+            case m.Reload():
+                return m.Done(service.admission.epoch, self._catalogue.reload())
             case m.FilterCommand(name, action, kind, parameters):
                 spec = checked_filter(kind, parameters, whole=action == "add")
-                service.change_filter(name, action, spec)
+                self._catalogue.change_filter(name, action, spec)
             case m.SequenceMinimum():
                 return service.raise_minimum(request)
             case m.Leave(instance):
@@ -106,6 +129,7 @@ class ControlServer:
         if isinstance(message, Install):
             answers = [self._install(frame, message)]
         elif isinstance(message, ACCEPTOR_MESSAGES):
+            assert self._voter is not None
             answers = self._voter.call(frame.sender, message)
         else:
             raise UsageError("that message is not for a server")
@@ -141,12 +165,39 @@ class ControlServer:
                 filters=[str(f.spec) for f in filters_of(e.backend)],
                 filter_reports={f.kind: f.report() for f in filters_of(e.backend) if f.report()},
                 connections=len(e.connections),
+                connections_max=e.config.connections_max,
                 sequence_min=e.sequence_min,
                 cache_generation=e.cache_generation,
                 counters=e.shared.counters(),
             )
             for e in list(self._service.exports.values())
         ]
+
+    def _connections(self) -> list[m.ConnectionReport]:
+        now_ns = boottime_ns()
+        found = []
+        for export in list(self._service.exports.values()):
+            for c in list(export.connections):
+                session = c.session
+                found.append(
+                    m.ConnectionReport(
+                        export=export.name,
+                        peer=c.peer,
+                        instance=str(session.instance) if session else "",
+                        path=session.path if session else 0,
+                        generation=session.generation if session else 0,
+                        age_s=(now_ns - c.since_ns) // 1_000_000_000,
+                        state="ending" if c.closing else "resting" if c.resting else "open",
+                    )
+                )
+        return sorted(found, key=lambda c: (c.export, c.instance, c.peer))
+
+    def _paths(self) -> list[m.PathReport]:
+        found = [
+            m.PathReport(export, str(instance), number, path.generation, len(path.connections))
+            for (instance, export, number), path in self._service.paths()
+        ]
+        return sorted(found, key=lambda p: (p.export, p.instance, p.path))
 
     def _status(self) -> m.StatusReport:
         service = self._service
@@ -159,11 +210,10 @@ class ControlServer:
             members=record.members if record else [],
             tombstones=record.tombstones if record else {},
             start_count=service.start_count,
-            voter=self._voter.is_voter,
+            voter=self._voter is not None and self._voter.is_voter,
             attentions=[(a.nexus, name, a.code) for a, name in list(service.attentions)],
         )
 
 
-def stack_error(answer: m.Refused) -> StackError:
-    """A refusal as an error, for clients that have nothing better to do with it."""
-    return UsageError(answer.message) if answer.kind == "usage" else StackError(answer.message)
+def _kind_of(error: StackError) -> str:
+    return next((k for k, kind in m.REFUSALS.items() if isinstance(error, kind)), "failed")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import socket
 import threading
 from pathlib import Path
@@ -9,17 +10,19 @@ from pathlib import Path
 import msgspec
 
 from cluster.ids import Instance
-from cluster.sizes import parse_size
+from cluster.paths_io import boottime_ns
 from fencing.reservations import Reservations
 from gnbd import protocol as p
 from gnbd.backends_io import Backend, FileBackend
 from gnbd.exports import Export, parse_filter
 from gnbd.filters.stack_io import stack_filter
 from gnbd.flushes_io import Flushes
+from gnbd.handshake import Offer
 from native import nbd as g
 
 CACHE_GENERATION_ERRORS = 1 << 16
 CLUSTERD = 0
+_lives = itertools.count(1)
 
 
 class Session(msgspec.Struct, frozen=True):
@@ -35,9 +38,13 @@ class Connection:
     """One socket and its thread. `closing` is looked at before each request; `finished` is set
     when nothing of this connection executes any more."""
 
-    def __init__(self, sock: socket.socket, peer: str) -> None:
+    def __init__(self, sock: socket.socket, peer: str, *, local: bool = False) -> None:
+        """`local`: through the Unix socket of the state directory."""
         self.sock = sock
         self.peer = peer
+        self.local = local
+        self.since_ns = boottime_ns()
+        self.resting = False
         self.session: Session | None = None
         self.export: ExportRuntime | None = None
         self._closing = threading.Event()
@@ -51,7 +58,16 @@ class Connection:
 
     def wait_shut(self, seconds: float) -> None:
         """Rest, unless the connection is shut."""
+        self.resting = True
         self._closing.wait(seconds)
+        self.resting = False
+
+    def finish(self) -> None:
+        """End in order: what has been received is executed and answered."""
+        try:
+            self.sock.shutdown(socket.SHUT_RD)
+        except OSError:
+            pass  # the peer was faster
 
     def shut(self) -> None:
         """Stop it: requests not begun are discarded, blocked calls return."""
@@ -79,15 +95,20 @@ class Connection:
 class ExportRuntime:
     """State of one export. The service guards all but the back end and `flushes`."""
 
-    def __init__(self, config: Export, reservations: Reservations, sequence_min: int) -> None:
+    def __init__(
+        self,
+        config: Export,
+        reservations: Reservations,
+        sequence_min: int,
+        size_bytes: int | None = None,
+    ) -> None:
+        """`size_bytes`: more than in the configuration, because it has been grown."""
+        self.config = config
         self.name = config.name
         self.access = config.access
-        self.description = config.description
-        backend: Backend = FileBackend(
-            Path(config.path),
-            None if config.size is None else parse_size(config.size),
-            config.read_only,
-        )
+        self.life = next(_lives)
+        size_bytes = config.size_bytes if size_bytes is None else size_bytes
+        backend: Backend = FileBackend(Path(config.path), size_bytes, config.read_only)
         for text in config.filters:
             backend = stack_filter(backend, parse_filter(text))
         self.shared = g.Export()
@@ -110,6 +131,16 @@ class ExportRuntime:
         """Grow. Raises OSError."""
         self.backend.resize(size_bytes)
         self.use(self.backend)
+
+    def offer(self) -> Offer:
+        """What INFO and GO say."""
+        size_bytes = self.backend.size_bytes
+        return Offer(self.name, size_bytes, self.flags, self.config.description, self.life)
+
+    @property
+    def is_full(self) -> bool:
+        """No more connections."""
+        return len(self.connections) >= self.config.connections_max
 
     @property
     def flags(self) -> int:

@@ -2,7 +2,12 @@
 
     listen = ["0.0.0.0"]            # addresses (a text or a list); default all
     port = 10809
-    state_dir = "/var/lib/gnbd"     # bars, reservations, identity, acceptor
+    unix_sockets = ["/run/nbd.sock"]   # beside them
+    unix_mode = "0600"              # of these
+    state_dir = "/var/lib/gnbd"     # bars, reservations, identity, acceptor, gnbd.sock
+    connections_max = 1024          # of all exports together
+    memory_max = "1G"               # for requests that are longer than a connection's buffers
+    metrics = "127.0.0.1:9810"      # for Prometheus; none given: no
     heartbeat_port = 7401           # UDP echoes of a server with a vote; 0: none
 
     [[exports]]
@@ -12,6 +17,7 @@
     access = "cluster"              # or "plain": standard NBD for anyone
     description = "for the archive" # shown by LIST and INFO
     read_only = false
+    connections_max = 512
     filters = ["volatile", "delay:write_ms=5", "log:path=/tmp/writes.log"]
 
 Filters stand bottom up: the first one is next to the file.
@@ -45,6 +51,9 @@ FILTER_KINDS: dict[str, dict[str, type]] = {
     "stats": {},
 }
 SECTOR_BYTES = 512
+UNIX_PATH_BYTES_MAX = 107
+MEMORY_BYTES_MIN = 64 << 20
+"""So much one request may need."""
 
 ExportName = Annotated[str, msgspec.Meta(min_length=1, max_length=255)]
 
@@ -58,7 +67,12 @@ class Export(msgspec.Struct, forbid_unknown_fields=True):
     access: Annotated[str, msgspec.Meta(pattern="^(plain|cluster)$")] = "plain"
     description: Annotated[str, msgspec.Meta(max_length=1024)] = ""
     read_only: bool = False
+    connections_max: Annotated[int, msgspec.Meta(ge=1)] = 512
     filters: list[str] = []
+
+    @property
+    def size_bytes(self) -> int | None:
+        return None if self.size is None else parse_size(self.size)
 
 
 class ServerConfig(msgspec.Struct, forbid_unknown_fields=True):
@@ -68,12 +82,25 @@ class ServerConfig(msgspec.Struct, forbid_unknown_fields=True):
     listen: str | list[str] = "0.0.0.0"
     port: Annotated[int, msgspec.Meta(ge=0, le=65535)] = SERVER_PORT
     heartbeat_port: Annotated[int, msgspec.Meta(ge=0, le=65535)] = HEARTBEAT_PORT
+    unix_sockets: list[str] = []
+    unix_mode: Annotated[str, msgspec.Meta(pattern="^0?[0-7]{3}$")] = "0600"
+    connections_max: Annotated[int, msgspec.Meta(ge=1, le=65536)] = 1024
+    memory_max: str | int = "1G"
+    metrics: str = ""
     exports: list[Export] = []
 
     def __post_init__(self) -> None:
-        if not self.addresses:
+        if not self.addresses and not self.unix_sockets:
             raise ValueError("listen names no address")
         check_addresses(self.addresses, listen=True)
+        for path in self.unix_sockets:
+            if len(path.encode()) > UNIX_PATH_BYTES_MAX or not path.startswith("/"):
+                raise ValueError(f"{path!r} is not the absolute path of a Unix socket")
+        host, _, port = self.metrics.rpartition(":")
+        if self.metrics:
+            check_addresses([host.strip("[]")], listen=True)
+            if not port.isdecimal() or not 0 <= int(port) <= 65535:
+                raise ValueError(f"metrics: {self.metrics!r} is not ADDRESS:PORT")
 
     @property
     def addresses(self) -> list[str]:
@@ -134,22 +161,31 @@ def decode_exports(text: str | bytes, source: str) -> ServerConfig:
     config = decode_config(text, ServerConfig, source)
     if len(config.exports) > EXPORTS_MAX:
         raise ConfigError(f"{source}: more than {EXPORTS_MAX} exports")
+    try:
+        if parse_size(config.memory_max) < MEMORY_BYTES_MIN:
+            raise ConfigError(f"must be at least {MEMORY_BYTES_MIN}")
+    except ConfigError as error:
+        raise ConfigError(f"{source}: $.memory_max: {error.message}") from error
     seen: set[str] = set()
     for index, export in enumerate(config.exports):
         where = f"{source}: $.exports[{index}]"
         if export.name in seen:
             raise ConfigError(f"{where}.name: {export.name!r} is used twice")
         seen.add(export.name)
-        try:
-            if export.size is not None:
-                size = parse_size(export.size)
-                if size < SECTOR_BYTES or size % SECTOR_BYTES:
-                    raise ConfigError(f"must be a multiple of {SECTOR_BYTES}")
-        except ConfigError as error:
-            raise ConfigError(f"{where}.size: {error.message}") from error
-        for number, text_filter in enumerate(export.filters):
-            try:
-                parse_filter(text_filter)
-            except ConfigError as error:
-                raise ConfigError(f"{where}.filters[{number}]: {error.message}") from error
+        check_export(export, where)
     return config
+
+
+def check_export(export: Export, where: str) -> None:
+    """What the types do not say. Raises ConfigError; `where` is the place of the export."""
+    try:
+        size = export.size_bytes
+        if size is not None and (size < SECTOR_BYTES or size % SECTOR_BYTES):
+            raise ConfigError(f"must be a multiple of {SECTOR_BYTES}")
+    except ConfigError as error:
+        raise ConfigError(f"{where}.size: {error.message}") from error
+    for number, text_filter in enumerate(export.filters):
+        try:
+            parse_filter(text_filter)
+        except ConfigError as error:
+            raise ConfigError(f"{where}.filters[{number}]: {error.message}") from error

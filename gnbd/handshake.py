@@ -26,6 +26,8 @@ class Offer(msgspec.Struct, frozen=True):
     size_bytes: int
     flags: int
     description: str = ""
+    life: int = 0
+    """Of the export; transmission begins only in the same one."""
 
 
 class Denied(msgspec.Struct, frozen=True):

@@ -38,6 +38,12 @@ class ServerIdentity(msgspec.Struct, frozen=True):
         return bytes.fromhex(self.cluster_id)
 
 
+LOCAL_SOCKET = "gnbd.sock"
+"""In the state directory of a server: CONTROL for whoever may open it."""
+LOCAL_IDENTITY = ServerIdentity("00" * 16, "", "00" * 32, ServerId(0), "local")
+"""Of that socket: no secret, its permissions are enough."""
+
+
 def encode_server_token(identity: ServerIdentity) -> str:
     """One line for `gnbd-server --join`."""
     return urlsafe_b64encode(msgspec.json.encode(identity)).decode().rstrip("=")

@@ -17,7 +17,7 @@ import trio
 from cluster.device import Buffer
 from cluster.errors import ProtocolError, StackError
 from gnbd import protocol as p
-from gnbd.client import Lane, Request
+from gnbd.client import WITH_DATA, Lane, Request
 
 RECEIVE_BYTES = 256 << 10
 SEND_PARTS_MAX = 512
@@ -270,7 +270,7 @@ class Link:
         if magic != p.REPLY_MAGIC or request is None:
             return False
         start += p.REPLY.size
-        if request.kind == p.CMD_READ and number == 0:
+        if request.kind in WITH_DATA and number == 0:
             end = start + request.length
             if request.into is not None or end > self._end:
                 return False
@@ -287,7 +287,7 @@ class Link:
         if magic != p.REPLY_MAGIC or request is None:
             raise ProtocolError("a reply that nobody waits for")
         self._start += p.REPLY.size
-        if request.kind == p.CMD_READ and number == 0:
+        if request.kind in WITH_DATA and number == 0:
             have = min(request.length, self._end - self._start)
             if not await self._long_read(request, have):
                 return False

@@ -16,9 +16,18 @@ import msgspec
 
 from cluster.control import MemberInfo
 from cluster.decoding import decode_untrusted
+from cluster.errors import (
+    BusyError,
+    NoSpaceError,
+    NotFoundError,
+    NotPermittedError,
+    StackError,
+    UsageError,
+)
 from cluster.ids import Epoch, Incarnation, Instance, NodeId, ServerId
 from cluster.wire import Keys, derived_key
 from fencing.reservations import Capabilities, FullStatus
+from gnbd.exports import Export
 
 NONCE_BYTES = 32
 
@@ -132,11 +141,29 @@ class ExportsRequest(msgspec.Struct, frozen=True, tag_field="t", tag="exports"):
 
 
 class ExportAdd(msgspec.Struct, frozen=True, tag_field="t", tag="export add"):
+    """Until the server ends; the file is not changed."""
+
+    export: Export
+
+
+class ExportRemove(msgspec.Struct, frozen=True, tag_field="t", tag="export remove"):
+    """Answered when nothing of it executes any more and all is durable. Clients are cut off only
+    with `force`."""
+
     name: str
-    path: str
-    size_bytes: int
-    access: str = "cluster"
-    filters: list[str] = []
+    force: bool = False
+
+
+class Reload(msgspec.Struct, frozen=True, tag_field="t", tag="reload"):
+    """Read the exports file again; as SIGHUP."""
+
+
+class ConnectionsRequest(msgspec.Struct, frozen=True, tag_field="t", tag="connections"):
+    pass
+
+
+class PathsRequest(msgspec.Struct, frozen=True, tag_field="t", tag="paths"):
+    pass
 
 
 class ExportResize(msgspec.Struct, frozen=True, tag_field="t", tag="export resize"):
@@ -178,25 +205,46 @@ Request = (
     | StatusRequest
     | ExportsRequest
     | ExportAdd
+    | ExportRemove
     | ExportResize
+    | Reload
+    | ConnectionsRequest
+    | PathsRequest
     | FilterCommand
     | SequenceMinimum
     | Leave
 )
 
 
+LOCAL_REQUESTS = (
+    Ping, ReserveIn, StatusRequest, ExportsRequest, ExportAdd, ExportRemove, ExportResize, Reload,
+    ConnectionsRequest, PathsRequest, FilterCommand,
+)  # fmt: skip
+"""What may be asked through the Unix socket in the state directory, whose permissions are all the
+authentication it has: nothing that decides for the cluster."""
+
+
 class Done(msgspec.Struct, frozen=True, tag_field="t", tag="done"):
     """Success; `epoch` is the installed one."""
 
     epoch: Epoch = Epoch(0)
+    message: str = ""
+
+
+REFUSALS: dict[str, type[StackError]] = {
+    "usage": UsageError, "busy": BusyError, "not found": NotFoundError, "no space": NoSpaceError,
+    "not permitted": NotPermittedError,
+}  # fmt: skip
 
 
 class Refused(msgspec.Struct, frozen=True, tag_field="t", tag="refused"):
-    """`kind`: `epoch` (an install that is too old or different), `usage`, `io`, `unsupported`."""
+    """`kind`: `epoch` (an install that is too old or different), one of `REFUSALS`, or `io`,
+    `barred`, `failed`."""
 
     kind: str
     message: str
     epoch: Epoch = Epoch(0)
+    hint: str = ""
 
 
 class ClusterAnswer(msgspec.Struct, frozen=True, tag_field="t", tag="cluster answer"):
@@ -230,10 +278,42 @@ class ExportReport(msgspec.Struct, frozen=True):
     access: str
     filters: list[str]
     connections: int
+    connections_max: int
     sequence_min: int
     cache_generation: int
     counters: dict[str, int]
     filter_reports: dict[str, dict[str, int]] = {}
+
+
+class ConnectionReport(msgspec.Struct, frozen=True):
+    """`instance` is empty for a client without LOGIN. `state`: open, resting (rate limit) or
+    ending."""
+
+    export: str
+    peer: str
+    instance: str
+    path: int
+    generation: int
+    age_s: int
+    state: str
+
+
+class ConnectionsReport(msgspec.Struct, frozen=True, tag_field="t", tag="connections report"):
+    connections: list[ConnectionReport]
+
+
+class PathReport(msgspec.Struct, frozen=True):
+    """One network of one instance to one export."""
+
+    export: str
+    instance: str
+    path: int
+    generation: int
+    connections: int
+
+
+class PathsReport(msgspec.Struct, frozen=True, tag_field="t", tag="paths report"):
+    paths: list[PathReport]
 
 
 class ExportsReport(msgspec.Struct, frozen=True, tag_field="t", tag="exports report"):
@@ -253,7 +333,15 @@ class StatusReport(msgspec.Struct, frozen=True, tag_field="t", tag="status repor
 
 
 Answer = (
-    Done | Refused | ClusterAnswer | ReserveResult | ReserveReport | ExportsReport | StatusReport
+    Done
+    | Refused
+    | ClusterAnswer
+    | ReserveResult
+    | ReserveReport
+    | ExportsReport
+    | ConnectionsReport
+    | PathsReport
+    | StatusReport
 )
 _request: msgspec.msgpack.Decoder[Request] = msgspec.msgpack.Decoder(Request)
 _answer: msgspec.msgpack.Decoder[Answer] = msgspec.msgpack.Decoder(Answer)

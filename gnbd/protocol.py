@@ -15,7 +15,7 @@ Private parts, known only to our own client and refused politely by every other 
 | reply CFS | 0x43465301 | the answer of either; an ACK follows |
 | command DRAIN | 0x4301 | offset = generation, length = path: every connection of that path up to that generation is closed and drained before the reply, and none comes back |
 | command SEQUENCE | 0x4302 | offset = the volume sequence number that this nexus works with |
-| command PING | 0x4303 | answered at once |
+| command PING | 0x4303 | length = 8; answered at once, with the size of the export (u64) |
 | command LOGOUT | 0x4304 | the nexus is done with this export: its registration goes |
 
 Private commands are accepted only on a connection that has logged in.
@@ -41,6 +41,7 @@ OPTION_REPLY = struct.Struct(">QIII")
 REQUEST = struct.Struct(">IHHQQI")
 REPLY = struct.Struct(">IIQ")
 CHUNK = struct.Struct(">IHHQI")
+SIZE = struct.Struct(">Q")
 EXPORT_INFO = struct.Struct(">HQH")
 BLOCK_SIZE_INFO = struct.Struct(">HIII")
 
@@ -68,6 +69,7 @@ REP_ERROR = 1 << 31
 REP_ERR_UNSUP = REP_ERROR + 1
 REP_ERR_POLICY = REP_ERROR + 2
 REP_ERR_INVALID = REP_ERROR + 3
+REP_ERR_TLS_REQD = REP_ERROR + 5
 REP_ERR_UNKNOWN = REP_ERROR + 6
 REP_ERR_SHUTDOWN = REP_ERROR + 7
 REP_ERR_TOO_BIG = REP_ERROR + 9

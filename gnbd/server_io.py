@@ -1,16 +1,18 @@
 """The gnbd-server process: listeners, a thread per connection, the clock of rule R3, the end.
 
 A connection thread negotiates (`handshake`, pure), answers private options, and then runs the
-data loop (`transmission_io`). SIGTERM cuts everybody off, flushes everything, ends with 0.
+data loop (`transmission_io`). SIGTERM answers what was received, flushes everything, ends with 0.
 """
 
 from __future__ import annotations
 
-import os
+import fcntl
 import secrets
 import signal
 import socket
+import struct
 import sys
+import termios
 import threading
 import time
 from pathlib import Path
@@ -23,13 +25,16 @@ from cluster.errors import ConfigError, ForeignError, ProtocolError
 from cluster.holders_io import bind
 from cluster.paths_io import lock_directory, read_store, write_durable
 from cluster.register import decode_record_untrusted
+from cluster.sizes import parse_size
 from fencing.store_io import StateFile
 from gnbd import messages as m
 from gnbd import protocol as p
 from gnbd.backends_io import check_disks
+from gnbd.catalogue_io import Catalogue, reload_or_complain
 from gnbd.control_server_io import ControlServer
 from gnbd.export_io import Connection
 from gnbd.exports import ServerConfig
+from gnbd.grown_io import GrownSizes
 from gnbd.handshake import (
     GREETING,
     Close,
@@ -40,15 +45,24 @@ from gnbd.handshake import (
     Private,
     Send,
 )
-from gnbd.identity import ServerIdentity, decode_identity, encode_identity
+from gnbd.identity import (
+    LOCAL_IDENTITY,
+    LOCAL_SOCKET,
+    ServerIdentity,
+    decode_identity,
+    encode_identity,
+)
+from gnbd.listeners_io import close_all, listen_all, listen_unix, peer_of, place_of
+from gnbd.metrics_io import serve_metrics
 from gnbd.service_io import Service
+from gnbd.systemd_io import inherited_sockets, notify
 from gnbd.transmission_io import Transmission
 from gnbd.voter_io import Voter
+from native import nbd
 
-CONNECTIONS_MAX = 1024
-BACKLOG = 128
 TICK_S = 0.1
 HANDSHAKE_S = 30.0
+SENT_S = 2.0
 log = structlog.get_logger("gnbd")
 
 
@@ -110,12 +124,12 @@ class _Negotiation:
         return None
 
     def _private(self, handshake: Handshake, option: int, data: bytes) -> bytes:
-        identity = self._server.identity
-        if identity is None or self._server.voter is None:
+        local = self._connection.local and option == p.OPT_CONTROL
+        if self._server.identity is None and not local:
             return handshake.refusal(option, p.REP_ERR_POLICY, "this server is in no cluster")
         if option == p.OPT_CONTROL:
             if self._control is None:
-                self._control = ControlServer(self._server.service, self._server.voter, identity)
+                self._control = self._server.control(local)
             return handshake.private_reply(option, self._control.handle_untrusted(data))
         try:
             opening = m.decode_opening_untrusted(data)
@@ -136,58 +150,67 @@ class _Negotiation:
 class Server:
     """One gnbd-server process."""
 
-    def __init__(self, config: ServerConfig) -> None:
+    def __init__(self, config: ServerConfig, source: Path) -> None:
+        """`source`: the file that the configuration is from. Raises StackError."""
         self.config = config
         state_dir = Path(config.state_dir)
         check_before_start(config, state_dir)
         # A refusal makes no directory; but another server is a better reason than its port.
         used = (state_dir / "lock").exists()
         self._state_lock = lock_directory(state_dir, "gnbd-server") if used else -1
-        self._listeners = [self._listen(address) for address in config.addresses]
+        self._listeners = inherited_sockets() or listen_all(config)
         if not used:
             self._state_lock = lock_directory(state_dir, "gnbd-server")
         self.identity = load_identity(state_dir)
         self.service = Service(config, self.identity)
+        self.catalogue = Catalogue(self.service, source)
         self.voter = Voter(self.identity, state_dir) if self.identity else None
+        nbd.set_memory_max(parse_size(config.memory_max))
         self._stopped = threading.Event()
-        self._count = threading.Semaphore(CONNECTIONS_MAX)
-
-    def _listen(self, address: str) -> socket.socket:
-        family = socket.AF_INET6 if ":" in address else socket.AF_INET
-        sock = socket.socket(family, socket.SOCK_STREAM)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        bind(sock, address, self.config.port)
-        sock.listen(BACKLOG)
-        return sock
-
-    @property
-    def port(self) -> int:
-        return int(self._listeners[0].getsockname()[1])
+        self._hang_up = threading.Event()
+        self._count = threading.Semaphore(config.connections_max)
 
     def run(self) -> None:
-        """Serve until SIGTERM or SIGINT."""
+        """Serve until SIGTERM or SIGINT; SIGHUP reads the exports file again."""
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._on_signal)
-        for listener in self._listeners:
-            threading.Thread(target=self._accept, args=(listener,), daemon=True).start()
+        signal.signal(signal.SIGHUP, self._on_hang_up)
         self._start_echoes()
+        if self.config.metrics:
+            serve_metrics(self.service, self.config.metrics)
+        local = listen_unix(Path(self.config.state_dir) / LOCAL_SOCKET, 0o600)
+        for listener in (*self._listeners, local):
+            arguments = (listener, listener is local)
+            threading.Thread(target=self._accept, args=arguments, daemon=True).start()
         self._ready()
         while not self._stopped.wait(TICK_S):
             self.service.tick()
-        for listener in self._listeners:
-            listener.close()
+            if self._hang_up.is_set():
+                self._hang_up.clear()
+                notify("RELOADING=1")
+                reload_or_complain(self.catalogue)
+                notify("READY=1")
+        notify("STOPPING=1")
+        close_all([*self._listeners, local])
         self.service.stop()
         log.info("stopped")
+
+    def control(self, local: bool) -> ControlServer:
+        """The server's end of a CONTROL session."""
+        identity = LOCAL_IDENTITY if local or self.identity is None else self.identity
+        return ControlServer(self.service, self.catalogue, self.voter, identity, local)
 
     def _on_signal(self, _number: int, _frame: FrameType | None) -> None:
         self._stopped.set()
 
+    def _on_hang_up(self, _number: int, _frame: FrameType | None) -> None:
+        self._hang_up.set()
+
     def _ready(self) -> None:
         names = ", ".join(sorted(self.service.exports)) or "nothing"
-        print(
-            f"gnbd-server: ready on port {self.port}, exports {names}", file=sys.stderr, flush=True
-        )
-        notify_ready()
+        places = ", ".join(sorted({place_of(listener) for listener in self._listeners}))
+        print(f"gnbd-server: ready on {places}, exports {names}", file=sys.stderr, flush=True)
+        notify("READY=1")
 
     def _start_echoes(self) -> None:
         if self.voter is None or not self.config.heartbeat_port:
@@ -201,7 +224,7 @@ class Server:
                 target=self.voter.serve_echoes, args=(sock, self._stopped), daemon=True
             ).start()
 
-    def _accept(self, listener: socket.socket) -> None:
+    def _accept(self, listener: socket.socket, local: bool) -> None:
         while not self._stopped.is_set():
             try:
                 sock, address = listener.accept()
@@ -211,10 +234,10 @@ class Server:
                 self._stopped.wait(TICK_S)  # out of descriptors: let some end
                 continue
             if not self._count.acquire(blocking=False):
-                log.warning("too many connections", peer=address[0])
+                log.warning("too many connections", peer=peer_of(sock, address))
                 sock.close()
                 continue
-            connection = Connection(sock, f"{address[0]}:{address[1]}")
+            connection = Connection(sock, peer_of(sock, address), local=local)
             threading.Thread(target=self._connection, args=(connection,), daemon=True).start()
 
     def _connection(self, connection: Connection) -> None:
@@ -223,7 +246,7 @@ class Server:
             entered = _Negotiation(self, connection).run()
             if entered is not None:
                 connection.sock.settimeout(None)
-                export = self.service.attach(connection, entered.offer.name)
+                export = self.service.attach(connection, entered.offer)
                 if export is not None:
                     Transmission(self.service, connection, export, entered).run()
         except (OSError, ProtocolError) as error:
@@ -232,17 +255,34 @@ class Server:
             log.exception("connection failed", peer=connection.peer)
         finally:
             self.service.detach(connection)
+            if self.service.stopping:
+                wait_sent(connection.sock)
             connection.sock.close()
             self._count.release()
 
     @staticmethod
     def _tune(sock: socket.socket) -> None:
         sock.settimeout(None)
+        if sock.family == socket.AF_UNIX:
+            return
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 10)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 5)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 6)
+
+
+def wait_sent(sock: socket.socket) -> None:
+    """Return when the peer has what was sent: a close beside unread bytes would take it back."""
+    end_s = time.monotonic() + SENT_S
+    while time.monotonic() < end_s:
+        try:
+            (left,) = struct.unpack("i", fcntl.ioctl(sock, termios.TIOCOUTQ, bytes(4)))
+        except OSError:
+            return
+        if not left:
+            return
+        time.sleep(0.002)
 
 
 def check_before_start(config: ServerConfig, state_dir: Path) -> None:
@@ -252,6 +292,7 @@ def check_before_start(config: ServerConfig, state_dir: Path) -> None:
             raise ConfigError(f"state_dir: {path} is not a directory")
     load_identity(state_dir)
     StateFile(state_dir / "fencing.state").load()
+    GrownSizes(state_dir / "grown.json")
     record = read_store(state_dir / "acceptor")
     if record is not None:
         decode_record_untrusted(record)
@@ -281,17 +322,3 @@ def join_cluster(state_dir: Path, identity: ServerIdentity) -> bool:
         return False
     write_durable(state_dir / "server.toml", encode_identity(identity).encode())
     return True
-
-
-def notify_ready() -> None:
-    """sd_notify READY=1, if systemd wants it."""
-    target = os.environ.get("NOTIFY_SOCKET")
-    if not target:
-        return
-    address = "\0" + target[1:] if target.startswith("@") else target
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
-        try:
-            sock.connect(address)
-            sock.send(b"READY=1")
-        except OSError as error:
-            log.warning("cannot notify", error=str(error))

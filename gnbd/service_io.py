@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import secrets
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -28,8 +29,8 @@ from fencing.store_io import StateFile
 from gnbd import messages as m
 from gnbd import protocol as p
 from gnbd.export_io import CACHE_GENERATION_ERRORS, Connection, ExportRuntime, Session
-from gnbd.exports import EXPORTS_MAX, Export, FilterSpec, ServerConfig
-from gnbd.filters.stack_io import changed_stack
+from gnbd.exports import SECTOR_BYTES, Export, ServerConfig
+from gnbd.grown_io import GrownSizes
 from gnbd.handshake import Denied, Offer
 from gnbd.identity import ServerIdentity
 from native import nbd as g
@@ -37,6 +38,8 @@ from native import nbd as g
 ATTENTIONS_MAX = 256
 PATHS_MAX = 1 << 16
 WAIT_STEP_S = 0.05
+STOP_S = 10.0
+"""For a client that does not take its last answers."""
 log = structlog.get_logger("gnbd")
 
 
@@ -57,15 +60,17 @@ class Service:
     def __init__(self, config: ServerConfig, identity: ServerIdentity | None) -> None:
         self.identity = identity
         self.config = config
-        self._lock = threading.RLock()
+        self.lock = self._lock = threading.RLock()
+        self.stopping = False
         self._file = StateFile(Path(config.state_dir) / "fencing.state")
         state = self._file.load()
         self.start_count = state.start_count + 1
         self._exports_stored = dict(state.exports)
         self.exports: dict[str, ExportRuntime] = {}
         self.admission = a.Admission(state.record, boottime_ns())
+        self._grown = GrownSizes(Path(config.state_dir) / "grown.json")
         for export in config.exports:
-            self._open(export)
+            self.open_export(export)
         self._paths: dict[PathKey, NexusPath] = {}
         self._draining: list[g.Access] = []
         self.attentions: deque[tuple[Attention, str]] = deque(maxlen=ATTENTIONS_MAX)
@@ -75,10 +80,11 @@ class Service:
 
     # -- exports ---------------------------------------------------------------------------
 
-    def _open(self, config: Export) -> ExportRuntime:
+    def open_export(self, config: Export) -> ExportRuntime:
         stored = self._exports_stored.get(config.name, ExportState())
         table = Reservations(stored.reservations)
-        export = ExportRuntime(config, table, stored.sequence_min)
+        size_bytes = self._grown.size_of(config)
+        export = ExportRuntime(config, table, stored.sequence_min, size_bytes)
         # Random as well: a lost state directory begins to count anew.
         life = secrets.randbits(30) << 16 | self.start_count & 0xFFFF
         export.cache_generation = life * CACHE_GENERATION_ERRORS
@@ -104,7 +110,7 @@ class Service:
         """What LIST shows."""
         with self._lock:
             return [
-                (e.name, e.description)
+                (e.name, e.config.description)
                 for e in self.exports.values()
                 if e.access == "plain" or (session is not None and session.export == e.name)
             ]
@@ -112,6 +118,8 @@ class Service:
     def find(self, name: str, session: Session | None) -> Offer | Denied:
         """What INFO, GO and EXPORT_NAME may use."""
         with self._lock:
+            if self.stopping:
+                return Denied(p.REP_ERR_SHUTDOWN, "the server is about to end")
             export = self.exports.get(name)
             if export is None and name == "" and len(self.exports) == 1:
                 export = next(iter(self.exports.values()))
@@ -119,7 +127,10 @@ class Service:
                 return Denied(p.REP_ERR_UNKNOWN, f"there is no export {name!r}")
             if export.access == "cluster" and (session is None or session.export != name):
                 return Denied(p.REP_ERR_POLICY, f"export {name!r} is for logged-in instances")
-            return Offer(export.name, export.backend.size_bytes, export.flags, export.description)
+            if export.is_full:
+                text = f"export {name!r} has {len(export.connections)} connections, its limit"
+                return Denied(p.REP_ERR_POLICY, text)
+            return export.offer()
 
     def export(self, name: str) -> ExportRuntime:
         """An export by name. Raises UsageError."""
@@ -128,18 +139,37 @@ class Service:
             raise UsageError(f"there is no export {name!r}")
         return export
 
-    def add_export(self, config: Export) -> None:
-        """A new export while the server runs; it is not written to the exports file."""
+    def withdraw(self, name: str) -> tuple[ExportRuntime, list[Connection]]:
+        """The export is found by nobody any more and its clients are cut off; gives those that may
+        still execute something. What it remembered is kept for an export of that name."""
         with self._lock:
-            if config.name in self.exports or len(self.exports) >= EXPORTS_MAX:
-                raise UsageError(f"export {config.name!r} exists, or there are too many")
-            self._open(config)
+            export = self.exports.pop(name)
+            self._exports_stored[name] = ExportState(
+                export.reservations.stored_state(), export.sequence_min
+            )
+            connections = set(export.connections)
+            for (_, of, _), path in self._paths.items():
+                connections |= path.connections if of == name else set()
+            for nexus in list(export.gates):
+                self._revoke(export, nexus, g.NOBODY)
+            for connection in connections:
+                connection.shut()
+            return export, list(connections)
 
-    def change_filter(self, name: str, action: str, spec: FilterSpec) -> None:
-        """`add`, `set` or `remove` one filter of an export. Raises UsageError, OSError."""
+    def resize(self, name: str, size_bytes: int) -> None:
+        """Grow an export, also for its clients; a restart does not forget it. Raises UsageError,
+        OSError."""
         with self._lock:
             export = self.export(name)
-            export.use(changed_stack(export.backend, action, spec))
+            if size_bytes < export.backend.size_bytes or size_bytes % SECTOR_BYTES:
+                raise UsageError(f"an export only grows, by multiples of {SECTOR_BYTES} bytes")
+            export.resize(size_bytes)
+            self._grown.note(export.config, size_bytes)
+
+    def paths(self) -> list[tuple[PathKey, NexusPath]]:
+        """All that are known."""
+        with self._lock:
+            return list(self._paths.items())
 
     # -- gates -----------------------------------------------------------------------------
 
@@ -185,7 +215,7 @@ class Service:
                     else:
                         connection.shut()
 
-    def _wait_drained(self) -> None:
+    def wait_drained(self) -> None:
         with self._lock:
             waiting = list(self._draining)
         for gate in waiting:
@@ -193,11 +223,13 @@ class Service:
 
     # -- connections -----------------------------------------------------------------------
 
-    def attach(self, connection: Connection, name: str) -> ExportRuntime | None:
-        """The connection begins transmission."""
+    def attach(self, connection: Connection, offer: Offer) -> ExportRuntime | None:
+        """The connection begins transmission, unless the export has gone or filled up."""
         with self._lock:
-            export = self.exports[name]
-            if connection.closing:
+            export = self.exports.get(offer.name)
+            if connection.closing or export is None or export.life != offer.life:
+                return None
+            if export.is_full:
                 return None
             connection.export = export
             export.connections.add(connection)
@@ -389,9 +421,10 @@ class Service:
             self.admission.step(boottime_ns(), a.Persisted(action.record))
             self._refresh(self.exports.values())
             self._forget_barred()
-        self._wait_drained()
+        self.wait_drained()
         for export in list(self.exports.values()):
-            if export.access == "cluster" and not export.backend.read_only:
+            present = self.exports.get(export.name) is export
+            if present and export.access == "cluster" and not export.backend.read_only:
                 self.flush(export)
         with self._lock:
             self.admission.step(boottime_ns(), a.Drained(request.epoch))
@@ -472,7 +505,7 @@ class Service:
                 self.attentions.extend((item, export.name) for item in outcome.attentions)
                 self._refresh([export])
         if outcome.drain and outcome.status is Status.GOOD:
-            self._wait_drained()
+            self.wait_drained()
         return m.ReserveResult(outcome.status, outcome.sense, table.generation)
 
     def _barred_from(self, export: ExportRuntime, nexus: Instance) -> bool:
@@ -496,7 +529,7 @@ class Service:
                     export.sequence_min = before
                     raise
                 self._refresh([export])
-        self._wait_drained()
+        self.wait_drained()
         return m.Done(self.admission.epoch)
 
     def leave(self, instance: Instance) -> None:
@@ -513,13 +546,19 @@ class Service:
                     del self._paths[key]
 
     def stop(self) -> None:
-        """Cut everybody off and flush everything."""
+        """Let everybody have the answers to what was received, then flush everything."""
         with self._lock:
+            self.stopping = True
             connections = [c for e in self.exports.values() for c in e.connections]
+        for connection in connections:
+            connection.finish()
+        end_s = time.monotonic() + STOP_S
+        for connection in connections:
+            connection.finished.wait(max(0.0, end_s - time.monotonic()))
         for connection in connections:
             connection.shut()
         for connection in connections:
-            connection.finished.wait(10)
+            connection.finished.wait(STOP_S)
         for export in self.exports.values():
             if not export.backend.read_only:
                 export.backend.flush()

@@ -204,7 +204,11 @@ class Transmission:
             self._service.set_sequence(session, request.offset)
         elif request.kind == p.CMD_LOGOUT:
             self._service.logout(session)
+        elif request.kind == p.CMD_PING and request.length != p.SIZE.size:
+            error = p.EINVAL
         native.done(error)
+        if request.kind == p.CMD_PING and not error:
+            native.put(p.SIZE.pack(self._export.backend.size_bytes))
 
     def _durable_write_failed(self, error: int) -> None:
         self._export.flushes.write_failed()

@@ -101,6 +101,17 @@ class Request(NamedTuple):
     padding: int
 
 
+def set_memory_max(size_bytes: int, wait_ms: int = 10_000) -> None:
+    """For the requests of all connections that do not fit into their buffers. One that has waited
+    so long is answered ENOMEM."""
+    lib.native_nbd_set_memory_max(size_bytes, wait_ms)
+
+
+def memory_used() -> int:
+    """How much of it is taken."""
+    return int(lib.native_nbd_memory_used())
+
+
 class Connection:
     """One socket in transmission. Everything but `close` belongs to its thread."""
 

@@ -3,6 +3,7 @@
  * nbd_access.c  the access word of a nexus (rule R5)
  * nbd_serve.c   receives and executes requests
  * nbd_reply.c   gathers replies and sends them
+ * nbd_memory.c  memory for long requests, bounded in total
  *
  * A connection belongs to one thread, which runs without the GIL. The export and the access word
  * are shared between threads.
@@ -15,7 +16,7 @@
 #include <stdint.h>
 #include <sys/uio.h>
 
-#define NBD_RECEIVE_BYTES ((size_t)2 << 20)
+#define NBD_RECEIVE_BYTES (((size_t)4 << 20) + 4096) /* a request of 4 MiB needs no more */
 #define NBD_ARENA_BYTES ((size_t)4 << 20)
 #define NBD_PAYLOAD_MAX ((uint32_t)64 << 20)
 #define NBD_PARTS_MAX 512
@@ -54,6 +55,11 @@ struct native_nbd_request {
     uint32_t padding;
 };
 
+struct nbd_memory {
+    uint8_t *data; /* NULL: nothing */
+    size_t length;
+};
+
 struct native_nbd {
     int sock;
     _Atomic int closing;
@@ -67,9 +73,10 @@ struct native_nbd {
 
     uint8_t *buffer; /* received, not yet executed: [start, end) */
     size_t start, end;
-    uint8_t *payload; /* of a WRITE that does not fit into the buffer */
+    struct nbd_memory payload; /* of a WRITE that does not fit into the buffer */
 
-    uint8_t *arena, *large; /* data of READs that wait to be sent */
+    uint8_t *arena; /* data of READs that wait to be sent */
+    struct nbd_memory large; /* of one that does not fit into the arena */
     size_t arena_used;
     uint8_t *headers;
     size_t headers_used, out_bytes;
@@ -84,6 +91,13 @@ uint32_t native_access_word(struct native_access *access);
 void native_access_set(struct native_access *access, uint32_t word);
 uint32_t native_access_in_flight(struct native_access *access);
 void native_access_wait_idle(struct native_access *access);
+
+/* nbd_memory.c */
+/* Nothing may be held, and the gate must be left: it may wait. `data` is NULL without memory. */
+void nbd_memory_take(struct nbd_memory *memory, size_t length);
+void nbd_memory_free(struct nbd_memory *memory);
+void native_nbd_set_memory_max(uint64_t bytes, uint32_t wait_ms);
+uint64_t native_nbd_memory_used(void);
 
 /* nbd_reply.c */
 /* Send what is in the way of the replies to one more request. */

@@ -9,7 +9,6 @@
 
 #include <endian.h>
 #include <errno.h>
-#include <stdlib.h>
 #include <string.h>
 #include <sys/socket.h>
 
@@ -51,8 +50,7 @@ void nbd_release(struct native_nbd *nbd)
     if (nbd->part_count)
         return;
     nbd->arena_used = 0;
-    free(nbd->large);
-    nbd->large = NULL;
+    nbd_memory_free(&nbd->large);
 }
 
 static void add_header(struct native_nbd *nbd, const void *data, size_t length)
@@ -83,8 +81,10 @@ uint8_t *nbd_room(struct native_nbd *nbd, size_t length)
     if (nbd->arena_used + length > NBD_ARENA_BYTES)
         native_nbd_send(nbd);
     nbd_release(nbd);
-    if (length > NBD_ARENA_BYTES)
-        return nbd->large = malloc(length);
+    if (length > NBD_ARENA_BYTES) { /* all has been sent */
+        nbd_memory_take(&nbd->large, length);
+        return nbd->large.data;
+    }
     uint8_t *room = nbd->arena + nbd->arena_used;
     nbd->arena_used += length;
     return room;
@@ -128,7 +128,7 @@ void nbd_reply_read(struct native_nbd *nbd, uint64_t cookie, uint64_t offset, ui
         return;
     }
     if (nbd->structured) { /* nothing to read: an empty final chunk */
-            add_chunk(nbd, 1, 0, cookie, NULL, 0, 0);
+        add_chunk(nbd, 1, 0, cookie, NULL, 0, 0);
         return;
     }
     struct simple_reply reply = {htobe32(SIMPLE_MAGIC), 0, htobe64(cookie)};
@@ -175,7 +175,7 @@ void native_nbd_put(struct native_nbd *nbd, const uint8_t *data, size_t length)
     while (length) {
         size_t part = length < NBD_HEADER_BYTES ? length : NBD_HEADER_BYTES;
         nbd_make_room(nbd);
-            add_header(nbd, data, part);
+        add_header(nbd, data, part);
         data += part;
         length -= part;
     }

@@ -69,8 +69,8 @@ void native_nbd_free(struct native_nbd *nbd)
     unmap_memory(nbd->buffer, NBD_RECEIVE_BYTES);
     unmap_memory(nbd->arena, NBD_ARENA_BYTES);
     unmap_memory(nbd->headers, NBD_PARTS_MAX * NBD_HEADER_BYTES);
-    free(nbd->payload);
-    free(nbd->large);
+    nbd_memory_free(&nbd->payload);
+    nbd_memory_free(&nbd->large);
     free(nbd);
 }
 
@@ -270,6 +270,8 @@ static int execute_write(struct native_nbd *nbd)
             error = WIRE_EPERM;
         else if (beyond(nbd, request))
             error = WIRE_ENOSPC;
+        else if (!nbd->data)
+            error = ENOMEM;
     }
     if (error) {
         nbd_reply(nbd, request->cookie, error);
@@ -371,17 +373,31 @@ static int receive(struct native_nbd *nbd)
         return 0;
     return receive_more(nbd);
 }
-/* A WRITE that is longer than the receive buffer gets a buffer of its own. */
+
+static int receive_nothing(struct native_nbd *nbd, size_t length)
+{
+    while (length) {
+        size_t part = length < NBD_RECEIVE_BYTES ? length : NBD_RECEIVE_BYTES;
+        if (!receive_exactly(nbd, nbd->buffer, part))
+            return 0;
+        length -= part;
+    }
+    return 1;
+}
+
+/* A WRITE that is longer than the receive buffer gets a buffer of its own, if there is memory. */
 static int receive_long(struct native_nbd *nbd, size_t header)
 {
     size_t length = nbd->request.length, have = nbd->end - nbd->start - header;
     native_nbd_send(nbd);
-    nbd->payload = malloc(length);
-    if (!nbd->payload)
-        return 0;
-    memcpy(nbd->payload, nbd->buffer + nbd->start + header, have);
+    nbd_release(nbd);
+    nbd_memory_take(&nbd->payload, length);
+    uint8_t *data = nbd->data = nbd->payload.data;
+    if (data)
+        memcpy(data, nbd->buffer + nbd->start + header, have);
     nbd->start = nbd->end = 0;
-    return receive_exactly(nbd, nbd->payload + have, length - have);
+    return data ? receive_exactly(nbd, data + have, length - have)
+                : receive_nothing(nbd, length - have);
 }
 
 /* Take the next request: 1 taken, 0 more bytes are needed, -1 the connection is over. */
@@ -407,10 +423,7 @@ static int take(struct native_nbd *nbd)
     if (request->length > NBD_PAYLOAD_MAX)
         return -1;
     if (header + request->length > NBD_RECEIVE_BYTES) {
-        if (!receive_long(nbd, header))
-            return -1;
-        nbd->data = nbd->payload;
-        return 1;
+        return receive_long(nbd, header) ? 1 : -1;
     }
     if (have < header + request->length) {
         if (nbd->start + header + request->length > NBD_RECEIVE_BYTES) {
@@ -445,8 +458,7 @@ int native_nbd_run(struct native_nbd *nbd)
 {
     for (;;) {
         if (!nbd->pending) {
-            free(nbd->payload);
-            nbd->payload = NULL;
+            nbd_memory_free(&nbd->payload);
             int taken = take(nbd);
             if (taken < 0)
                 return NBD_ENDED;
@@ -482,8 +494,7 @@ void native_nbd_count_late(struct native_nbd *nbd, uint32_t seconds)
     if (nbd->refused)
         count_refused(nbd);
     for (;;) {
-        free(nbd->payload);
-        nbd->payload = NULL;
+        nbd_memory_free(&nbd->payload);
         int taken = take(nbd);
         if (taken < 0)
             return;

@@ -61,10 +61,21 @@ class GnbdServer:
         self.file = directory / "exports.toml"
         self.log = directory / "server.log"
         self.prefix: list[str] = []
+        self.head = ""
+        """More lines for the top of the exports file."""
+        self.environment: dict[str, str] = {}
 
     @property
     def state_dir(self) -> Path:
         return self.directory / "state"
+
+    def ctl(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        """gnbdctl on the storage host itself."""
+        program = "from gnbd.control_cli import control_main; control_main()"
+        local = ["-s", str(self.state_dir / "gnbd.sock"), *arguments]
+        return subprocess.run(
+            [sys.executable, "-c", program, *local], capture_output=True, text=True, timeout=60
+        )
 
     @property
     def uri(self) -> str:
@@ -83,6 +94,7 @@ class GnbdServer:
         head = f'listen = [{listen}]\nport = {self.port}\nstate_dir = "{self.state_dir}"\n'
         if "heartbeat_port" not in self.exports:
             head += "heartbeat_port = 0\n"
+        head += self.head
         self.file.write_text(head + self.exports)
 
     def command(self, *arguments: str) -> list[str]:
@@ -102,7 +114,9 @@ class GnbdServer:
         self.write_config()
         mark = self.log.stat().st_size if self.log.exists() else 0
         with self.log.open("ab") as log:
-            self.process = subprocess.Popen(self.command(), stderr=log, stdout=log)
+            self.process = subprocess.Popen(
+                self.command(), stderr=log, stdout=log, env={**os.environ, **self.environment}
+            )
 
         def ready() -> bool:
             assert self.process is not None
@@ -157,9 +171,16 @@ def export_toml(
 
 @contextmanager
 def running(
-    directory: Path, exports: str, addresses: tuple[str, ...] = ("127.0.0.1",), joined: bool = True
+    directory: Path,
+    exports: str,
+    addresses: tuple[str, ...] = ("127.0.0.1",),
+    joined: bool = True,
+    head: str = "",
+    environment: dict[str, str] | None = None,
 ) -> Iterator[GnbdServer]:
     server = GnbdServer(directory, exports, addresses)
+    server.head = head
+    server.environment = environment or {}
     if joined:
         server.join()
     server.start()

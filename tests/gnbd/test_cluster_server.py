@@ -233,7 +233,8 @@ def test_drain_on_another_path(server):
     with RawClient(server) as client:
         assert client.login(ME, "slow", path=0, generation=5).status == m.LOGIN_OLD_GENERATION
     assert second.request(p.CMD_DRAIN, 5, length=1) == p.EINVAL  # itself
-    assert second.request(p.CMD_PING) == 0
+    assert second.request(p.CMD_PING, length=8) == 0
+    assert second.take(8) == (64 << 20).to_bytes(8, "big")
     logged_in(server, ME, "slow", path=0, generation=6)
     assert (server.directory / "slow.img").read_bytes() == frozen
 

@@ -193,7 +193,7 @@ def test_gnbdctl(tmp_path):
         (tmp_path / "node.toml").write_text(encode_node_config(config))
 
         def ctl(*arguments: str) -> str:
-            program = "import sys; from gnbd.cli import control_main; control_main()"
+            program = "import sys; from gnbd.control_cli import control_main; control_main()"
             where = ["-s", f"127.0.0.1:{server.port}", "--config", str(tmp_path / "node.toml")]
             done = subprocess.run(
                 [sys.executable, "-c", program, *where, *arguments],

@@ -17,7 +17,7 @@ TOOLS = {
     "fencectl": "node.fence_cli:main",
     "clusterd": "node.daemon:main",
     "gnbd-server": "gnbd.cli:server_main",
-    "gnbdctl": "gnbd.cli:control_main",
+    "gnbdctl": "gnbd.control_cli:control_main",
     "dlmctl": "dlm.cli:main",
     "cvmctl": "cvm.cli:main",
     "cfsctl": "cfs.cli:main",

@@ -1,0 +1,127 @@
+"""Exports that come, go and change while a server runs."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import structlog
+
+from cluster.config import read_config_text
+from cluster.errors import BusyError, ConfigError, NotFoundError, StackError, UsageError
+from gnbd.backends_io import check_disks
+from gnbd.exports import EXPORTS_MAX, Export, FilterSpec, check_export, decode_exports, parse_filter
+from gnbd.filters.stack_io import changed_stack, filters_of
+from gnbd.reload import plan_reload
+from gnbd.service_io import Service
+
+log = structlog.get_logger("gnbd")
+
+
+class Catalogue:
+    """One change at a time; the data path does not wait for it."""
+
+    def __init__(self, service: Service, source: Path) -> None:
+        """`source`: the exports file."""
+        self._service = service
+        self._source = source
+        self._config = service.config
+        self._changing = threading.Lock()
+        self._by_hand: set[str] = set()
+
+    def add(self, config: Export) -> None:
+        """A new export, until the server ends. Raises StackError."""
+        check_export(config, f"export {config.name!r}")
+        with self._changing:
+            self._add(config)
+            self._by_hand.add(config.name)
+
+    def _add(self, config: Export) -> None:
+        exports = self._service.exports
+        if config.name in exports:
+            raise UsageError(f"export {config.name!r} exists")
+        if len(exports) >= EXPORTS_MAX:
+            raise UsageError(f"there are {EXPORTS_MAX} exports, more cannot be")
+        check_disks([*(e.config for e in list(exports.values())), config])
+        with self._service.lock:
+            self._service.open_export(config)
+        log.info("export added", export=config.name)
+
+    def remove(self, name: str, force: bool) -> None:
+        """No more of this export; it returns when all that was acknowledged is durable. Raises
+        StackError."""
+        with self._changing:
+            with self._service.lock:
+                export = self._service.exports.get(name)
+                if export is None:
+                    raise NotFoundError(f"there is no export {name!r}", hint="see: gnbdctl exports")
+                if export.connections and not force:
+                    raise BusyError(
+                        f"export {name!r} has {len(export.connections)} connections",
+                        hint="--force cuts them off; see: gnbdctl connections",
+                    )
+            self._remove(name)
+            self._by_hand.discard(name)
+
+    def _remove(self, name: str) -> None:
+        export, connections = self._service.withdraw(name)
+        for connection in connections:
+            if connection.export is export:
+                connection.finished.wait()
+        self._service.wait_drained()
+        try:
+            if not export.backend.read_only:
+                export.backend.flush()
+        finally:
+            export.backend.close()
+        log.info("export removed", export=name)
+
+    def change_filter(self, name: str, action: str, spec: FilterSpec) -> None:
+        """`add`, `set` or `remove` one filter of an export. Raises UsageError, OSError."""
+        with self._service.lock:
+            export = self._service.export(name)
+            export.use(changed_stack(export.backend, action, spec))
+
+    def reload(self) -> str:
+        """Make it so that the exports are those of the file; gives a sentence. What must be refused
+        is refused before anything changes. Raises StackError."""
+        with self._changing:
+            wanted = decode_exports(read_config_text(self._source), str(self._source))
+            plan = plan_reload(self._config, wanted, self._by_hand)
+            kept = [e.config for n, e in self._service.exports.items() if n not in plan.remove]
+            check_disks([*kept, *plan.add])
+            for name in plan.remove:
+                self._remove(name)
+            for before, after in plan.change:
+                self._change(before, after)
+            for export in plan.add:
+                self._add(export)
+            self._config = wanted
+            text = plan.summary()
+            log.info("reloaded", what=text)
+            return text
+
+    def _change(self, before: Export, after: Export) -> None:
+        service = self._service
+        with service.lock:
+            export = service.export(after.name)
+            size_bytes = after.size_bytes
+            if size_bytes is not None and size_bytes > export.backend.size_bytes:
+                service.resize(after.name, size_bytes)
+            if before.filters != after.filters:
+                top = export.backend
+                while found := filters_of(top):
+                    top = changed_stack(top, "remove", found[-1].spec)
+                for text in after.filters:
+                    top = changed_stack(top, "add", parse_filter(text))
+                export.use(top)
+            export.config = after
+
+
+def reload_or_complain(catalogue: Catalogue) -> None:
+    """SIGHUP: there is nobody to tell but the log."""
+    try:
+        catalogue.reload()
+    except (StackError, OSError) as error:
+        hint = error.hint if isinstance(error, ConfigError) else ""
+        log.error("not reloaded", reason=str(error), hint=hint)

@@ -1,0 +1,71 @@
+"""What a gnbd-server tells Prometheus: the state at the moment of each scrape."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from prometheus_client import CollectorRegistry, start_http_server
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from cluster.errors import os_failure
+from gnbd.export_io import CACHE_GENERATION_ERRORS
+from gnbd.filters.stack_io import filters_of
+from gnbd.service_io import Service
+
+_REQUESTS = ("reads", "writes", "flushes")
+_BYTES = {"read_bytes": "read", "written_bytes": "written"}
+_REFUSED = {"refused": "any", "refused_writes": "write"}
+
+
+class _Exports(Collector):
+    def __init__(self, service: Service) -> None:
+        self._service = service
+
+    def collect(self) -> Iterable[Metric]:
+        exports = list(self._service.exports.values())
+        size = GaugeMetricFamily("gnbd_export_size_bytes", "Its size", labels=["export"])
+        open_ = GaugeMetricFamily("gnbd_connections", "In transmission", labels=["export"])
+        limit = GaugeMetricFamily("gnbd_connections_max", "Its limit", labels=["export"])
+        lost = CounterMetricFamily("gnbd_flush_failures", "In this life", labels=["export"])
+        requests = CounterMetricFamily("gnbd_requests", "Answered", labels=["export", "kind"])
+        moved = CounterMetricFamily("gnbd_bytes", "Moved", labels=["export", "direction"])
+        refused = CounterMetricFamily(
+            "gnbd_refused_requests", "Sent after the bar of their sender", labels=["export", "kind"]
+        )
+        seen = GaugeMetricFamily(
+            "gnbd_filter", "What a filter reports", labels=["export", "filter", "what"]
+        )
+        for export in exports:
+            name = export.name
+            counters = export.shared.counters()
+            size.add_metric([name], export.backend.size_bytes)
+            open_.add_metric([name], len(export.connections))
+            limit.add_metric([name], export.config.connections_max)
+            lost.add_metric([name], export.cache_generation % CACHE_GENERATION_ERRORS)
+            for key in _REQUESTS:
+                requests.add_metric([name, key], counters[key])
+            for key, direction in _BYTES.items():
+                moved.add_metric([name, direction], counters[key])
+            for key, kind in _REFUSED.items():
+                refused.add_metric([name, kind], counters[key])
+            for item in filters_of(export.backend):
+                for what, value in item.report().items():
+                    seen.add_metric([name, item.kind, what], value)
+        yield from (size, open_, limit, lost, requests, moved, refused, seen)
+        admission = self._service.admission
+        yield GaugeMetricFamily("gnbd_epoch", "The installed one", value=admission.epoch)
+        yield GaugeMetricFamily(
+            "gnbd_serving", "1: logged-in instances are served", value=int(admission.serving)
+        )
+
+
+def serve_metrics(service: Service, place: str) -> None:
+    """Answer scrapes at ADDRESS:PORT in a thread. Raises StackError."""
+    host, _, port = place.rpartition(":")
+    registry = CollectorRegistry()
+    registry.register(_Exports(service))
+    try:
+        start_http_server(int(port), host.strip("[]"), registry)
+    except OSError as error:
+        raise os_failure(error, f"cannot serve metrics at {place}") from error
