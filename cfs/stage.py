@@ -127,7 +127,7 @@ async def _fits(device: BlockDevice, superblock: Superblock) -> bool:
 
 
 def format_journal(fs: int, slot: int, place: tuple[int, int]) -> list[tuple[int, Buffer]]:
-    """(block, bytes) of an empty journal; the log itself may hold anything."""
+    """(block, bytes) of an empty journal, without its log."""
     first = place[0]
     writes: list[tuple[int, Buffer]] = []
     for change in range(1, HEADER_TURNS + 1):
@@ -258,6 +258,9 @@ async def add_journal(core: Core, slots: SlotsNode) -> None:
     wanted = slots.journals[0][1]
     place = await core.run(lambda tx: _allocate_journal(core, tx, wanted))
     await core.journal.checkpoint()
+    # The blocks held files: whatever looks like transactions in them may not be replayed.
+    log, length = place[0] + journal_format.LOG_OFFSET, place[1] - journal_format.LOG_OFFSET
+    await core.device.write_zeroes(log * BLOCK_BYTES, length * BLOCK_BYTES)
     await write_blocks(core.device, format_journal(core.fs, len(slots.journals), place))
     await core.device.flush()
 

@@ -171,7 +171,7 @@ class InodeWalk:
         else:
             await self._special(node)
         if node.xattrs is not None:
-            blocks += await AttributeChecker(self.volume, self.fix_of).check(ino, node.xattrs)
+            blocks += await AttributeChecker(self.volume, self.fix_of).check(node, node.xattrs)
         await self._numbers(node, blocks)
         return children
 

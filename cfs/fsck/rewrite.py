@@ -212,7 +212,7 @@ class _Rebuilt:
     async def attributes(self, root: Tree) -> tuple[Tree | None, int]:
         """(root, blocks of tree and values)."""
         walked = await self._walked(Kind.XATTR_TREE, root)
-        chosen = AttributeFilter(self.volume, self.node.block)
+        chosen = AttributeFilter(self.volume, self.node)
         kept = await chosen.keep(walked)
         values = len(chosen.value_blocks)
         if not self.fixes.rebuild_xattrs:

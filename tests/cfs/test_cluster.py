@@ -10,11 +10,14 @@ import random
 import pytest
 import trio
 
-from cfs.attributes import MountOptions, SetAttributes
+from cfs.attributes import BLOCK_BYTES, MountOptions, SetAttributes
 from cfs.errors import FsError
 from cfs.filesystem import RECOVERY_WAIT_S, FileSystem
+from cfs.journal_format import LOG_OFFSET
 from cfs.lock_names import MOUNT_LOCK
+from cfs.nodes import BlockState
 from cfs.runtime_io import TrioRuntime
+from cfs.stage import read_superblock
 from cluster.errors import BusyError
 from cluster.locks import Mode
 from tests.cfs.harness import (
@@ -31,6 +34,7 @@ from tests.cfs.harness import (
 from tests.cfs.shared_locks import LockTable
 from tests.cfs.test_crash import image, random_step
 from tests.cfs.test_model import Model, both, resolve
+from tests.corrupter.image import Image
 
 pytestmark = pytest.mark.trio
 BUSY = MountOptions(commit_interval_ms=20, checkpoint_interval_ms=60, inode_pool=4)
@@ -251,6 +255,26 @@ async def test_remounts_find_journals_and_more_are_made() -> None:
                     await trio.sleep(0.001)
             await fs.create(fs.root_ino, b"f%d" % number, 0o644, 0, 0)
         assert len(journals) == 6
+    await fsck(device)
+
+
+async def test_a_new_journal_holds_nothing_of_what_was_in_its_blocks() -> None:
+    """Files may have held anything there, also what looks like transactions."""
+    device = await make_device(16, journals=1)
+    disk = Image(device, await read_superblock(device))
+    for group in await disk.groups():
+        base = group.owner * disk.superblock.group_blocks
+        for index, state in enumerate(group.states):
+            if state == BlockState.FREE:
+                await device.write((base + index) * BLOCK_BYTES, b"\xee" * BLOCK_BYTES)
+    await device.flush()
+    async with mounted(device):
+        with trio.fail_after(10):
+            while len(await disk.journals()) < 2:  # noqa: ASYNC110
+                await trio.sleep(0.001)
+    first, count = (await disk.journals())[1]
+    log = await device.read((first + LOG_OFFSET) * BLOCK_BYTES, (count - LOG_OFFSET) * BLOCK_BYTES)
+    assert not any(log)
     await fsck(device)
 
 

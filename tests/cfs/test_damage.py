@@ -16,7 +16,7 @@ from cfs.fsck.session import Consent, NeedsHumanError, Session
 from cluster.device_memory import MemoryDevice
 from cluster.errors import RefusedError
 from tests.cfs.harness import mounted
-from tests.corrupter import blocks, content
+from tests.corrupter import blocks, content, names, tables
 from tests.corrupter.campaign import cut_repairs, random_damage, repaired
 from tests.corrupter.image import Image
 from tests.corrupter.probe import probe
@@ -24,8 +24,7 @@ from tests.corrupter.table import TABLE, Damage
 from tests.corrupter.world import World, build
 
 pytestmark = pytest.mark.trio
-assert blocks
-assert content
+assert all((blocks, content, names, tables))
 
 EIO = ("errno", errno.EIO)
 worlds: list[World] = []

@@ -1,4 +1,4 @@
-"""python -m tests.corrupter [--seeds N] [--seed S] [--cuts N] [--only CLASS]
+"""python -m tests.corrupter [--seeds N] [--seed S] [--cuts N] [--only CLASS] [--list]
 
 The whole campaign: random damage from many seeds, and the repair of every class of the table cut
 after each of its writes. Prints the seed of what fails; exit code 1 then.
@@ -13,12 +13,12 @@ import traceback
 
 import trio
 
-from tests.corrupter import blocks, content
+from tests.corrupter import blocks, content, names, tables
 from tests.corrupter.campaign import cut_repairs, random_damage
 from tests.corrupter.table import TABLE
 from tests.corrupter.world import build
 
-TABLES = (blocks, content)
+TABLES = (blocks, content, names, tables)
 RUN_S = 120
 
 
@@ -46,14 +46,34 @@ async def campaign(arguments: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
+def show_table() -> int:
+    """Each class: what a mount does, whether the repair asks because something is lost."""
+    for damage in TABLE.values():
+        answer = "goes on"
+        if damage.refused:
+            answer = "refuses to begin"
+        elif damage.fails or damage.may_fail:
+            answer = "EIO, goes on"
+        elif damage.differs:
+            answer = "cannot know"
+        repair = "asks" if damage.lossy else "loses nothing"
+        print(f"{damage.name:45} mount: {answer:18} repair: {repair}")
+    print(f"{len(TABLE)} classes")
+    return 0
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="tests.corrupter")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--seeds", type=int, default=300)
     parser.add_argument("--cuts", type=int, default=1000, help="at most so many per class")
     parser.add_argument("--only", default="", help="cut only classes whose name has this")
+    parser.add_argument("--list", action="store_true", help="print the table of classes")
     parser.add_argument("--tail", type=int, default=1500, help="characters of each traceback")
-    return trio.run(campaign, parser.parse_args())
+    arguments = parser.parse_args()
+    if arguments.list:
+        return show_table()
+    return trio.run(campaign, arguments)
 
 
 if __name__ == "__main__":

@@ -141,7 +141,7 @@ async def directory_flipped(image: Image, world: World) -> None:
 
 @damage(
     "root directory zeroed", fails=("*",), told=r"\(inode 19\)", says="inode 19", lossy=True,
-    lost=("*",), reconnected=12,
+    lost=("*",), reconnected=13,
 )  # fmt: skip
 async def root_zeroed(image: Image, world: World) -> None:
     await image.zero(19)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import stat
 from dataclasses import dataclass, field
 
+from cfs import acl
 from cfs.attributes import BLOCK_BYTES
 from cfs.errors import FsError
 from cfs.filesystem import FileSystem
 from cfs.format import Superblock
 from cfs.stage import read_superblock
+from cfs.xattr import ACCESS_ACL
 from cluster.device_memory import MemoryDevice
 from tests.cfs.harness import make_device, mounted
 
@@ -20,6 +22,14 @@ READ_BYTES_MAX = 4 << 20
 LARGE_NAMES = 120
 PIECES = 400
 """Extents of the file `pieces`: more than one block of a tree holds."""
+
+LISTED = acl.encode(
+    [
+        acl.Entry(acl.USER_OBJ, 6), acl.Entry(acl.USER, 4, 1000), acl.Entry(acl.GROUP_OBJ, 4),
+        acl.Entry(acl.MASK, 6), acl.Entry(acl.OTHER, 0),
+    ]
+)  # fmt: skip
+"""The access control list of `listed`; its mode is 0660."""
 
 Found = tuple[object, ...]
 
@@ -102,6 +112,8 @@ async def _first_half(fs: FileSystem, world: World) -> None:
         at = (await fs.mkdir(at, name, 0o755, 0, 0)).ino
     await _file(fs, at, b"bottom", b"b" * 200)
     await fs.mknod(root, b"fifo", stat.S_IFIFO | 0o600, 0, 0, 0)
+    listed = await _file(fs, root, b"listed", b"l" * 60)
+    await fs.setxattr(listed, ACCESS_ACL, LISTED)
     marked = await _file(fs, root, b"marked", b"m" * 50)
     await fs.setxattr(marked, b"user.small", b"1")
 

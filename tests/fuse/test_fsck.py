@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -78,9 +79,17 @@ def test_a_damaged_image_is_checked_mounted_repaired_and_clean(image) -> None:
 
 
 def test_wrong_command_lines_have_exit_code_16_and_a_wreck_8(tmp_path) -> None:
-    (tmp_path / "nothing").write_bytes(bytes(8 << 20))
     path = tmp_path / "nothing"
-    assert fsck(path).returncode == 8
+    noise = random.Random(8).randbytes(2 << 20)
+    for content in (noise, noise[: 17 * BLOCK_BYTES + 5], b"text\n", b"", bytes(8 << 20)):
+        path.write_bytes(content)
+        for options in ((), ("-p",), ("-y",)):
+            ended = fsck(*options, path)
+            assert ended.returncode == 8, (len(content), options, ended.stderr)
+            assert "Traceback" not in ended.stderr
+            assert path.read_bytes() == content
+    assert fsck(tmp_path / "missing").returncode == 8
+    assert fsck(tmp_path).returncode == 16
     for words in (("-n", "-y"), ("-p", "-y"), ("--repair",), ("-n", "--repair")):
         assert fsck(*words, path, stdin=subprocess.DEVNULL).returncode == 16
     assert path.read_bytes() == bytes(8 << 20)
