@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import fcntl
+import mmap
 import os
 import stat
 from collections.abc import Sequence
@@ -29,6 +31,8 @@ FALLOC_PUNCH_HOLE = 2
 FALLOC_ZERO_RANGE = 0x10
 EXTENTS_MAX = 4096
 """In one answer to BLOCK_STATUS."""
+ALIGNMENTS = (512, 4096)
+"""That O_DIRECT may want."""
 _ZERO_CHUNK = bytes(1 << 20)
 _RWF_DSYNC = os.RWF_DSYNC
 
@@ -108,10 +112,12 @@ def _seek(fd: int, offset: int, end: int, whence: int) -> int:
 
 
 class Backend:
-    """The bytes of one export. Ranges were checked against `size_bytes` by the caller."""
+    """The bytes of one export. The caller has checked ranges: `size_bytes`, `alignment`."""
 
     size_bytes: int
     read_only = False
+    alignment = 1
+    """Offsets and lengths are multiples of it."""
 
     def read_into(self, offset: int, view: memoryview) -> None:
         raise NotImplementedError
@@ -152,9 +158,11 @@ class Backend:
 
 
 class FileBackend(Backend):
-    """A regular file or a block device through the page cache."""
+    """A regular file or a block device, through the page cache or past it (`direct`)."""
 
-    def __init__(self, path: Path, size_bytes: int | None, read_only: bool = False) -> None:
+    def __init__(
+        self, path: Path, size_bytes: int | None, read_only: bool = False, *, direct: bool = False
+    ) -> None:
         self.path = path
         self.read_only = read_only
         flags = os.O_CLOEXEC | (os.O_RDONLY if read_only else os.O_RDWR)
@@ -181,6 +189,31 @@ class FileBackend(Backend):
             os.close(self.fd)
             raise
         self.size_bytes = present if size_bytes is None else min(size_bytes, present)
+        if direct:
+            try:
+                self._go_direct()
+            except StackError:
+                os.close(self.fd)
+                raise
+
+    def _go_direct(self) -> None:
+        """O_DIRECT from now on, with the smallest alignment that works."""
+        try:
+            fcntl.fcntl(self.fd, fcntl.F_SETFL, fcntl.fcntl(self.fd, fcntl.F_GETFL) | os.O_DIRECT)
+            self.alignment = next(a for a in ALIGNMENTS if self._reads_at(a))
+        except (OSError, StopIteration) as error:
+            raise ConfigError(f"{self.path} cannot be read with O_DIRECT") from error
+        if self.size_bytes % self.alignment:
+            raise ConfigError(f"{self.path}: its size is not a multiple of {self.alignment}")
+
+    def _reads_at(self, offset: int) -> bool:
+        with mmap.mmap(-1, ALIGNMENTS[-1]) as memory, memoryview(memory) as view:
+            try:
+                return os.preadv(self.fd, [view[:offset]], offset) >= 0
+            except OSError as error:
+                if error.errno == errno.EINVAL:
+                    return False
+                raise
 
     def _grow_to(self, size_bytes: int | None) -> int:
         if stat.S_ISBLK(os.fstat(self.fd).st_mode):
@@ -193,10 +226,21 @@ class FileBackend(Backend):
         return present
 
     def read_into(self, offset: int, view: memoryview) -> None:
-        read_exactly(self.fd, offset, view)
+        if self.alignment == 1 or not view:
+            read_exactly(self.fd, offset, view)
+            return
+        with mmap.mmap(-1, len(view)) as memory, memoryview(memory) as aligned:
+            read_exactly(self.fd, offset, aligned)
+            view[:] = aligned
 
     def write(self, offset: int, view: memoryview, fua: bool) -> None:
-        write_exactly(self.fd, offset, view, _RWF_DSYNC if fua else 0)
+        flags = _RWF_DSYNC if fua else 0
+        if self.alignment == 1 or not view:
+            write_exactly(self.fd, offset, view, flags)
+            return
+        with mmap.mmap(-1, len(view)) as memory, memoryview(memory) as aligned:
+            aligned[:] = view
+            write_exactly(self.fd, offset, aligned, flags)
 
     def flush(self) -> None:
         os.fdatasync(self.fd)
@@ -219,7 +263,7 @@ class FileBackend(Backend):
         end = offset + length
         while offset < end:
             chunk = memoryview(_ZERO_CHUNK)[: end - offset]
-            write_exactly(self.fd, offset, chunk)
+            self.write(offset, chunk, False)
             offset += len(chunk)
 
     def cache(self, offset: int, length: int) -> None:

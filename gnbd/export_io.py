@@ -108,7 +108,9 @@ class ExportRuntime:
         self.access = config.access
         self.life = next(_lives)
         size_bytes = config.size_bytes if size_bytes is None else size_bytes
-        backend: Backend = FileBackend(Path(config.path), size_bytes, config.read_only)
+        backend: Backend = FileBackend(
+            Path(config.path), size_bytes, config.read_only, direct=config.direct
+        )
         for text in config.filters:
             backend = stack_filter(backend, parse_filter(text))
         self.shared = g.Export()
@@ -125,7 +127,9 @@ class ExportRuntime:
         """From the next request on. A bare file is read and written without Python."""
         self.backend = backend
         descriptor = backend.fd if isinstance(backend, FileBackend) else -1
-        self.shared.set(descriptor, backend.size_bytes, read_only=backend.read_only)
+        self.shared.set(
+            descriptor, backend.size_bytes, read_only=backend.read_only, alignment=backend.alignment
+        )
 
     def resize(self, size_bytes: int) -> None:
         """Grow. Raises OSError."""
@@ -135,7 +139,10 @@ class ExportRuntime:
     def offer(self) -> Offer:
         """What INFO and GO say."""
         size_bytes = self.backend.size_bytes
-        return Offer(self.name, size_bytes, self.flags, self.config.description, self.life)
+        return Offer(
+            self.name, size_bytes, self.flags, self.config.description, self.life,
+            self.backend.alignment,
+        )  # fmt: skip
 
     @property
     def is_full(self) -> bool:

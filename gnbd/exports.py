@@ -17,6 +17,7 @@
     access = "cluster"              # or "plain": standard NBD for anyone
     description = "for the archive" # shown by LIST and INFO
     read_only = false
+    direct = false                  # true: O_DIRECT, past the page cache of this host
     connections_max = 512
     filters = ["volatile", "delay:write_ms=5", "log:path=/tmp/writes.log"]
 
@@ -67,6 +68,7 @@ class Export(msgspec.Struct, forbid_unknown_fields=True):
     access: Annotated[str, msgspec.Meta(pattern="^(plain|cluster)$")] = "plain"
     description: Annotated[str, msgspec.Meta(max_length=1024)] = ""
     read_only: bool = False
+    direct: bool = False
     connections_max: Annotated[int, msgspec.Meta(ge=1)] = 512
     filters: list[str] = []
 

@@ -14,6 +14,7 @@ from typing import Protocol
 import msgspec
 
 from gnbd import protocol as p
+from native.nbd import EXTENDED, SIMPLE, STRUCTURED
 
 _U32 = struct.Struct(">I")
 _U16 = struct.Struct(">H")
@@ -28,6 +29,7 @@ class Offer(msgspec.Struct, frozen=True):
     description: str = ""
     life: int = 0
     """Of the export; transmission begins only in the same one."""
+    block_bytes_min: int = 1
 
 
 class Denied(msgspec.Struct, frozen=True):
@@ -63,7 +65,7 @@ class Enter(msgspec.Struct, frozen=True):
 
     offer: Offer
     rest: bytes
-    structured: bool = False
+    style: int = SIMPLE
     contexts: tuple[str, ...] = ()
 
 
@@ -86,7 +88,7 @@ class Handshake:
         self._ended = False
         self.trusted = False
         """The shell says so when a CONTROL session has authenticated itself."""
-        self._structured = False
+        self._style = SIMPLE
         self._contexts: tuple[str, tuple[str, ...]] = ("", ())
 
     def feed(self, data: bytes | memoryview) -> None:
@@ -151,6 +153,8 @@ class Handshake:
                 return self._info(number, data)
             case p.OPT_STRUCTURED_REPLY:
                 return self._structured_reply(data)
+            case p.OPT_EXTENDED_HEADERS:
+                return self._extended_headers(data)
             case p.OPT_LIST_META_CONTEXT | p.OPT_SET_META_CONTEXT:
                 return self._meta_context(number, data)
             case p.OPT_LOGIN | p.OPT_CONTROL:
@@ -167,23 +171,33 @@ class Handshake:
         rest = bytes(self._buffer)
         self._buffer.clear()
         name, contexts = self._contexts
-        return Enter(offer, rest, self._structured, contexts if name == offer.name else ())
+        return Enter(offer, rest, self._style, contexts if name == offer.name else ())
 
     def _flags_of(self, offer: Offer) -> int:
-        return offer.flags | (p.FLAG_SEND_DF if self._structured else 0)
+        return offer.flags | (p.FLAG_SEND_DF if self._style else 0)
 
     def _structured_reply(self, data: bytes) -> Action:
         if data:
             text = "STRUCTURED_REPLY takes no data"
             return Send(self.refusal(p.OPT_STRUCTURED_REPLY, p.REP_ERR_INVALID, text))
-        self._structured = True
+        if self._style == EXTENDED:
+            text = "extended headers have been agreed on"
+            return Send(self.refusal(p.OPT_STRUCTURED_REPLY, p.REP_ERR_EXT_HEADER_REQD, text))
+        self._style = STRUCTURED
         return Send(p.option_reply(p.OPT_STRUCTURED_REPLY, p.REP_ACK))
+
+    def _extended_headers(self, data: bytes) -> Action:
+        if data:
+            text = "EXTENDED_HEADERS takes no data"
+            return Send(self.refusal(p.OPT_EXTENDED_HEADERS, p.REP_ERR_INVALID, text))
+        self._style = EXTENDED
+        return Send(p.option_reply(p.OPT_EXTENDED_HEADERS, p.REP_ACK))
 
     def _meta_context(self, number: int, data: bytes) -> Action:
         """LIST says what there is, SET chooses for the export that GO will name."""
         parsed = parse_meta_untrusted(data)
-        if parsed is None or not self._structured:
-            text = "malformed request" if self._structured else "structured replies come first"
+        if parsed is None or not self._style:
+            text = "malformed request" if self._style else "structured replies come first"
             return Send(self.refusal(number, p.REP_ERR_INVALID, text))
         name, queries = parsed
         found = self._directory.find(name)
@@ -222,6 +236,8 @@ class Handshake:
 
     def _export_name(self, data: bytes) -> Action:
         """No error can be said here: the connection is dropped."""
+        if self._style == EXTENDED:
+            return self._close("EXPORT_NAME after EXTENDED_HEADERS")
         try:
             found = self._directory.find(data.decode())
         except UnicodeDecodeError:
@@ -253,7 +269,10 @@ class Handshake:
         infos = [
             p.EXPORT_INFO.pack(p.INFO_EXPORT, found.size_bytes, self._flags_of(found)),
             p.BLOCK_SIZE_INFO.pack(
-                p.INFO_BLOCK_SIZE, p.BLOCK_BYTES_MIN, p.BLOCK_BYTES_PREFERRED, p.PAYLOAD_BYTES_MAX
+                p.INFO_BLOCK_SIZE,
+                found.block_bytes_min,
+                p.BLOCK_BYTES_PREFERRED,
+                p.PAYLOAD_BYTES_MAX,
             ),
             _U16.pack(p.INFO_NAME) + raw,
         ]

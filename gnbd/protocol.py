@@ -3,6 +3,9 @@
 Request (28 bytes, big endian): magic u32, flags u16, type u16, cookie u64, offset u64, length u32.
 Simple reply (16 bytes): magic u32, error u32, cookie u64; the data of a READ follows.
 Chunk of a structured reply (20 bytes): magic u32, flags u16, type u16, cookie u64, length u32.
+With extended headers (32 bytes each): request: magic u32, flags u16, type u16, cookie u64, offset
+u64, length u64; chunk: magic u32, flags u16, type u16, cookie u64, offset of the request u64,
+length u64.
 Option (16 bytes): magic u64, option u32, length u32; data follows.
 Option reply (20 bytes): magic u64, option u32, type u32, length u32; data follows.
 
@@ -34,6 +37,10 @@ REPLY_MAGIC = 0x67446698
 CHUNK_MAGIC = 0x668E33EF
 CHUNK_DONE = 1
 CHUNK_BLOCK_STATUS = 5
+CHUNK_BLOCK_STATUS_EXT = 6
+
+EXTENDED_REQUEST_MAGIC = 0x21E41C71
+EXTENDED_CHUNK_MAGIC = 0x6E8A278C
 
 GREETING = struct.Struct(">QQH")
 OPTION = struct.Struct(">QII")
@@ -41,6 +48,8 @@ OPTION_REPLY = struct.Struct(">QIII")
 REQUEST = struct.Struct(">IHHQQI")
 REPLY = struct.Struct(">IIQ")
 CHUNK = struct.Struct(">IHHQI")
+EXTENDED_REQUEST = struct.Struct(">IHHQQQ")
+EXTENDED_CHUNK = struct.Struct(">IHHQQQ")
 SIZE = struct.Struct(">Q")
 EXPORT_INFO = struct.Struct(">HQH")
 BLOCK_SIZE_INFO = struct.Struct(">HIII")
@@ -57,6 +66,7 @@ OPT_GO = 7
 OPT_STRUCTURED_REPLY = 8
 OPT_LIST_META_CONTEXT = 9
 OPT_SET_META_CONTEXT = 10
+OPT_EXTENDED_HEADERS = 11
 OPT_LOGIN = 0x43465301
 OPT_CONTROL = 0x43465302
 
@@ -73,6 +83,7 @@ REP_ERR_TLS_REQD = REP_ERROR + 5
 REP_ERR_UNKNOWN = REP_ERROR + 6
 REP_ERR_SHUTDOWN = REP_ERROR + 7
 REP_ERR_TOO_BIG = REP_ERROR + 9
+REP_ERR_EXT_HEADER_REQD = REP_ERROR + 10
 
 INFO_EXPORT = 0
 INFO_NAME = 1
@@ -108,6 +119,7 @@ CMD_FLAG_NO_HOLE = 1 << 1
 CMD_FLAG_DF = 1 << 2
 CMD_FLAG_REQ_ONE = 1 << 3
 CMD_FLAG_FAST_ZERO = 1 << 4
+CMD_FLAG_PAYLOAD_LEN = 1 << 5
 
 CONTEXT_ALLOCATION = "base:allocation"
 CONTEXT_RESERVATION = "x-cfs:reservation"
@@ -136,7 +148,6 @@ STRANGER_OPTION_BYTES_MAX = 64 << 10
 """Of a client that has not proved that it belongs to the cluster."""
 LIST_MAX = 4096
 PAYLOAD_BYTES_MAX = 64 << 20
-BLOCK_BYTES_MIN = 1
 BLOCK_BYTES_PREFERRED = 4096
 ZERO_PADDING_BYTES = 124
 SEQUENCE_MAX = (1 << 64) - 1

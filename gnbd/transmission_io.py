@@ -32,6 +32,8 @@ _OPERATIONS = {
 """As the filters call them."""
 _EXTENT = struct.Struct(">II")
 _CONTEXT = struct.Struct(">I")
+_EXTENT_EXT = struct.Struct(">QQ")
+_CONTEXT_EXT = struct.Struct(">II")
 
 
 class Transmission:
@@ -44,6 +46,7 @@ class Transmission:
         self._connection = connection
         self._export = export
         self._contexts = entered.contexts
+        self._style = entered.style
         self._flush_lost = False
         self._nexus = connection.session.instance if connection.session else None
         self._native = nbd.Connection(
@@ -51,7 +54,7 @@ class Transmission:
             export.shared,
             entered.rest,
             logged_in=self._nexus is not None,
-            structured=entered.structured,
+            style=entered.style,
         )
 
     def run(self) -> None:
@@ -109,6 +112,10 @@ class Transmission:
         """What the request may not ask, as an NBD error."""
         backend = self._export.backend
         beyond = request.offset + request.length > backend.size_bytes
+        if request.kind != p.CMD_FLUSH and (
+            request.offset % backend.alignment or request.length % backend.alignment
+        ):
+            return p.EINVAL
         match request.kind:
             case p.CMD_READ | p.CMD_WRITE:
                 return 0
@@ -172,13 +179,12 @@ class Transmission:
             else:
                 rows = [(request.length, self._reservation_state())]
             rows = rows[:1] if one else rows
-            body = _CONTEXT.pack(p.CONTEXT_IDS[name])
-            body += b"".join(_EXTENT.pack(*row) for row in rows)
-            last = p.CHUNK_DONE if index == len(self._contexts) - 1 else 0
-            self._native.put(
-                p.CHUNK.pack(p.CHUNK_MAGIC, last, p.CHUNK_BLOCK_STATUS, request.cookie, len(body))
-                + body
-            )
+            kind, head, extent = p.CHUNK_BLOCK_STATUS, _CONTEXT.pack(p.CONTEXT_IDS[name]), _EXTENT
+            if self._style == nbd.EXTENDED:
+                kind, extent = p.CHUNK_BLOCK_STATUS_EXT, _EXTENT_EXT
+                head = _CONTEXT_EXT.pack(p.CONTEXT_IDS[name], len(rows))
+            body = head + b"".join(extent.pack(*row) for row in rows)
+            self._native.chunk(kind, body, last=index == len(self._contexts) - 1)
 
     def _reservation_state(self) -> int:
         table = self._export.reservations
@@ -204,7 +210,7 @@ class Transmission:
             self._service.set_sequence(session, request.offset)
         elif request.kind == p.CMD_LOGOUT:
             self._service.logout(session)
-        elif request.kind == p.CMD_PING and request.length != p.SIZE.size:
+        elif request.kind == p.CMD_PING and (request.length != p.SIZE.size or self._style):
             error = p.EINVAL
         native.done(error)
         if request.kind == p.CMD_PING and not error:

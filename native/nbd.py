@@ -5,7 +5,8 @@ not READ or WRITE, any request of an export whose bytes are behind Python (`Expo
 descriptor -1), an access word that was replaced, the end. Requests execute in order; each looks at
 the access word as it executes (rule R5). Replies are gathered and sent in one call, outside.
 
-Simple replies; structured ones for READ when negotiated (holes travel as holes unless DF).
+Simple replies; structured ones for READ when negotiated (holes travel as holes unless DF); with
+extended headers every reply is structured, and lengths have 64 bits.
 """
 
 from __future__ import annotations
@@ -24,7 +25,10 @@ STALE = 4
 CLOSED = 8
 """This access was replaced: look up the new one."""
 
-_REQUEST = struct.Struct("<QQIIHHI")
+SIMPLE, STRUCTURED, EXTENDED = range(3)
+"""Style of the headers."""
+
+_REQUEST = struct.Struct("<QQQIHH")
 
 
 class Access:
@@ -63,11 +67,14 @@ class Export:
 
     def __init__(self) -> None:
         self._export = ffi.new("struct native_nbd_export *")
-        lib.native_nbd_export_set(self._export, -1, 0, 1)
+        lib.native_nbd_export_set(self._export, -1, 0, 1, 1)
 
-    def set(self, descriptor: int, size_bytes: int, *, read_only: bool) -> None:
-        """From the next request on; -1: every READ and WRITE goes to Python."""
-        lib.native_nbd_export_set(self._export, descriptor, size_bytes, read_only)
+    def set(
+        self, descriptor: int, size_bytes: int, *, read_only: bool, alignment: int = 1
+    ) -> None:
+        """From the next request on; -1: every READ and WRITE goes to Python. `alignment` (a power
+        of two up to 4096) of offsets, lengths and memory."""
+        lib.native_nbd_export_set(self._export, descriptor, size_bytes, read_only, alignment)
 
     def counters(self) -> dict[str, int]:
         """Totals of all connections."""
@@ -98,7 +105,6 @@ class Request(NamedTuple):
     error: int
     kind: int
     flags: int
-    padding: int
 
 
 def set_memory_max(size_bytes: int, wait_ms: int = 10_000) -> None:
@@ -116,13 +122,13 @@ class Connection:
     """One socket in transmission. Everything but `close` belongs to its thread."""
 
     def __init__(
-        self, descriptor: int, export: Export, first: bytes, *, logged_in: bool, structured: bool
+        self, descriptor: int, export: Export, first: bytes, *, logged_in: bool, style: int
     ) -> None:
         """`first`: what was received behind the handshake. Raises MemoryError."""
         self._export = export
         self._access: Access | None = None
         self._nbd = lib.native_nbd_open(
-            descriptor, export._export, logged_in, structured, first, len(first)
+            descriptor, export._export, logged_in, style, first, len(first)
         )
         if not self._nbd:
             raise MemoryError
@@ -152,6 +158,10 @@ class Connection:
     def done(self, error: int = 0) -> None:
         """Answer the request: 0, or an NBD error."""
         lib.native_nbd_done(self._nbd, error)
+
+    def chunk(self, kind: int, data: bytes, *, last: bool) -> None:
+        """One chunk of a structured or extended answer."""
+        lib.native_nbd_chunk(self._nbd, kind, last, data, len(data))
 
     def put(self, data: bytes) -> None:
         """Answer with bytes of one's own."""

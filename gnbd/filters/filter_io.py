@@ -15,6 +15,7 @@ class Filter(Backend):
         self.below = below
         self.spec = spec
         self.read_only = below.read_only
+        self.alignment = below.alignment
 
     @property
     def size_bytes(self) -> int:  # type: ignore[override]

@@ -30,6 +30,7 @@ class Torn(Filter):
     def write(self, offset: int, view: memoryview, fua: bool) -> None:
         if self._chooser.takes("write", offset, len(view)):
             length = int(self.spec.parameters.get("bytes", len(view) // 2))
+            length -= length % self.alignment
             if length:
                 self.below.write(offset, view[:length], False)
             os.kill(os.getpid(), signal.SIGKILL)

@@ -19,12 +19,13 @@
 #define NBD_RECEIVE_BYTES (((size_t)4 << 20) + 4096) /* a request of 4 MiB needs no more */
 #define NBD_ARENA_BYTES ((size_t)4 << 20)
 #define NBD_PAYLOAD_MAX ((uint32_t)64 << 20)
+#define NBD_ALIGNMENT_MAX 4096
 #define NBD_PARTS_MAX 512
 #define NBD_PARTS_OF_ONE 64 /* that the replies to one request may take */
 #define NBD_HEADER_BYTES 64 /* of one reply, at most */
 
 enum { NBD_READ, NBD_WRITE, NBD_DISC, NBD_FLUSH, NBD_TRIM, NBD_CACHE, NBD_ZERO, NBD_STATUS };
-enum { NBD_FLAG_FUA = 1, NBD_FLAG_DF = 4 };
+enum { NBD_FLAG_FUA = 1, NBD_FLAG_DF = 4, NBD_FLAG_PAYLOAD = 32 };
 enum { ACCESS_READ = 1, ACCESS_WRITE = 2, ACCESS_STALE = 4, ACCESS_CLOSED = 8 };
 enum { WIRE_EPERM = 1, WIRE_EIO = 5, WIRE_EINVAL = 22, WIRE_ENOSPC = 28, WIRE_ESTALE = 116 };
 
@@ -45,14 +46,14 @@ struct native_nbd_export {
     _Atomic uint64_t refused, refused_writes; /* that came after the bar of their sender */
     _Atomic int32_t fd; /* -1: Python executes everything */
     _Atomic uint32_t read_only;
+    _Atomic uint32_t alignment; /* of offsets, lengths and memory; a power of two */
 };
 
 /* native.nbd.Request unpacks it. */
 struct native_nbd_request {
-    uint64_t cookie, offset;
-    uint32_t length, error;
+    uint64_t cookie, offset, length;
+    uint32_t error;
     uint16_t kind, flags;
-    uint32_t padding;
 };
 
 struct nbd_memory {
@@ -63,7 +64,7 @@ struct nbd_memory {
 struct native_nbd {
     int sock;
     _Atomic int closing;
-    int logged_in, structured, entered, broken;
+    int logged_in, structured, extended, entered, broken; /* extended ones are structured too */
     int refused; /* `request` was taken, and is not executed because all is over */
     int pending; /* `request` was taken and waits for a new access word */
     struct native_nbd_export *export;
@@ -73,7 +74,8 @@ struct native_nbd {
 
     uint8_t *buffer; /* received, not yet executed: [start, end) */
     size_t start, end;
-    struct nbd_memory payload; /* of a WRITE that does not fit into the buffer */
+    struct nbd_memory payload; /* of a request that does not fit into the buffer */
+    uint8_t *aligned;          /* where the data of a WRITE is moved that must be aligned */
 
     uint8_t *arena; /* data of READs that wait to be sent */
     struct nbd_memory large; /* of one that does not fit into the arena */
@@ -115,8 +117,9 @@ void nbd_reply_data(struct native_nbd *nbd, uint64_t cookie, uint64_t offset, ui
                     size_t length, int last);
 
 /* For Python. */
+enum { NBD_SIMPLE, NBD_STRUCTURED, NBD_EXTENDED }; /* style of headers */
 struct native_nbd *native_nbd_open(int sock, struct native_nbd_export *export, int logged_in,
-                                   int structured, const uint8_t *first, size_t length);
+                                   int style, const uint8_t *first, size_t length);
 void native_nbd_free(struct native_nbd *nbd);
 void native_nbd_set_access(struct native_nbd *nbd, struct native_access *access);
 int native_nbd_run(struct native_nbd *nbd);
@@ -124,11 +127,13 @@ void native_nbd_count_late(struct native_nbd *nbd, uint32_t seconds);
 void *native_nbd_request_of(struct native_nbd *nbd);
 void *native_nbd_data_of(struct native_nbd *nbd);
 void native_nbd_done(struct native_nbd *nbd, uint32_t error);
+void native_nbd_chunk(struct native_nbd *nbd, int type, int last, const uint8_t *data,
+                      size_t length);
 void native_nbd_put(struct native_nbd *nbd, const uint8_t *data, size_t length);
 void native_nbd_leave(struct native_nbd *nbd);
 void native_nbd_send(struct native_nbd *nbd);
 void native_nbd_close(struct native_nbd *nbd);
 void native_nbd_export_set(struct native_nbd_export *export, int fd, uint64_t size_bytes,
-                           int read_only);
+                           int read_only, uint32_t alignment);
 void native_nbd_counters(struct native_nbd_export *export, uint64_t *out);
 #endif

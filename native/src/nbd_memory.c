@@ -58,7 +58,8 @@ void nbd_memory_take(struct nbd_memory *memory, size_t length)
     pthread_mutex_unlock(&lock);
     if (!taken)
         return;
-    memory->data = malloc(length);
+    if (posix_memalign((void **)&memory->data, NBD_ALIGNMENT_MAX, length))
+        memory->data = NULL;
     memory->length = length;
     if (!memory->data)
         give_back(length);

@@ -14,7 +14,9 @@
 
 #define SIMPLE_MAGIC 0x67446698u
 #define CHUNK_MAGIC 0x668e33efu
-enum { CHUNK_DONE = 1, CHUNK_OFFSET_DATA = 1, CHUNK_OFFSET_HOLE = 2, CHUNK_ERROR = 0x8001 };
+#define EXTENDED_MAGIC 0x6e8a278cu
+enum { CHUNK_DONE = 1 };
+enum { CHUNK_NONE, CHUNK_OFFSET_DATA = 1, CHUNK_OFFSET_HOLE = 2, CHUNK_ERROR = 0x8001 };
 
 struct simple_reply {
     uint32_t magic, error;
@@ -26,6 +28,12 @@ struct chunk {
     uint16_t flags, type;
     uint64_t cookie;
     uint32_t length;
+} __attribute__((packed));
+
+struct extended_chunk {
+    uint32_t magic;
+    uint16_t flags, type;
+    uint64_t cookie, offset, length;
 } __attribute__((packed));
 
 static void add_part(struct native_nbd *nbd, void *data, size_t length)
@@ -66,18 +74,26 @@ static void add_chunk(struct native_nbd *nbd, int last, int type, uint64_t cooki
                       const void *payload, size_t payload_length, size_t more)
 {
     uint8_t bytes[NBD_HEADER_BYTES];
+    uint16_t flags = htobe16(last ? CHUNK_DONE : 0), wire_type = htobe16((uint16_t)type);
     struct chunk chunk = {
-        .magic = htobe32(CHUNK_MAGIC), .flags = htobe16(last ? CHUNK_DONE : 0),
-        .type = htobe16((uint16_t)type), .cookie = htobe64(cookie),
-        .length = htobe32((uint32_t)(payload_length + more)),
+        htobe32(CHUNK_MAGIC), flags, wire_type, htobe64(cookie),
+        htobe32((uint32_t)(payload_length + more)),
     };
-    memcpy(bytes, &chunk, sizeof chunk);
-    memcpy(bytes + sizeof chunk, payload, payload_length);
-    add_header(nbd, bytes, sizeof chunk + payload_length);
+    struct extended_chunk extended = {
+        htobe32(EXTENDED_MAGIC), flags, wire_type, htobe64(cookie),
+        htobe64(nbd->request.offset), htobe64(payload_length + more),
+    };
+    size_t length = nbd->extended ? sizeof extended : sizeof chunk;
+    memcpy(bytes, nbd->extended ? (void *)&extended : (void *)&chunk, length);
+    if (payload_length)
+        memcpy(bytes + length, payload, payload_length);
+    add_header(nbd, bytes, length + payload_length);
 }
 
 uint8_t *nbd_room(struct native_nbd *nbd, size_t length)
 {
+    size_t alignment = atomic_load(&nbd->export->alignment);
+    nbd->arena_used = (nbd->arena_used + alignment - 1) & ~(alignment - 1);
     if (nbd->arena_used + length > NBD_ARENA_BYTES)
         native_nbd_send(nbd);
     nbd_release(nbd);
@@ -93,7 +109,9 @@ uint8_t *nbd_room(struct native_nbd *nbd, size_t length)
 void nbd_reply(struct native_nbd *nbd, uint64_t cookie, uint32_t error)
 {
     struct simple_reply reply = {htobe32(SIMPLE_MAGIC), htobe32(error), htobe64(cookie)};
-    if (nbd->structured && error && nbd->request.kind == NBD_READ) {
+    if (nbd->extended && !error)
+        add_chunk(nbd, 1, CHUNK_NONE, cookie, NULL, 0, 0);
+    else if (nbd->extended || (nbd->structured && error && nbd->request.kind == NBD_READ)) {
         uint8_t payload[6] = {0}; /* error, length of a text */
         uint32_t wire = htobe32(error);
         memcpy(payload, &wire, sizeof wire);
@@ -128,7 +146,7 @@ void nbd_reply_read(struct native_nbd *nbd, uint64_t cookie, uint64_t offset, ui
         return;
     }
     if (nbd->structured) { /* nothing to read: an empty final chunk */
-        add_chunk(nbd, 1, 0, cookie, NULL, 0, 0);
+        add_chunk(nbd, 1, CHUNK_NONE, cookie, NULL, 0, 0);
         return;
     }
     struct simple_reply reply = {htobe32(SIMPLE_MAGIC), 0, htobe64(cookie)};
@@ -167,6 +185,15 @@ void native_nbd_send(struct native_nbd *nbd)
         send_all(nbd);
     nbd->part_count = 0;
     nbd->headers_used = nbd->out_bytes = 0;
+}
+
+/* One chunk of the reply to `request`, made by Python. */
+void native_nbd_chunk(struct native_nbd *nbd, int type, int last, const uint8_t *data,
+                      size_t length)
+{
+    nbd_make_room(nbd);
+    add_chunk(nbd, last, type, nbd->request.cookie, NULL, 0, length);
+    native_nbd_put(nbd, data, length);
 }
 
 /* Bytes that Python has made: any length. */

@@ -17,6 +17,7 @@
 #include <unistd.h>
 
 #define REQUEST_MAGIC 0x25609513u
+#define EXTENDED_MAGIC 0x21e41c71u
 #define HOLE_BYTES_MIN 4096 /* shorter ones are sent as data */
 #define RUNS_MAX 24 /* of holes and data in one reply; the rest is sent as data */
 #define GO_ON (-1)
@@ -28,6 +29,12 @@ struct wire_request {
     uint32_t length;
 } __attribute__((packed));
 
+struct wire_extended {
+    uint32_t magic;
+    uint16_t flags, kind;
+    uint64_t cookie, offset, length;
+} __attribute__((packed));
+
 static uint8_t *map_memory(size_t length)
 {
     void *memory = mmap(NULL, length, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
@@ -36,7 +43,7 @@ static uint8_t *map_memory(size_t length)
 
 /* NULL without memory. `first` was received behind the handshake. */
 struct native_nbd *native_nbd_open(int sock, struct native_nbd_export *export, int logged_in,
-                                   int structured, const uint8_t *first, size_t length)
+                                   int style, const uint8_t *first, size_t length)
 {
     struct native_nbd *nbd = calloc(1, sizeof *nbd);
     if (!nbd)
@@ -44,7 +51,8 @@ struct native_nbd *native_nbd_open(int sock, struct native_nbd_export *export, i
     nbd->sock = sock;
     nbd->export = export;
     nbd->logged_in = logged_in;
-    nbd->structured = structured;
+    nbd->structured = style != NBD_SIMPLE;
+    nbd->extended = style == NBD_EXTENDED;
     nbd->buffer = map_memory(NBD_RECEIVE_BYTES);
     nbd->arena = map_memory(NBD_ARENA_BYTES);
     nbd->headers = map_memory(NBD_PARTS_MAX * NBD_HEADER_BYTES);
@@ -69,6 +77,7 @@ void native_nbd_free(struct native_nbd *nbd)
     unmap_memory(nbd->buffer, NBD_RECEIVE_BYTES);
     unmap_memory(nbd->arena, NBD_ARENA_BYTES);
     unmap_memory(nbd->headers, NBD_PARTS_MAX * NBD_HEADER_BYTES);
+    unmap_memory(nbd->aligned, NBD_RECEIVE_BYTES);
     nbd_memory_free(&nbd->payload);
     nbd_memory_free(&nbd->large);
     free(nbd);
@@ -177,6 +186,24 @@ static int beyond(struct native_nbd *nbd, const struct native_nbd_request *reque
     return request->offset > size || request->length > size - request->offset;
 }
 
+/* Offset and length of the request suit a back end that demands alignment. */
+static int is_aligned(struct native_nbd *nbd, const struct native_nbd_request *request)
+{
+    return !((request->offset | request->length) & (atomic_load(&nbd->export->alignment) - 1));
+}
+
+/* The data of a WRITE as the back end wants it. 0 without memory. */
+static int align_data(struct native_nbd *nbd)
+{
+    uintptr_t mask = atomic_load(&nbd->export->alignment) - 1;
+    if (!((uintptr_t)nbd->data & mask))
+        return 1;
+    if (!nbd->aligned && !(nbd->aligned = map_memory(NBD_RECEIVE_BYTES)))
+        return 0;
+    nbd->data = memcpy(nbd->aligned, nbd->data, nbd->request.length);
+    return 1;
+}
+
 static void count_read(struct native_nbd *nbd)
 {
     atomic_fetch_add(&nbd->export->reads, 1);
@@ -230,7 +257,7 @@ static int execute_read(struct native_nbd *nbd)
     struct native_nbd_request *request = &nbd->request;
     uint16_t known = NBD_FLAG_FUA | (nbd->structured ? NBD_FLAG_DF : 0);
     int good = !(request->flags & ~known) && request->length <= NBD_PAYLOAD_MAX &&
-               !beyond(nbd, request);
+               !beyond(nbd, request) && is_aligned(nbd, request);
     uint8_t *room = good ? nbd_room(nbd, request->length) : NULL; /* may send */
     uint32_t error;
     int result = check(nbd, ACCESS_READ, &error);
@@ -264,13 +291,13 @@ static int execute_write(struct native_nbd *nbd)
     if (result != GO_ON)
         return result;
     if (!error) {
-        if (request->flags & ~NBD_FLAG_FUA)
+        if (request->flags & ~NBD_FLAG_FUA || !is_aligned(nbd, request))
             error = WIRE_EINVAL;
         else if (atomic_load(&nbd->export->read_only))
             error = WIRE_EPERM;
         else if (beyond(nbd, request))
             error = WIRE_ENOSPC;
-        else if (!nbd->data)
+        else if (!nbd->data || !align_data(nbd))
             error = ENOMEM;
     }
     if (error) {
@@ -400,23 +427,43 @@ static int receive_long(struct native_nbd *nbd, size_t header)
                 : receive_nothing(nbd, length - have);
 }
 
+/* 0: out of step. */
+static int parse(struct native_nbd *nbd, const uint8_t *bytes)
+{
+    struct wire_request compact;
+    struct wire_extended wire;
+    if (nbd->extended)
+        memcpy(&wire, bytes, sizeof wire);
+    else {
+        memcpy(&compact, bytes, sizeof compact);
+        memcpy(&wire, &compact, offsetof(struct wire_extended, length));
+        wire.length = htobe64(be32toh(compact.length));
+    }
+    nbd->request = (struct native_nbd_request){
+        .cookie = be64toh(wire.cookie), .offset = be64toh(wire.offset),
+        .length = be64toh(wire.length), .kind = be16toh(wire.kind), .flags = be16toh(wire.flags),
+    };
+    return be32toh(wire.magic) == (nbd->extended ? EXTENDED_MAGIC : REQUEST_MAGIC);
+}
+
+/* Extended headers say it by a flag; a WRITE has data anyway. */
+static int has_payload(struct native_nbd *nbd)
+{
+    return nbd->extended && nbd->request.flags & NBD_FLAG_PAYLOAD;
+}
+
 /* Take the next request: 1 taken, 0 more bytes are needed, -1 the connection is over. */
 static int take(struct native_nbd *nbd)
 {
-    struct wire_request wire;
     struct native_nbd_request *request = &nbd->request;
-    size_t have = nbd->end - nbd->start, header = sizeof wire;
+    size_t have = nbd->end - nbd->start;
+    size_t header = nbd->extended ? sizeof(struct wire_extended) : sizeof(struct wire_request);
     if (have < header)
         return 0;
-    memcpy(&wire, nbd->buffer + nbd->start, header);
-    if (be32toh(wire.magic) != REQUEST_MAGIC)
+    if (!parse(nbd, nbd->buffer + nbd->start))
         return -1;
-    *request = (struct native_nbd_request){
-        .cookie = be64toh(wire.cookie), .offset = be64toh(wire.offset),
-        .length = be32toh(wire.length), .kind = be16toh(wire.kind), .flags = be16toh(wire.flags),
-    };
     nbd->data = NULL;
-    if (request->kind != NBD_WRITE) {
+    if (request->kind != NBD_WRITE && !has_payload(nbd)) {
         nbd->start += header;
         return 1;
     }
@@ -441,6 +488,13 @@ static int take(struct native_nbd *nbd)
 
 static int execute(struct native_nbd *nbd)
 {
+    if (has_payload(nbd)) {
+        if (nbd->request.kind != NBD_WRITE) { /* none of ours has data: it was taken, no more */
+            nbd_reply(nbd, nbd->request.cookie, WIRE_EINVAL);
+            return GO_ON;
+        }
+        nbd->request.flags &= ~NBD_FLAG_PAYLOAD;
+    }
     switch (nbd->request.kind) {
     case NBD_READ:
         return execute_read(nbd);
@@ -516,8 +570,9 @@ void *native_nbd_data_of(struct native_nbd *nbd)
 }
 
 void native_nbd_export_set(struct native_nbd_export *export, int fd, uint64_t size_bytes,
-                           int read_only)
+                           int read_only, uint32_t alignment)
 {
+    atomic_store(&export->alignment, alignment);
     atomic_store(&export->size_bytes, size_bytes);
     atomic_store(&export->read_only, (uint32_t)read_only);
     atomic_store(&export->fd, fd);

@@ -32,7 +32,7 @@ def test_unknown_client_flags_drop_the_connection(server):
         client.option(p.OPT_LIST)
 
 
-@pytest.mark.parametrize("option", [p.OPT_STARTTLS, 11, 0x12345678])
+@pytest.mark.parametrize("option", [p.OPT_STARTTLS, 12, 0x12345678])
 def test_unknown_options_are_refused_and_haggling_goes_on(server, option):
     """ERR_UNSUP with a text, and the next option works."""
     with RawClient(server) as client:
