@@ -182,6 +182,16 @@ def noted_process(directory: Path, minor: int) -> int:
     return 0 if state in "ZX" else pid  # killed, whether its parent has asked or not
 
 
+def write_calls(thread: int) -> int | None:
+    """How many calls of write(2) and its kin a thread has ended; None if that cannot be seen (it is
+    gone, or of another process namespace)."""
+    try:
+        lines = Path(f"/proc/{thread}/task/{thread}/io").read_text().splitlines()
+        return next(int(line[6:]) for line in lines if line.startswith("syscw:"))
+    except (OSError, StopIteration):
+        return None
+
+
 def mounted_minor(mountpoint: str) -> int:
     """The device minor of the FUSE mount on top of `mountpoint`; -1 if there is none. Reads only
     /proc, never the mount."""

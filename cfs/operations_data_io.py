@@ -21,6 +21,7 @@ from cfs.kernel_cache import PAGE_BYTES, KernelInode, Waiter
 from cfs.kernel_cache_io import KernelCaches
 from cfs.mount_fuse_io import pyfuse3
 from cfs.mount_interrupt_io import RequestWaits
+from cfs.mount_system_io import write_calls
 from cfs.operations_base_io import Handle, handler
 from cfs.operations_extension_io import Extension
 from cfs.operations_open_io import OpenOperations
@@ -37,7 +38,11 @@ WAITING_FLAGS = os.O_APPEND | os.O_DSYNC | os.O_SYNC
 """Of an open file: its writes wait, or need more than the lock."""
 WRITE_BYTES_MAX = 1 << 20
 SPLIT_BYTES_MIN = WRITE_BYTES_MAX - PAGE_BYTES
-SPLIT_WAIT_S = 0.05
+SPLIT_LOOK_S = 0.005
+SPLIT_UNSEEN_S = 0.05
+SPLIT_WAIT_S = 10.0
+"""How long the lock stays for the rest of a record: while its writer is inside of the call, if that
+can be seen; looked at that often."""
 
 
 class Admission:
@@ -193,7 +198,7 @@ class DataOperations(OpenOperations):
         inode = handle.inode
         flags, kill = request.flags, request.kills_privileges
         if flags & os.O_APPEND:
-            return await self._append(handle, flags, off, buf, kill)
+            return await self._append(handle, request, off, buf)
         if request.past_cache:
             return await self._write_past_cache(handle, flags, off, buf, kill)
         lock = handle.lock
@@ -227,7 +232,7 @@ class DataOperations(OpenOperations):
             await self.sync_written(handle, flags)
         return written
 
-    async def _append(self, handle: Handle, flags: int, off: int, buf: Buffer, kill: bool) -> int:
+    async def _append(self, handle: Handle, request: Request, off: int, buf: Buffer) -> int:
         """Write at the true end of file, whatever the kernel believes that to be."""
         inode, lock = handle.inode, handle.lock
         if handle.appending is not None:
@@ -240,11 +245,13 @@ class DataOperations(OpenOperations):
         inode.serving += 1
         try:
             end = (await self.fs.getattr_held(inode.number)).size
-            written = await self.fs.write_held(inode.number, end, buf, kill=kill)
+            written = await self.fs.write_held(
+                inode.number, end, buf, kill=request.kills_privileges
+            )
             kept = SPLIT_BYTES_MIN < len(buf) < WRITE_BYTES_MAX
         finally:
             if kept:
-                self._keep_for_the_rest(handle)
+                self._keep_for_the_rest(handle, request.pid)
             else:
                 lock.release(Mode.EX)
             self.caches.served_one(inode)
@@ -255,18 +262,22 @@ class DataOperations(OpenOperations):
             # O_APPEND was set on an open handle (F_SETFL): the kernel has filled pages at its own
             # idea of the end.
             self.caches.start_settle(inode, [*spans, (off, off + len(buf))])
-        if flags & os.O_DSYNC:
-            await self.sync_written(handle, flags)
+        if request.data_sync:
+            await self.sync_written(handle, request.flags)
         return written
 
-    def _keep_for_the_rest(self, handle: Handle) -> None:
+    def _keep_for_the_rest(self, handle: Handle, thread: int) -> None:
         """The kernel splits a write of at most 1 MiB whose buffer is not page aligned; the lock
         stays here until the rest has come, so that no other node's record comes in between."""
         scope = handle.appending = trio.CancelScope()
+        calls = write_calls(thread)
 
         async def give_back() -> None:
+            end = trio.current_time() + (SPLIT_UNSEEN_S if calls is None else SPLIT_WAIT_S)
             with scope:
-                await trio.sleep(SPLIT_WAIT_S)
+                while trio.current_time() < end and write_calls(thread) == calls:
+                    await trio.sleep(SPLIT_LOOK_S)
+            if handle.appending is scope:  # nobody has taken the hold over meanwhile
                 handle.appending = None
                 handle.lock.release(Mode.EX)
 

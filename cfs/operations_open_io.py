@@ -154,6 +154,7 @@ class OpenOperations(LockOperations):
             self.released(handle.inode.number, request)
         if handle.appending is not None:
             handle.appending.cancel()
+            handle.appending = None
             handle.lock.release(Mode.EX)
         self.fs.close_ref(handle.inode.number)
 

@@ -159,6 +159,33 @@ def test_appends_of_all_nodes(mounts):
     assert sorted(found) == [(node, number) for node in on for number in range(24)]
 
 
+def test_an_append_may_take_its_time(mounts):
+    """The writer is held up in the middle of its record, in a page fault of its buffer: another
+    node's record comes after it, however long that takes."""
+    _cluster, on = mounts
+    for number in (1, 2):
+        (on[number].path / "slow").touch()
+    held = subprocess.Popen(
+        [sys.executable, harness.ROOT / "tests/fuse/held_append.py", on[1].path / "slow"],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        assert held.stdout.readline() == "held\n"
+        program = "import sys; open(sys.argv[1], 'ab').write(b'last')"
+        other = subprocess.Popen([sys.executable, "-c", program, on[2].path / "slow"])
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            other.wait(2)
+        assert other.poll() is None
+        assert held.communicate("go\n", 60) == ("ended\n", None)
+        assert other.wait(60) == 0
+    finally:
+        held.kill()
+        held.wait()
+    data = (on[2].path / "slow").read_bytes()
+    assert data.strip(b"r") == b"last"
+    assert data.endswith(b"last")
+
+
 def test_nothing_is_stale(mounts, chooser):
     """The judge on all nodes at once."""
     _cluster, on = mounts
