@@ -4,8 +4,9 @@
 demo: setup
 	.venv/bin/cfs-lab demo
 
+# Three workers on two processors: half of the tests wait for something. tests/conftest.py says what may run beside what.
 test: setup lint
-	.venv/bin/python -m pytest tests
+	.venv/bin/python -m pytest -n 3 tests
 
 setup:
 	@packaging/setup

@@ -275,7 +275,7 @@ class DataOperations(OpenOperations):
         async def give_back() -> None:
             end = trio.current_time() + (SPLIT_UNSEEN_S if calls is None else SPLIT_WAIT_S)
             with scope:
-                while trio.current_time() < end and write_calls(thread) == calls:
+                while trio.current_time() < end and write_calls(thread) == calls:  # noqa: ASYNC110
                     await trio.sleep(SPLIT_LOOK_S)
             if handle.appending is scope:  # nobody has taken the hold over meanwhile
                 handle.appending = None

@@ -19,7 +19,7 @@ PORT = 7400
 
 class Pair:
     def __init__(self):
-        octet = random.SystemRandom().randrange(40, 250)
+        octet = random.SystemRandom().randrange(20, 40)  # tests/node/harness.py has the others
         self.hosts = {NodeId(n): [f"127.{octet}.{n}.{net}" for net in (1, 2)] for n in (1, 2)}
         self.heard = {1: [], 2: []}
         self.nodes = {}

@@ -5,6 +5,7 @@ import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -132,7 +133,7 @@ class Cluster:
 
     def __init__(self, base):
         self.base = base
-        self.octet = random.SystemRandom().randrange(40, 250)
+        self.octet, self._claim = _own_octet()
         self.nodes = {}
         self.servers = {}
         self.started = []
@@ -186,6 +187,22 @@ class Cluster:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
             process.wait()
+        self._claim.close()
+
+
+def _own_octet():
+    """A part of 127/8 that no other cluster of this machine uses, and the socket that says so."""
+    octets = list(range(40, 250))
+    random.SystemRandom().shuffle(octets)
+    for octet in octets:
+        claim = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        try:
+            claim.bind(f"\0cfs-tests-127.{octet}")
+        except OSError:
+            claim.close()
+        else:
+            return octet, claim
+    raise AssertionError("every part of 127/8 is taken")
 
 
 def _addresses(node):
