@@ -13,7 +13,18 @@ from pathlib import Path
 
 import click
 
-from bench import changes, failover, locks, metadata, pause, syncs, throughput, trees, warm
+from bench import (
+    changes,
+    failover,
+    locks,
+    metadata,
+    pause,
+    ranges,
+    syncs,
+    throughput,
+    trees,
+    warm,
+)
 from lab import cluster
 from lab.topology import LabState
 
@@ -26,6 +37,7 @@ SECTIONS = {
     "syncs": (syncs, "Write and fsync"),
     "changes": (changes, "Change seen by another node"),
     "locks": (locks, "Locks"),
+    "ranges": (ranges, "Byte ranges handed from process to process"),
     "failover": (failover, "Stall of the survivors, profile fast"),
     "pause": (pause, "A node paused beyond its lease"),
 }

@@ -7,6 +7,8 @@
  *   change FILE COUNT FIFO data|size|name              change something, say so through FIFO, and
  *                                                      wait for the answer in FIFO-back
  *   watch FILE COUNT FIFO data|size|name               told of a change, look until it is seen
+ *   pingpong FILE PROCESSES SECONDS locks|data         byte-range locks handed round, as ping_pong
+ *                                                      of ctdb does; one of PROCESSES such programs
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -225,6 +227,63 @@ static void watch(char **arguments)
     report(samples, count, (double)(now_ns() - begin) / 1e9);
 }
 
+static void range(int fd, short type, long at)
+{
+    struct flock lock = {.l_type = type, .l_whence = SEEK_SET, .l_start = at, .l_len = 1};
+    if (fcntl(fd, F_SETLKW, &lock))
+        fail("fcntl");
+}
+
+/* Add one to the counter of a place; less than it was when we left it is an old byte. */
+static int add_one(int fd, long place, int64_t *last)
+{
+    int64_t value;
+    if (pread(fd, &value, sizeof value, place * (long)sizeof value) != sizeof value)
+        fail("read");
+    int wrong = value < last[place];
+    last[place] = ++value;
+    if (pwrite(fd, &value, sizeof value, place * (long)sizeof value) != sizeof value)
+        fail("write");
+    return wrong;
+}
+
+/* The processes go round PROCESSES + 1 bytes, always in the same order: each locks the next byte,
+ * then lets go of the one it has. So whoever gets a byte gets it from the process before it. With
+ * `data` it adds one to the counter that belongs to the byte; the sum over the places, less the
+ * sum over the processes, is what was lost. They begin when each has made the file a byte longer. */
+static void ping_pong(char **arguments)
+{
+    long processes = atol(arguments[1]), places = processes + 1, count = 0, wrong = 0, at = 0;
+    int64_t duration_ns = (int64_t)(atof(arguments[2]) * 1e9);
+    int data = !strcmp(arguments[3], "data");
+    int64_t last[256] = {0};
+    struct stat info;
+    int fd = open(arguments[0], O_RDWR), together = open(arguments[0], O_WRONLY | O_APPEND);
+    if (fd < 0 || together < 0 || places > 256)
+        fail(arguments[0]);
+    if (write(together, "", 1) != 1)
+        fail("append");
+    do {
+        usleep(1000);
+        if (fstat(fd, &info))
+            fail("stat");
+    } while (info.st_size < places * (long)sizeof *last + processes);
+    range(fd, F_WRLCK, 0);
+    int64_t begin = now_ns(), now = begin;
+    for (; now - begin < duration_ns; now = now_ns()) {
+        long next = (at + 1) % places;
+        range(fd, F_WRLCK, next);
+        if (data)
+            wrong += add_one(fd, next, last);
+        range(fd, F_UNLCK, at);
+        at = next;
+        count++;
+    }
+    double seconds = (double)(now - begin) / 1e9;
+    printf("{\"rate\": %.1f, \"seconds\": %.4f, \"count\": %ld, \"wrong\": %ld}\n",
+           (double)count / seconds, seconds, count, wrong);
+}
+
 int main(int count, char **arguments)
 {
     const char *verb = count > 1 ? arguments[1] : "";
@@ -236,6 +295,8 @@ int main(int count, char **arguments)
         change(arguments + 2);
     else if (count == 6 && !strcmp(verb, "watch"))
         watch(arguments + 2);
+    else if (count == 6 && !strcmp(verb, "pingpong"))
+        ping_pong(arguments + 2);
     else if (count == 5)
         names(verb, arguments + 2);
     else {

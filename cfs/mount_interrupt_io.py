@@ -3,7 +3,8 @@
 Once the daemon has read a request, `kill -9` of the caller waits for its answer. The kernel sends
 INTERRUPT once, at the first signal of any kind; so an interrupted request is looked at again and
 again until a fatal signal is pending for its caller or it is answered. Then:
-- a request that waits for a lock of a file ends with EINTR at any signal (`wait_interruptibly`);
+- a request that waits for a lock of a file ends with EINTR at any signal; no task waits for it
+  (`park`);
 - a request that waits for a cluster lock ends with EINTR: nothing has been changed yet. The lock
   cache waits through its runtime, so that is where this is put in;
 - a request that waits for something else (storage that is away) is *abandoned*: the kernel gets
@@ -20,6 +21,7 @@ import errno
 import logging
 import os
 import struct
+from collections.abc import Callable
 
 import trio
 
@@ -55,17 +57,24 @@ class RequestWaits:
         self._scopes: dict[int, trio.CancelScope] = {}
         self._signalled: set[int] = set()
         self._abandoned: set[int] = set()
-        self._any_signal: set[int] = set()
+        self._parked: dict[int, tuple[Request, Callable[[bool], None]]] = {}
         self.ended = 0
 
-    async def wait_interruptibly(self, event: trio.Event) -> None:
-        """As `wait`, but any signal of the caller ends it, as one ends a wait for a file lock."""
-        request = self.requests[trio.lowlevel.current_task()]
-        self._any_signal.add(request.unique)
-        try:
-            await self.wait(event)
-        finally:
-            self._any_signal.discard(request.unique)
+    def park(self, request: Request, signalled: Callable[[bool], None]) -> None:
+        """No task waits for the answer to this request. `signalled` is called, again and again,
+        when its caller has had a signal; its argument says that it is being killed, or that there
+        is no answer to be given any more."""
+        self._parked[request.unique] = (request, signalled)
+
+    def unpark(self, unique: int) -> None:
+        """The request is answered."""
+        if self._parked.pop(unique, None) is not None:
+            self._signalled.discard(unique)
+
+    def end_parked(self) -> None:
+        """Nobody is answered any more."""
+        for _request, signalled in list(self._parked.values()):
+            signalled(True)
 
     async def wait(self, event: trio.Event) -> None:
         """Wait for `event` on behalf of the current task's request, if it has one."""
@@ -125,9 +134,12 @@ class RequestWaits:
                     self._look_at(unique, running.get(unique))
 
     def _look_at(self, unique: int, request: Request | None) -> None:
-        if request is None:
+        if unique in self._parked:
+            request, signalled = self._parked[unique]
+            signalled(fatal_signal_pending(request.pid))
+        elif request is None:
             self._look_at_kept(unique)
-        elif unique in self._any_signal or fatal_signal_pending(request.pid):
+        elif fatal_signal_pending(request.pid):
             scope = self._scopes.get(unique)
             if scope is not None:
                 scope.cancel()

@@ -71,6 +71,8 @@ class OperationsBase(pyfuse3.Operations):  # type: ignore[misc]
         self._root = fs.root_ino
         self._plain = PlainEntry()
         self.barred = False
+        self.answer: Callable[[Request, int, bytes], None] = lambda request, error, data: None
+        """Answers a request with an errno, or 0 and data: `cfs.operations_extension_io`."""
         self.request: Request
         """The request being dispatched; valid until the first await of its handler."""
 

@@ -8,9 +8,10 @@ the bytes of the answer. It raises FsError for an error.
 
 from __future__ import annotations
 
+import enum
 import logging
 from collections.abc import Awaitable, Callable, Mapping
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 import trio
 
@@ -35,11 +36,20 @@ class Later(Exception):
         self.handle = handle
 
 
+class Parked(enum.Enum):
+    """What `try_now` returns when a callback will give the answer (`OperationsBase.answer`)."""
+
+    PARKED = 0
+
+
+PARKED: Final = Parked.PARKED
+
+
 class Extension(NamedTuple):
     """How one operation is answered."""
 
     handle: Handler
-    try_now: Callable[[Request, bytes], bytes | None] | None = None
+    try_now: Callable[[Request, bytes], bytes | Parked | None] | None = None
     """The answer if it needs no waiting at all; None or NotNow: nothing is done, and `handle` is
     asked. May raise FsError, or Later."""
 
@@ -52,13 +62,19 @@ class Extensions:
         self._rows = [table.get(opcode) if opcode else None for opcode in _OPCODES]
         self._names = [opcode.name.lower() if opcode else "" for opcode in _OPCODES]
         self._nursery: trio.Nursery | None = None
+        self._ended = False
+        operations.answer = self.answer
         fuse.divert(table)
 
     async def run(self, task_status: trio.TaskStatus[None]) -> None:
         """The tasks of requests in progress live in here, until cancelled."""
-        async with trio.open_nursery() as self._nursery:
-            task_status.started()
-            await trio.sleep_forever()
+        try:
+            async with trio.open_nursery() as self._nursery:
+                task_status.started()
+                await trio.sleep_forever()
+        finally:
+            self._ended = True
+            self._operations.waits.end_parked()
 
     def dispatch(self, length: int) -> None:
         """Answer the diverted request that was just read, or start the task that will. `length` is
@@ -82,7 +98,8 @@ class Extensions:
                 self._reply(name, request, self._operations.errno_of(name, error))
                 return
             if data is not None:
-                self._reply(name, request, 0, data)
+                if data is not PARKED:
+                    self._reply(name, request, 0, data)
                 return
         assert self._nursery is not None, "requests are read before `run` has started"
         self._nursery.start_soon(self._answer, name, handle, request, body, name=name)
@@ -101,6 +118,11 @@ class Extensions:
                 await operations.settle_abandoned(request)
             operations.waits.finished(request.unique)
         self._reply(name, request, error, data)
+
+    def answer(self, request: Request, error: int, data: bytes = b"") -> None:
+        """The late answer to a request."""
+        if not self._ended:
+            self._reply(self._names[request.opcode], request, error, data)
 
     def _reply(self, name: str, request: Request, error: int, data: bytes = b"") -> None:
         if request.opcode in fuse.UNANSWERED:

@@ -1,9 +1,9 @@
 """Handlers of file locks: flock on a lock of the lock manager, fcntl on byte ranges.
 
-What can be decided here and now is answered without a task of its own. A wait ends at any signal of
-its caller. A byte range is taken back at its keeper first, so that a grant that crosses the signal
-is not lost; if the caller is killed and the keeper does not answer, nobody waits for it. A flock is
-taken back in the background.
+No task waits for a lock: what cannot be answered at once is answered by the callback that ends it.
+A wait ends at any signal of its caller. A byte range is taken back at its keeper first, so that a
+grant that crosses the signal is not lost; if the caller is killed and the keeper does not answer,
+nobody waits for it. A flock is taken back in the background.
 
 Locks of a process (fcntl) end when it closes the file, which FLUSH tells with the owner. Locks of
 an open file (flock, OFD) end with that, which RELEASE tells; of OFD locks without the owner, so for
@@ -14,8 +14,6 @@ from __future__ import annotations
 
 import errno
 
-import trio
-
 from cfs.errors import FsError
 from cfs.file_locks import FREE, FileLocks, LockRequest, encode_lock, parse_lock
 from cfs.filesystem import FileSystem
@@ -24,12 +22,11 @@ from cfs.lock_names import flock_lock_name, range_lock_name
 from cfs.mount_fuse_io import pyfuse3
 from cfs.mount_interrupt_io import RequestWaits
 from cfs.operations_base_io import OperationsBase
-from cfs.operations_extension_io import Extension
+from cfs.operations_extension_io import PARKED, Extension, Parked
 from cluster.locks import Mode
-from dlm.flocks import Flock, Flocks
+from dlm.flocks import Flock
 from dlm.modes import Result
 from dlm.range_file import Operation
-from dlm.range_locks import RangeLocks
 from dlm.ranges import WRITE
 from native.requests import RELEASE_FLOCK_UNLOCK, Opcode, Request
 
@@ -41,33 +38,166 @@ _ERRORS = {
 }
 
 
-class _Outcome:
-    """What became of an operation on a lock, and what it is as long as it waits."""
+class _Call:
+    """One request about a lock, until it is answered."""
 
-    __slots__ = ("event", "flock", "operation", "result")
+    __slots__ = ("locks", "number", "operations", "parked", "request", "result", "wanted")
 
-    def __init__(self) -> None:
+    def __init__(self, operations: LockOperations, request: Request, wanted: LockRequest) -> None:
+        assert operations.file_locks is not None
+        self.operations = operations
+        self.locks: FileLocks = operations.file_locks
+        self.request = request
+        self.number = operations.known(pyfuse3.InodeT(request.inode)).number
+        self.wanted = wanted
         self.result: Result | None = None
-        self.event: trio.Event | None = None
-        self.flock: Flock | None = None
-        self.operation: Operation | None = None
+        self.parked = False
 
-    def set(self, result: Result) -> None:
-        self.result = result
-        if self.event is not None:
-            self.event.set()
+    @property
+    def waits(self) -> bool:
+        return self.request.opcode == Opcode.SETLKW
 
-    def ended(self, operation: Operation) -> None:
-        self.operation = operation
-        assert operation.result is not None
-        self.set(operation.result)
+    def begin(self) -> None:
+        """Ask for it; `ended` may be called before this returns. Raises BarredError."""
+        raise NotImplementedError
+
+    def signalled(self, killed: bool) -> None:
+        """The caller has had a signal."""
+        raise NotImplementedError
 
     def answer(self) -> bytes:
+        """Of a call that has ended well."""
+        return b""
+
+    def now_or_later(self) -> bytes | Parked:
         """Raises FsError."""
-        assert self.result is not None
+        self.begin()
+        if self.result is None:
+            self.parked = True
+            self.operations.waits.park(self.request, self.signalled)
+            return PARKED
         if self.result != Result.GRANTED:
             raise FsError(_ERRORS.get(self.result, errno.EIO))
-        return b""
+        return self.answer()
+
+    def ended(self, result: Result) -> None:
+        self.result = result
+        if not self.parked:
+            return
+        self.operations.waits.unpark(self.request.unique)
+        if result == Result.GRANTED:
+            self.operations.answer(self.request, 0, self.answer())
+        else:
+            self.operations.answer(self.request, _ERRORS.get(result, errno.EIO), b"")
+
+
+class _RangeCall(_Call):
+    """A byte range is locked, unlocked or tested."""
+
+    __slots__ = ("operation", "withdrawn")
+
+    def __init__(self, operations: LockOperations, request: Request, wanted: LockRequest) -> None:
+        super().__init__(operations, request, wanted)
+        self.operation: Operation | None = None
+        self.withdrawn = False
+
+    def begin(self) -> None:
+        ranges, wanted = self.locks.ranges, self.wanted
+        name, owner = range_lock_name(self.number), wanted.owner
+        start, end = wanted.start, wanted.end
+        if self.request.opcode == Opcode.GETLK:
+            operation = ranges.test(name, owner, start, end, wanted.kind, self.done)
+        elif wanted.unlocks:
+            operation = ranges.unlock(name, owner, start, end, self.done)
+            if operation is None and self.result is None:
+                self.result = Result.GRANTED  # nothing was locked
+        else:
+            self.operations.note_range_owner(self.number, owner, wanted.handle)
+            operation = ranges.lock(
+                name, owner, start, end, wanted.kind, self.done, wait=self.waits, pid=wanted.pid
+            )
+        if operation is not None:
+            self.operation = operation
+
+    def done(self, operation: Operation) -> None:
+        self.operation = operation
+        assert operation.result is not None
+        self.ended(operation.result)
+
+    def signalled(self, killed: bool) -> None:
+        assert self.operation is not None
+        if not self.withdrawn:
+            self.withdrawn = True
+            self.locks.ranges.withdraw(self.operation)
+        elif killed:
+            self.locks.ranges.abandon(self.operation)
+            self.ended(Result.CANCELLED)
+
+    def answer(self) -> bytes:
+        if self.request.opcode != Opcode.GETLK:
+            return b""
+        assert self.operation is not None
+        found = self.operation.conflict
+        if found is None:
+            return FREE
+        pid = found.pid if found.instance == self.locks.ranges.me else 0
+        return encode_lock(found.start, found.end, found.kind, pid)
+
+
+class _FlockCall(_Call):
+    """A flock is taken or given back."""
+
+    __slots__ = ("flock",)
+
+    def __init__(self, operations: LockOperations, request: Request, wanted: LockRequest) -> None:
+        super().__init__(operations, request, wanted)
+        self.flock: Flock | None = None
+
+    @property
+    def name(self) -> bytes:
+        return flock_lock_name(self.number)
+
+    def begin(self) -> None:
+        flocks, wanted = self.locks.flocks, self.wanted
+        if wanted.unlocks:
+            flocks.unlock(self.name, wanted.owner)
+            self.result = Result.GRANTED
+            return
+        mode = Mode.EX if wanted.kind == WRITE else Mode.PR
+        self.flock = flocks.lock(
+            self.name, wanted.owner, mode, self.done, wait=self.waits, pid=wanted.pid
+        )
+
+    def done(self, result: Result) -> None:
+        if result != Result.BUSY:
+            self.ended(result)
+        elif self.waits:  # for another thread that waits for a lock of the same open file
+            self.operations.flock_turns.setdefault(self._key(), []).append(self)
+        else:
+            self.ended(Result.AGAIN)
+
+    def ended(self, result: Result) -> None:
+        super().ended(result)
+        if self.parked:
+            for call in self.operations.flock_turns.pop(self._key(), ()):
+                call.begin_again()
+
+    def begin_again(self) -> None:
+        try:
+            self.begin()
+        except Exception as error:
+            self.operations.waits.unpark(self.request.unique)
+            self.operations.answer(self.request, self.operations.errno_of("setlkw", error), b"")
+
+    def signalled(self, killed: bool) -> None:
+        if self.flock is not None:
+            self.locks.flocks.cancel(self.flock)
+        else:
+            self.operations.flock_turns[self._key()].remove(self)
+        self.ended(Result.CANCELLED)
+
+    def _key(self) -> tuple[bytes, int]:
+        return (self.name, self.wanted.owner)
 
 
 class LockOperations(OperationsBase):
@@ -77,8 +207,8 @@ class LockOperations(OperationsBase):
         super().__init__(fs, caches, waits)
         self.file_locks: FileLocks | None = None
         """None: the kernel keeps the locks of this mount to itself."""
-        self._begun: dict[int, _Outcome] = {}
-        self._turns: dict[tuple[bytes, int], list[trio.Event]] = {}
+        self.flock_turns: dict[tuple[bytes, int], list[_FlockCall]] = {}
+        """By name and owner: who waits until another thread's wait for that flock has ended."""
         self._range_owners: dict[int, dict[int, set[int]]] = {}
         """By inode and owner: the handles through which it has locked byte ranges."""
 
@@ -86,161 +216,20 @@ class LockOperations(OperationsBase):
         """The requests that are answered past pyfuse3."""
         if self.file_locks is None:
             return {}
-        extension = Extension(self._set_lock, self._try_set_lock)
-        return {
-            Opcode.SETLK: extension,
-            Opcode.SETLKW: extension,
-            Opcode.GETLK: Extension(self._get_lock, self._try_get_lock),
-        }
+        extension = Extension(self._never, self._begin_lock)
+        return {Opcode.SETLK: extension, Opcode.SETLKW: extension, Opcode.GETLK: extension}
 
-    def _number(self, request: Request) -> int:
-        return self.known(pyfuse3.InodeT(request.inode)).number
-
-    # -- SETLK and SETLKW --------------------------------------------------------------------------
-
-    def _try_set_lock(self, request: Request, body: bytes) -> bytes | None:
-        """What needs no waiting; for all else the wait begins."""
-        assert self.file_locks is not None
+    def _begin_lock(self, request: Request, body: bytes) -> bytes | Parked:
         wanted = parse_lock(body)
-        if wanted.flock:
-            outcome = self._begin_flock(self.file_locks.flocks, request, wanted)
-        else:
-            outcome = self._begin_range(self.file_locks.ranges, request, wanted)
-        if outcome.result is not None and outcome.result != Result.BUSY:
-            return outcome.answer()
-        self._begun[request.unique] = outcome
-        return None
+        call = _FlockCall if wanted.flock else _RangeCall
+        return call(self, request, wanted).now_or_later()
 
-    async def _set_lock(self, request: Request, body: bytes) -> bytes:
-        assert self.file_locks is not None
-        outcome = self._begun.pop(request.unique)
-        if outcome.operation is not None:
-            await self._wait_for_range(self.file_locks.ranges, outcome.operation, outcome)
-            return outcome.answer()
-        return await self._flock(self.file_locks.flocks, request, parse_lock(body), outcome)
+    async def _never(self, request: Request, body: bytes) -> bytes:
+        raise AssertionError("no task waits for a lock")
 
-    def _begin_range(self, ranges: RangeLocks, request: Request, wanted: LockRequest) -> _Outcome:
-        number = self._number(request)
-        name, owner = range_lock_name(number), wanted.owner
-        outcome = _Outcome()
-        if wanted.unlocks:
-            operation = ranges.unlock(name, owner, wanted.start, wanted.end, outcome.ended)
-            if operation is None and outcome.result is None:
-                outcome.result = Result.GRANTED  # nothing was locked
-        else:
-            owners = self._range_owners.setdefault(number, {})
-            owners.setdefault(owner, set()).add(wanted.handle)
-            operation = ranges.lock(
-                name, owner, wanted.start, wanted.end, wanted.kind, outcome.ended,
-                wait=request.opcode == Opcode.SETLKW, pid=wanted.pid,
-            )  # fmt: skip
-        outcome.operation = operation
-        return outcome
-
-    async def _wait_for_range(
-        self, ranges: RangeLocks, operation: Operation, outcome: _Outcome
-    ) -> None:
-        """Until it has ended; raises FsError only if the keeper does not answer a dead caller."""
-        if outcome.result is not None:
-            return
-        event = outcome.event = trio.Event()
-        try:
-            await self.waits.wait_interruptibly(event)
-        except FsError:
-            ranges.withdraw(operation)
-            if outcome.result is None:
-                await self._wait_for_keeper(ranges, operation, event)
-        except BaseException:
-            ranges.abandon(operation)
-            raise
-
-    async def _wait_for_keeper(
-        self, ranges: RangeLocks, operation: Operation, event: trio.Event
-    ) -> None:
-        try:
-            await self.waits.wait(event)
-        except BaseException:
-            ranges.abandon(operation)
-            raise
-
-    def _begin_flock(self, flocks: Flocks, request: Request, wanted: LockRequest) -> _Outcome:
-        name = flock_lock_name(self._number(request))
-        outcome = _Outcome()
-        if wanted.unlocks:
-            flocks.unlock(name, wanted.owner)
-            outcome.result = Result.GRANTED
-            return outcome
-        wait = request.opcode == Opcode.SETLKW
-        mode = Mode.EX if wanted.kind == WRITE else Mode.PR
-        outcome.flock = flocks.lock(
-            name, wanted.owner, mode, outcome.set, wait=wait, pid=wanted.pid
-        )
-        if outcome.result == Result.BUSY and not wait:
-            outcome.result = Result.AGAIN
-        return outcome
-
-    async def _flock(
-        self, flocks: Flocks, request: Request, wanted: LockRequest, outcome: _Outcome
-    ) -> bytes:
-        key = (flock_lock_name(self._number(request)), wanted.owner)
-        while outcome.result == Result.BUSY:
-            # Another thread waits for a lock of the same open file.
-            turn = trio.Event()
-            self._turns.setdefault(key, []).append(turn)
-            await self.waits.wait_interruptibly(turn)
-            outcome = self._begin_flock(flocks, request, wanted)
-        try:
-            if outcome.flock is not None and outcome.result is None:
-                await self._wait_for_flock(flocks, outcome.flock, outcome)
-        finally:
-            for turn in self._turns.pop(key, ()):
-                turn.set()
-        return outcome.answer()
-
-    async def _wait_for_flock(self, flocks: Flocks, lock: Flock, outcome: _Outcome) -> None:
-        event = outcome.event = trio.Event()
-        try:
-            await self.waits.wait_interruptibly(event)
-        except FsError:
-            if outcome.result != Result.GRANTED:  # else it came in the same moment: the caller's
-                flocks.cancel(lock)
-                raise
-        except BaseException:
-            flocks.cancel(lock)
-            raise
-
-    # -- GETLK -------------------------------------------------------------------------------------
-
-    def _try_get_lock(self, request: Request, body: bytes) -> bytes | None:
-        assert self.file_locks is not None
-        wanted = parse_lock(body)
-        outcome = _Outcome()
-        name = range_lock_name(self._number(request))
-        operation = self.file_locks.ranges.test(
-            name, wanted.owner, wanted.start, wanted.end, wanted.kind, outcome.ended
-        )
-        if outcome.result is None:
-            outcome.operation = operation
-            self._begun[request.unique] = outcome
-            return None
-        return self._holder(outcome)
-
-    async def _get_lock(self, request: Request, body: bytes) -> bytes:
-        assert self.file_locks is not None
-        outcome = self._begun.pop(request.unique)
-        assert outcome.operation is not None
-        await self._wait_for_range(self.file_locks.ranges, outcome.operation, outcome)
-        return self._holder(outcome)
-
-    def _holder(self, outcome: _Outcome) -> bytes:
-        outcome.answer()
-        assert self.file_locks is not None
-        assert outcome.operation is not None
-        found = outcome.operation.conflict
-        if found is None:
-            return FREE
-        pid = found.pid if found.instance == self.file_locks.ranges.me else 0
-        return encode_lock(found.start, found.end, found.kind, pid)
+    def note_range_owner(self, number: int, owner: int, handle: int) -> None:
+        """An owner locks bytes of an inode through an open file."""
+        self._range_owners.setdefault(number, {}).setdefault(owner, set()).add(handle)
 
     # -- close -------------------------------------------------------------------------------------
 

@@ -42,7 +42,7 @@ CONNECT_S = 2.0
 BACKLOG_BYTES_MAX = 256 << 20
 STRANGER_FRAME_BYTES_MAX = 64 << 10
 """Until the first authenticated frame: hellos are short."""
-_READ_BYTES = 1 << 18
+_READ_BYTES = 1 << 16
 
 
 class Channel:
@@ -56,6 +56,7 @@ class Channel:
         self._sent = 0
         self._seen = 0
         self._buffer = bytearray()
+        self._drained = False
         self._frame_bytes_max = STRANGER_FRAME_BYTES_MAX
         self._out: deque[memoryview] = deque()
         self._out_bytes = 0
@@ -138,17 +139,18 @@ class Channel:
                     del self._buffer[:need]
                     return self._open(data)
             try:
+                if self._drained:
+                    await trio.lowlevel.wait_readable(self._socket)
+                    self._drained = False
                 piece = self._socket.recv(_READ_BYTES)
             except BlockingIOError:
-                try:
-                    await trio.lowlevel.wait_readable(self._socket)
-                except trio.ClosedResourceError:
-                    return None
+                self._drained = True
                 continue
-            except OSError:
+            except (OSError, trio.ClosedResourceError):
                 return None
             if not piece:
                 return None
+            self._drained = len(piece) < _READ_BYTES
             self.last_received = trio.current_time()
             self._buffer += piece
 

@@ -10,6 +10,9 @@ marker (epoch, seq). What comes after a marker is held back until this side has 
 event; so a message that was sent after event E is delivered after E. Messages of members that
 failed are dropped as soon as the view without them is taken, also those that were held back.
 
+An acknowledgement rides on the next batch of the other direction; without one it goes by itself,
+after a fraction of the time after which the peer would try another path, or many items.
+
 Invariants: numbers of a link rise by one; `received` only grows; a message is delivered at most
 once; what is sent again is byte for byte the same; nothing of a removed member is delivered.
 A connection from somebody who is not (yet) a member is parked by the shell, bounded.
@@ -39,6 +42,10 @@ SEND_BYTES_MAX = 256 << 20
 BATCH_BYTES_MAX = 1 << 20
 BATCH_ITEMS_MAX = 4096
 HELD_ITEMS_MAX = 1 << 16
+OWED_ITEMS_MAX = 256
+"""After so many items without a batch of our own they are acknowledged at once."""
+RETRIES_PER_ACK = 16
+"""The wait for a batch that carries an acknowledgement, as a part of the retry time."""
 PATHS_MAX = 4
 RETRY_SHIFT_MAX = 4
 
@@ -157,6 +164,8 @@ class Link:
         self._unacked_bytes = 0
         self._sent = 0
         self._ack_due = False
+        self._owed = 0
+        self._owed_since: int | None = None
         self._stalled_since: int | None = None
         self._retries = 0
 
@@ -207,8 +216,10 @@ class Link:
         self.acknowledged(batch.ack)
         if not batch.items:
             return []
-        self._ack_due = True
         skip = self.received + 1 - batch.first
+        self._owed += len(batch.items)
+        # What comes again, or too early, says that the peer does not know how far we are.
+        self._ack_due |= skip != 0 or self._owed > OWED_ITEMS_MAX
         if skip < 0 or len(self.held) > HELD_ITEMS_MAX:
             return []
         fresh = batch.items[skip:]
@@ -216,9 +227,12 @@ class Link:
         return fresh
 
     def flush(self, now_ns: int) -> list[Transmit]:
-        """Batches for everything that was not sent on the active path yet, or a bare ack."""
+        """Batches for everything that was not sent on the active path yet, or a bare ack that is
+        due."""
         if self.active is None:
             return []
+        if self._owed and self._owed_since is None:
+            self._owed_since = now_ns
         actions: list[Transmit] = []
         end = self._unacked_first + len(self._unacked) - 1
         while self._sent < end or self._ack_due:
@@ -233,6 +247,7 @@ class Link:
                 size += _size(item)
             self._sent += len(items)
             self._ack_due = False
+            self._owed, self._owed_since = 0, None
             actions.append(
                 Transmit(self.member.instance, self.active, Batch(self.received, first, items))
             )
@@ -241,14 +256,28 @@ class Link:
         return actions
 
     def deadline(self) -> int | None:
+        """When `tick` has something to do."""
+        dues = [due for due in (self._retry_at(), self._ack_at()) if due is not None]
+        return min(dues, default=None)
+
+    def _retry_at(self) -> int | None:
         """When unacknowledged items go out again."""
         if self._stalled_since is None or not self._unacked or self.active is None:
             return None
         return self._stalled_since + (self._retry_ns << min(self._retries, RETRY_SHIFT_MAX))
 
-    def retry(self, now_ns: int) -> None:
-        """The active path did not acknowledge in time: use the next one, from the first item."""
-        due = self.deadline()
+    def _ack_at(self) -> int | None:
+        """When items are acknowledged although nothing else is to be sent."""
+        if self._owed_since is None or self.active is None:
+            return None
+        return self._owed_since + self._retry_ns // RETRIES_PER_ACK
+
+    def tick(self, now_ns: int) -> None:
+        """Acknowledge at last. The active path did not acknowledge in time: use the next one, from
+        the first item."""
+        ack_at = self._ack_at()
+        self._ack_due |= ack_at is not None and now_ns >= ack_at
+        due = self._retry_at()
         if due is None or now_ns < due:
             return
         later = sorted(path for path in self.paths if path != self.active)
@@ -365,9 +394,9 @@ class MeshCore:
         return actions
 
     def tick(self, now_ns: int) -> list[MeshAction]:
-        """Switch paths that do not acknowledge; returns as `flush`."""
+        """Acknowledge, switch paths that do not; returns as `flush`."""
         for link in self.links.values():
-            link.retry(now_ns)
+            link.tick(now_ns)
         return self.flush(now_ns)
 
     def deadline(self) -> int | None:

@@ -32,6 +32,7 @@ from cluster.identity import Identity
 from cluster.ids import Instance
 from cluster.mesh import (
     PATHS_MAX,
+    RETRIES_PER_ACK,
     Batch,
     Closed,
     Deliver,
@@ -72,7 +73,11 @@ class TrioMesh:
         self._dialers: dict[Instance, list[trio.CancelScope]] = {}
         self._deliver: Deliver | None = None
         self._early: deque[MeshEvent] = deque()
-        self._wake = trio.Event()
+        self._pump: trio.lowlevel.Task | None = None
+        self._due = False
+        self._receiving = False
+        self._busy = trio.Event()
+        self._tick_s = retry_ms / 1000 / RETRIES_PER_ACK
         self._changed = trio.Event()
         self._parked = 0
         self.port = 0
@@ -88,16 +93,18 @@ class TrioMesh:
             deliver(self._early.popleft())
 
     def send(self, to: Instance, payload: bytes) -> None:
-        """Queue a message; all messages of one scheduler tick leave in one frame."""
+        """Queue a message; all messages of one scheduler tick leave in one frame, and all that
+        answer a frame."""
         self._core.send(to, payload)
-        self._wake.set()
+        if not self._receiving:
+            self._wake()
 
     def group_event(self, event: GroupEvent) -> None:
         """Take a group event (control event `group`)."""
         if self._key is None and event.mesh_key:
             self._key = bytes.fromhex(event.mesh_key)
         self._perform(self._core.group_event(event))
-        self._wake.set()
+        self._wake()
         self._changed.set()
         self._changed = trio.Event()
 
@@ -213,7 +220,7 @@ class TrioMesh:
             self._core.path_down(*key)
         self._channels[key] = channel
         self._core.path_up(hello)
-        self._wake.set()
+        self._wake()
         try:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(channel.write_loop)
@@ -221,8 +228,7 @@ class TrioMesh:
                     if self._channels.get(key) is not channel:
                         break
                     batch = decode_untrusted(_batches, frame.payload, "batch")
-                    self._perform(self._core.receive(key[0], batch))
-                    self._wake.set()
+                    self._receive(key[0], batch)
                 nursery.cancel_scope.cancel()
         except* ProtocolError:
             pass
@@ -230,21 +236,58 @@ class TrioMesh:
             if self._channels.get(key) is channel:
                 del self._channels[key]
                 self._core.path_down(*key)
-                self._wake.set()
+                self._wake()
+
+    def _receive(self, peer: Instance, batch: Batch) -> None:
+        """Take a batch, and send what it brings about."""
+        self._receiving = True
+        try:
+            self._perform(self._core.receive(peer, batch))
+        finally:
+            self._receiving = False
+        self._busy.set()
+        self.flush()
 
     def flush(self) -> None:
         """Transmit what is queued now."""
         self._perform(self._core.tick(boottime_ns()))
 
+    def _wake(self) -> None:
+        """Let the pump run in the next tick of the scheduler."""
+        self._busy.set()
+        if not self._due:
+            self._due = True
+            if self._pump is not None:
+                trio.lowlevel.reschedule(self._pump)
+                self._pump = None
+
     async def pump(self) -> None:
-        """Transmit what was queued, once per tick; switch paths that do not acknowledge."""
+        """Transmit what was queued, once per tick."""
         while True:
-            due = self._core.deadline()
-            wait_s = 3600.0 if due is None else max(0, due - boottime_ns()) / 1e9
-            with trio.move_on_after(wait_s):
-                await self._wake.wait()
-            self._wake = trio.Event()
+            if not self._due:
+                self._pump = trio.lowlevel.current_task()
+                await trio.lowlevel.wait_task_rescheduled(self._abort_pump)
+            else:
+                await trio.lowlevel.checkpoint()
+            self._due = False
             self.flush()
+
+    def _abort_pump(self, _raise_cancel: object) -> trio.lowlevel.Abort:
+        self._pump = None
+        return trio.lowlevel.Abort.SUCCEEDED
+
+    async def watch(self) -> None:
+        """Acknowledge what nothing answers; switch paths that do not acknowledge."""
+        while True:
+            await self._busy.wait()
+            due = self._core.deadline()
+            if due is None:
+                self._busy = trio.Event()
+                continue
+            # Another deadline may have come before this one meanwhile.
+            await trio.sleep(min(self._tick_s, max(0, due - boottime_ns()) / 1e9))
+            if self._core.deadline() is not None:
+                self.flush()
 
     async def listen(self, addresses: Sequence[str]) -> None:
         """Bind one port on all addresses and accept on each."""
@@ -296,6 +339,7 @@ async def open_mesh(
             mesh = TrioMesh(me, group, key, retry_ms, nursery)
             await mesh.listen(addresses)
             nursery.start_soon(mesh.pump)
+            nursery.start_soon(mesh.watch)
             try:
                 yield mesh
                 # What is queued has one tick to leave; peers see us go by the group's events.

@@ -210,7 +210,7 @@ class RangeLock(msgspec.Struct, array_like=True, tag=20, gc=False):
 
 
 class RangeUnlock(msgspec.Struct, array_like=True, tag=21, gc=False):
-    """`number` 0: no answer is wanted."""
+    """`number` 0: the owner has given it back, and waits for no answer."""
 
     name: Name
     tenure: Tenure
@@ -291,15 +291,37 @@ class RangeChase(msgspec.Struct, array_like=True, tag=28, gc=False):
 
 
 class RangeChased(msgspec.Struct, array_like=True, tag=29, gc=False):
+    """`wanted`: what stands in the way is a lock of `key` on these bytes of `name`."""
+
     key: Key
     path: Path
     at: Count
     verify: bool
+    name: Name
+    wanted: RangeRow
 
 
 class RangeCycle(msgspec.Struct, array_like=True, tag=30, gc=False):
+    """Of the first owner of the path; `wanted` as of RangeChased."""
+
     path: Path
     verified: bool
+    name: Name
+    wanted: RangeRow
+
+
+class RangeConfirm(msgspec.Struct, array_like=True, tag=31, gc=False):
+    """Is it still so? What the receiver has given back is on its way before its answer."""
+
+    name: Name
+    tenure: Tenure
+    number: Count
+
+
+class RangeConfirmed(msgspec.Struct, array_like=True, tag=32, gc=False):
+    name: Name
+    tenure: Tenure
+    number: Count
 
 
 RangeMessage = (
@@ -314,6 +336,8 @@ RangeMessage = (
     | RangeChase
     | RangeChased
     | RangeCycle
+    | RangeConfirm
+    | RangeConfirmed
 )
 ToMaster = Request | Convert | Unlock | Cancel
 ToOwner = Reply | Bast | Redirect | LvbNote

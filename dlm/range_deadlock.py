@@ -21,7 +21,7 @@ from cluster.ids import Instance
 from dlm import messages as m
 from dlm.engine import Runtime
 from dlm.range_file import Operation, RangeFile, Role
-from dlm.ranges import Owner
+from dlm.ranges import Owner, Waiter
 
 if TYPE_CHECKING:
     from dlm.range_locks import RangeLocks
@@ -87,7 +87,11 @@ class DeadlockSearch:
         path, at = message.path, message.at
         if file is None or file.role is not Role.KEEPER or at >= len(path):
             return
-        blockers = self._blockers(file, path[at])
+        waiter = self._waiter(file, path[at])
+        if waiter is None:
+            return
+        name, wanted = file.name, (waiter.start, waiter.end, waiter.kind)
+        blockers = set(file.table.conflicting(waiter.owner, *wanted))
         first = path[0]
         home = Owner(first.instance, first.key)
         if message.verify:
@@ -95,29 +99,33 @@ class DeadlockSearch:
             if Owner(following.instance, following.key) not in blockers:
                 return
             if at + 1 == len(path):
-                self._post(first.instance, m.RangeCycle(path, True))
+                self._post(first.instance, m.RangeCycle(path, True, name, wanted))
             else:
-                chased = m.RangeChased(following.key, path, at + 1, True)
+                chased = m.RangeChased(following.key, path, at + 1, True, name, wanted)
                 self._post(following.instance, chased)
         elif home in blockers:
-            self._post(first.instance, m.RangeCycle(path, False))
+            self._post(first.instance, m.RangeCycle(path, False, name, wanted))
         elif len(path) < m.HOPS_MAX:
             known = {Owner(hop.instance, hop.key) for hop in path}
             for owner in blockers - known:
-                self._post(owner.instance, m.RangeChased(owner.key, path, at, False))
+                chased = m.RangeChased(owner.key, path, at, False, name, wanted)
+                self._post(owner.instance, chased)
 
     @staticmethod
-    def _blockers(file: RangeFile, hop: m.RangeHop) -> set[Owner]:
-        """Who stands in the way of an operation, if it still waits."""
+    def _waiter(file: RangeFile, hop: m.RangeHop) -> Waiter | None:
+        """An operation, if it still waits."""
         for waiter in file.table.waiters:
             if waiter.number == hop.number and waiter.owner.instance == hop.instance:
-                return set(file.table.blockers(waiter))
-        return set()
+                return waiter
+        return None
 
     def chased(self, _source: Instance, message: m.RangeMessage) -> None:
-        """At the member of an owner that stands in the way: what does it wait for?"""
+        """At the member of an owner that stands in the way, if it has not given back meanwhile what
+        the keeper believes it to hold: what does it wait for?"""
         assert isinstance(message, m.RangeChased)
         path = message.path
+        if not self._service.stands_in_the_way(message.name, message.key, message.wanted):
+            return
         for operation in list(self._service.waiting.values()):
             if operation.key != message.key:
                 continue
@@ -146,6 +154,8 @@ class DeadlockSearch:
         path = message.path
         operation = self._service.waiting.get(path[0].number)
         if operation is None or path[0].instance != self._service.me:
+            return
+        if not self._service.stands_in_the_way(message.name, operation.key, message.wanted):
             return
         if message.verified:
             self._service.give_up(operation)

@@ -34,7 +34,7 @@ class Operation:
     operation is abandoned; `result` and, after a test or AGAIN, `conflict` tell how it ended."""
 
     __slots__ = (
-        "abandoned", "applied", "chased_ns", "conflict", "deadlock", "done", "due_ns", "end",
+        "abandoned", "chased_ns", "conflict", "deadlock", "done", "due_ns", "end",
         "file", "key", "kind", "number", "pid", "result", "rounds", "sent", "since_ns", "start",
         "test", "wait", "withdrawn",
     )  # fmt: skip
@@ -60,7 +60,6 @@ class Operation:
         self.conflict: m.RangeConflict | None = None
         self.sent = False
         self.abandoned = False
-        self.applied = False
         self.deadlock = False
         self.withdrawn = False
 
@@ -68,13 +67,26 @@ class Operation:
 Done = Callable[[Operation], None]
 
 
+class Question:
+    """A try or a test that finds something in its way: `missing` have to say that this is so."""
+
+    __slots__ = ("missing", "one", "source")
+
+    def __init__(
+        self, source: Instance, one: m.RangeLock | Operation, missing: set[Instance]
+    ) -> None:
+        self.source = source
+        self.one = one
+        self.missing = missing
+
+
 class RangeFile:
     """What this member knows of one name; the client of its EX."""
 
     __slots__ = (
         "abandoned", "asking", "cancelling", "doubt", "early", "foreign_uses", "guests", "keeper",
-        "lock", "missing", "name", "operations", "own_used_ns", "role", "service", "table",
-        "tenure",
+        "lock", "missing", "name", "operations", "own_used_ns", "questions", "role", "service",
+        "table", "tenure",
     )  # fmt: skip
 
     def __init__(self, service: RangeLocks, name: bytes) -> None:
@@ -95,6 +107,7 @@ class RangeFile:
         self.missing: set[Instance] = set()
         self.doubt: set[Instance] = set()
         self.early: list[tuple[Instance, m.RangeLock | m.RangeUnlock | m.RangeCancel]] = []
+        self.questions: dict[int, Question] = {}
         self.guests: set[Instance] = set()
         self.foreign_uses = 0
         self.own_used_ns = 0

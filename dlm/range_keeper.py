@@ -2,6 +2,10 @@
 
 It decides only in the role KEEPER, when all that anybody holds is known; what comes before waits in
 `early`. What is meant for another tenure is answered with RangeResigned.
+
+Who unlocks does not wait for us. So before we say that a lock is not free its holders have to
+confirm it: what they have given back is on its way before their answer. Otherwise a process that
+was told by its holder that a lock is free could find it taken.
 """
 
 from __future__ import annotations
@@ -11,14 +15,14 @@ from typing import TYPE_CHECKING
 from cluster.ids import Instance
 from dlm import messages as m
 from dlm.modes import Result
-from dlm.range_file import UNLOCK, Operation, RangeFile, Role
+from dlm.range_file import UNLOCK, Operation, Question, RangeFile, Role
 from dlm.ranges import READ, Owner, RangeTable, Waiter
 
 if TYPE_CHECKING:
     from dlm.range_locks import RangeLocks
 
 RANGES_MAX = 1 << 16
-"""Ranges, and again waiting locks, of one name; above it the caller gets FULL."""
+"""Ranges, and again waiting locks and questions, of one name; above it the caller gets FULL."""
 MOVE_USES = 64
 MOVE_IDLE_NS = 1_000_000_000
 """A keeper that has not used a name for so long, while one other member used it so often, lets
@@ -32,6 +36,7 @@ class KeeperSide:
         self._service = service
         self.move_uses = MOVE_USES
         self.move_idle_ns = MOVE_IDLE_NS
+        self._questions = 0
 
     def decide_own(self, file: RangeFile, operation: Operation) -> None:
         operation.sent = True
@@ -70,11 +75,16 @@ class KeeperSide:
         idle_ns = self._service.now_ns() - file.own_used_ns
         return used <= {source} and not file.operations and idle_ns > self.move_idle_ns
 
-    def _decide(self, file: RangeFile, source: Instance, one: m.RangeLock | Operation) -> None:
+    def _decide(
+        self, file: RangeFile, source: Instance, one: m.RangeLock | Operation, *, sure: bool = False
+    ) -> None:
+        """`sure`: what is in the way of a try or a test has been confirmed."""
         table, owner = file.table, Owner(source, one.key)
         start, end, kind = one.start, one.end, one.kind
         if one.test or not one.wait:
             found = table.conflict(owner, start, end, kind)
+            if found is not None and not sure and self._ask_holders(file, source, one):
+                return
             if one.test or found is not None:
                 result = Result.GRANTED if one.test else Result.AGAIN
                 self._answer(file, source, one.number, result, self._conflict(table, found))
@@ -92,6 +102,55 @@ class KeeperSide:
         self._answer(file, source, one.number, Result.GRANTED)
         if kind == READ and table.waiters:
             self.settle(file)
+
+    def _ask_holders(
+        self, file: RangeFile, source: Instance, one: m.RangeLock | Operation
+    ) -> bool:
+        """Ask the members whose locks are in the way. What the asker's own member holds, and ours,
+        is known; what a dead one held is gone when that member is silent."""
+        owner = Owner(source, one.key)
+        holders = {
+            other.instance for other in file.table.conflicting(owner, one.start, one.end, one.kind)
+        }
+        missing = (holders & self._service.members) - {self._service.me, source}
+        if not missing:
+            return False
+        if len(file.questions) >= RANGES_MAX:
+            self._answer(file, source, one.number, Result.FULL)
+            return True
+        self._questions += 1
+        file.questions[self._questions] = Question(source, one, missing)
+        for member in sorted(missing):
+            confirm = m.RangeConfirm(file.name, file.tenure, self._questions)
+            self._service.tell(member, confirm)
+        return True
+
+    def confirmed(self, source: Instance, message: m.RangeMessage) -> None:
+        """A member has said what it had given back, if anything."""
+        assert isinstance(message, m.RangeConfirmed)
+        file = self._service.files.get(message.name)
+        if file is not None and file.role is Role.KEEPER and file.tenure == message.tenure:
+            self._heard(file, source, message.number)
+
+    def without(self, file: RangeFile, gone: frozenset[Instance]) -> None:
+        """Who is gone will say nothing."""
+        for number, question in list(file.questions.items()):
+            if question.source in gone:
+                del file.questions[number]
+            for member in gone & question.missing:
+                self._heard(file, member, number)
+
+    def _heard(self, file: RangeFile, member: Instance, number: int) -> None:
+        question = file.questions.get(number)
+        if question is None:
+            return
+        question.missing.discard(member)
+        if question.missing:
+            return
+        del file.questions[number]
+        one = question.one
+        if isinstance(one, m.RangeLock) or one.number in file.operations:
+            self._decide(file, question.source, one, sure=True)
 
     def _unlock(
         self,

@@ -6,13 +6,14 @@ it there: one message and one answer. Whoever wants a name whose keeper is unkno
 keeper that is asked for EX says who it is (the asker takes its wish back), or lets go if it keeps
 nothing; a keeper that works only for one other member lets go, so that it moves there.
 
-Each member knows what its own owners hold: what a keeper has granted and it has heard of. That is
-the truth; a keeper's table is a copy that lets it decide. So a name may be without a keeper at any
-time: who gets EX next asks every member what it holds (`RangeEnlist`) and decides nothing before it
-has all answers. Of a member that died without an answer nothing is known: nothing is decided until
-that member is silent (its servers know that it is out, its caches are purged). What a dead member
-is known to hold ends at the same moment. Disk blocks need no care here: what a dead member may have
-written is guarded by the locks of inodes, until its journal is replayed.
+Each member knows what its own owners hold: what a keeper has granted and it has heard of, less what
+they have given back. That is the truth; a keeper's table is a copy that lets it decide. So a name
+may be without a keeper at any time: who gets EX next asks every member what it holds
+(`RangeEnlist`) and decides nothing before it has all answers. Of a member that died without an
+answer nothing is known: nothing is decided until that member is silent (its servers know that it is
+out, its caches are purged). What a dead member is known to hold ends at the same moment. Disk
+blocks need no care here: what a dead member may have written is guarded by the locks of inodes,
+until its journal is replayed.
 
 `tenure` is the fencing token of the keeper's EX and rises with each keeper; what was said in
 another tenure than the receiver's is out of date. After a change operations without an answer go
@@ -87,6 +88,8 @@ class RangeLocks:
             m.RangeChase: self._deadlocks.chase,
             m.RangeChased: self._deadlocks.chased,
             m.RangeCycle: self._deadlocks.cycle,
+            m.RangeConfirm: self._confirm,
+            m.RangeConfirmed: self.at_keeper.confirmed,
         }
 
     # What processes ask for. An operation that has ended when the call returns is not returned.
@@ -111,8 +114,9 @@ class RangeLocks:
         return self._submit(operation)
 
     def unlock(self, name: bytes, key: int, start: int, end: int, done: Done) -> Operation | None:
-        """Unlock [start, end]. It is done when the keeper has heard of it, so that whoever is told
-        so by other means finds it free."""
+        """Unlock [start, end]. It is done at once, and the keeper hears of it; it asks us before it
+        tells anybody that the lock is taken (`dlm.range_keeper`). Only behind an operation of the
+        same owner that has no answer yet, of another thread, it waits for the keeper's answer."""
         file = self.files.get(name)
         if file is None or not (file.operations or Owner(self.me, key) in file.table.owners):
             return None
@@ -179,18 +183,11 @@ class RangeLocks:
         file = operation.file
         self._to_keeper(file, m.RangeCancel(file.name, file.tenure, operation.number))
 
-    def holds(self, name: bytes, key: int) -> bool:
-        """Whether an owner of ours has a lock on a name."""
+    def stands_in_the_way(self, name: bytes, key: int, wanted: m.RangeRow) -> bool:
+        """Whether another owner's lock of those bytes would wait for an owner of ours."""
         file = self.files.get(name)
-        return file is not None and Owner(self.me, key) in file.table.owners
-
-    def owners_of(self, name: bytes) -> list[int]:
-        """Our owners that hold or want something of a name."""
-        file = self.files.get(name)
-        if file is None:
-            return []
-        held = {owner.key for owner in file.table.owners if owner.instance == self.me}
-        return sorted(held | {one.key for one in file.operations.values()})
+        ranges = file.table.owners.get(Owner(self.me, key)) if file is not None else None
+        return ranges is not None and ranges.conflict(*wanted) is not None
 
     def leave(self) -> None:
         """Our owners are gone; let others keep what they hold."""
@@ -232,11 +229,10 @@ class RangeLocks:
             # The common case needs no account: it is decided here and now, or it waits.
             file.operations[operation.number] = operation
             self.at_keeper.decide_own(file, operation)
+        elif operation.kind == UNLOCK and not self._others_of(operation):
+            # No answer is under way that could bring back what goes here.
+            self._give_back(file, operation)
         else:
-            if operation.kind == UNLOCK and not self._others_of(operation):
-                # No answer is under way that could bring back what goes here.
-                operation.applied = True
-                file.table.remove(Owner(self.me, operation.key), operation.start, operation.end)
             file.operations[operation.number] = operation
             if file.role is Role.GUEST and not file.abandoned:
                 self._send(file, operation)
@@ -249,6 +245,14 @@ class RangeLocks:
             operation.since_ns = self.now_ns()
             self._deadlocks.watch(operation)
         return operation
+
+    def _give_back(self, file: RangeFile, one: Operation) -> None:
+        file.table.remove(Owner(self.me, one.key), one.start, one.end)
+        if file.role is Role.GUEST:
+            unlock = m.RangeUnlock(file.name, file.tenure, 0, one.key, one.start, one.end)
+            self._to_keeper(file, unlock)
+        self.end(one, Result.GRANTED)
+        self._forget_if_unused(file)
 
     def _others_of(self, operation: Operation) -> bool:
         key = operation.key
@@ -275,7 +279,7 @@ class RangeLocks:
         for operation in list(file.operations.values()):
             if operation.kind != UNLOCK:
                 locking.add(operation.key)
-            elif operation.applied or operation.key not in locking:
+            elif operation.key not in locking:
                 owner = Owner(self.me, operation.key)
                 file.table.remove(owner, operation.start, operation.end)
                 del file.operations[operation.number]
@@ -296,11 +300,7 @@ class RangeLocks:
                 ),
             )  # fmt: skip
             return
-        number = one.number
-        if one.applied and one.done is None:
-            del file.operations[number]
-            number = 0
-        unlock = m.RangeUnlock(file.name, file.tenure, number, one.key, one.start, one.end)
+        unlock = m.RangeUnlock(file.name, file.tenure, one.number, one.key, one.start, one.end)
         self._to_keeper(file, unlock)
 
     def _to_keeper(self, file: RangeFile, message: m.RangeMessage) -> None:
@@ -336,7 +336,7 @@ class RangeLocks:
         elif result == Result.GRANTED and not operation.test:
             if operation.kind != UNLOCK:
                 file.table.put(owner, operation.start, operation.end, operation.kind, operation.pid)
-            elif not operation.applied:
+            else:
                 file.table.remove(owner, operation.start, operation.end)
         elif result == Result.CANCELLED and operation.deadlock:
             result = Result.DEADLOCK
@@ -416,7 +416,7 @@ class RangeLocks:
         file.abandoned = 0
         for operation in list(file.operations.values()):
             operation.sent = operation.deadlock = False
-            if operation.abandoned or (operation.applied and operation.done is None):
+            if operation.abandoned:
                 del file.operations[operation.number]
             elif operation.withdrawn:
                 del file.operations[operation.number]
@@ -434,6 +434,7 @@ class RangeLocks:
         for owner in [one for one in file.table.owners if one.instance != self.me]:
             file.table.remove(owner)
         file.table.waiters.clear()
+        file.questions.clear()
         file.early.clear()
         file.guests.clear()
         self._new_tenure(file, Role.NONE, None, file.tenure)
@@ -497,6 +498,11 @@ class RangeLocks:
             return
         self._lose_keeper(file)
 
+    def _confirm(self, source: Instance, message: m.RangeMessage) -> None:
+        """A keeper wants to be sure; what we have given back is before this in its stream."""
+        assert isinstance(message, m.RangeConfirm)
+        self.tell(source, m.RangeConfirmed(message.name, message.tenure, message.number))
+
     # The world.
 
     def receive(self, source: Instance, message: m.RangeMessage) -> None:
@@ -528,6 +534,7 @@ class RangeLocks:
         self._open_if_complete(file)
         if file.role is Role.KEEPER:
             self.at_keeper.settle(file)
+            self.at_keeper.without(file, gone)
 
     # Memory.
 
@@ -573,12 +580,14 @@ class RangeLocks:
             assert (file.role in (Role.KEEPER, Role.ENLISTING)) == (file.keeper == self.me)
             if file.role is not Role.ENLISTING:
                 assert not file.early
+            assert file.role is Role.KEEPER or not file.questions
             if file.role is Role.KEEPER:
                 file.table.check()
                 assert file.lock
                 assert not file.asking
                 mine = [one for one in file.table.waiters if one.owner.instance == self.me]
-                assert {one.number for one in mine} == set(file.operations)
+                asked = {q.one.number for q in file.questions.values() if q.source == self.me}
+                assert {one.number for one in mine} == set(file.operations) - asked
             elif file.role is not Role.ENLISTING:
                 assert all(owner.instance == self.me for owner in file.table.owners)
                 assert not file.table.waiters

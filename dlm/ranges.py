@@ -147,12 +147,10 @@ class RangeTable:
                 found = (other, row)
         return found
 
-    def blockers(self, waiter: Waiter) -> Iterator[Owner]:
-        """Everybody who stands in the way of a waiting lock."""
+    def conflicting(self, owner: Owner, start: int, end: int, kind: int) -> Iterator[Owner]:
+        """Everybody who stands in the way of a lock of an owner."""
         for other, ranges in self.owners.items():
-            if other == waiter.owner:
-                continue
-            if ranges.conflict(waiter.start, waiter.end, waiter.kind) is not None:
+            if other != owner and ranges.conflict(start, end, kind) is not None:
                 yield other
 
     def free(self, owner: Owner, start: int, end: int, kind: int) -> bool:

@@ -112,8 +112,9 @@ def test_the_table_is_the_model(steps):
             waiter = Waiter(owner, number, *span, kind, 0)
             others = {o for o in OWNERS if o != owner}
             clear = {o for o in others if table.owners.get(o) is None}
-            assert set(table.blockers(waiter)) <= others - clear
-            assert set(table.blockers(waiter))
+            blockers = set(table.conflicting(owner, *span, kind))
+            assert blockers
+            assert blockers <= others - clear
             table.waiters.append(waiter)
             model.waiting.append((number, owner, span, kind))
         granted = [waiter.number for waiter in table.retry()]

@@ -26,6 +26,7 @@ from tests.sim.dlm_world import Violation
 STEPS_MAX = 100_000
 STEP_NS = 3_000_000
 OWNERS = 3
+LAG_STEPS = 100
 BYTES = 6
 
 
@@ -40,6 +41,16 @@ class Process:
     """What it was told that it holds."""
     odd: bool = False
     """A read lock was abandoned: it may have taken the place of a write lock."""
+
+
+@dataclass
+class Try:
+    """A try or a test in progress, and whether anything was in its way since it began."""
+
+    name: bytes
+    owner: Owner
+    row: Row
+    blocked: bool = False
 
 
 @dataclass
@@ -84,6 +95,7 @@ class RangeWorld:
         step_ns: int = STEP_NS,
         file_bytes: int = BYTES,
         fault_rate: float = 0.01,
+        lag: float = 0.0,
     ) -> None:
         self.random = random.Random(seed)
         self.names = [b"P%d" % n for n in range(names)]
@@ -95,6 +107,8 @@ class RangeWorld:
         self.step_ns = step_ns
         self.file_bytes = file_bytes
         self.fault_rate = fault_rate
+        self.lag = lag
+        """How often the link that is slow at present stands still when it could move."""
         self.now_ns = 0
         self.steps = 0
         self.births = 0
@@ -107,6 +121,10 @@ class RangeWorld:
         self.dead: list[Instance] = []
         self.silent: list[Instance] = []
         self.corpses: dict[Instance, dict[bytes, dict[Owner, list[Row]]]] = {}
+        self.ghosts: list[tuple[int, dict[bytes, list[tuple[Owner, Row]]]]] = []
+        """What a dead member held or asked for, until all have heard that it is silent."""
+        self.tries: list[Try] = []
+        self.slow: tuple[Instance, ...] = ()
         self.results: dict[Result, int] = {}
         self.circles: list[set[Owner]] = []
         self.trace: list[str] | None = getattr(self, "trace", None)
@@ -167,6 +185,7 @@ class RangeWorld:
     def crash(self, victim: Instance) -> None:
         member = self.members.pop(victim)
         self.corpses[victim] = {name: self.rows_of(member, name) for name in self.names}
+        self.ghosts.append((STEPS_MAX, {n: self.wants(victim, member, n) for n in self.names}))
         for (source, _to), link in self.links.items():
             if source == victim:
                 for _ in range(self.random.randint(0, len(link))):
@@ -180,6 +199,14 @@ class RangeWorld:
         self.silent.append(subject)
         del self.corpses[subject]
         self.event("silent", subject=subject)
+        self.ghosts = [
+            (len(self.log) if self.is_of(subject, rows) else index, rows)
+            for index, rows in self.ghosts
+        ]
+
+    @staticmethod
+    def is_of(subject: Instance, rows: dict[bytes, list[tuple[Owner, Row]]]) -> bool:
+        return any(owner.instance == subject for some in rows.values() for owner, _ in some)
 
     def release(self, subject: Instance) -> None:
         self.silent.remove(subject)
@@ -232,8 +259,16 @@ class RangeWorld:
         elif not moves or self.random.random() < activity:
             self.act()
         else:
-            self.move(*self.random.choice(moves))
+            kind, what = self.random.choice(moves)
+            if kind == "event" or what != self.slow or self.random.random() >= self.lag:
+                self.move(kind, what)
+        if self.lag and self.steps % LAG_STEPS == 0:
+            self.slow = tuple(self.random.sample(sorted(self.members), min(2, len(self.members))))
         self.check()
+        heard = min((one.position for one in self.members.values()), default=0)
+        self.ghosts = [ghost for ghost in self.ghosts if ghost[0] > heard]
+        for one in self.tries:
+            one.blocked = one.blocked or self.is_in_the_way(one)
 
     def move(self, kind: str, what) -> None:
         if kind == "link":
@@ -318,11 +353,19 @@ class RangeWorld:
         process.names.add(name)
         ended: list[Operation] = []
 
+        kind = self.random.choice([READ, WRITE])
+        attempt = Try(name, Owner(member.space.me, key), (low, high, kind))
+        attempt.blocked = self.is_in_the_way(attempt)
+        self.tries.append(attempt)
+
         def done(operation: Operation) -> None:
             ended.append(operation)
+            self.tries.remove(attempt)
+            refused = operation.result == Result.AGAIN or operation.conflict is not None
+            if refused and not (attempt.blocked or self.is_in_the_way(attempt)):
+                raise Violation(f"R8: nothing was in the way of {operation.number}")
             self.done(member, process, operation)
 
-        kind = self.random.choice([READ, WRITE])
         if roll < 0.06:
             ranges.close(name, key)
             process.told.pop(name, None)
@@ -410,6 +453,34 @@ class RangeWorld:
             for owner, ranges in file.table.owners.items()
             if owner.instance == member.space.me
         }
+
+    @staticmethod
+    def wants(me: Instance, member: Member, name: bytes) -> list[tuple[Owner, Row]]:
+        """What the owners of a member hold or may just have been granted."""
+        file = member.ranges.files.get(name)
+        if file is None:
+            return []
+        found = [
+            (owner, row) for owner, ranges in file.table.owners.items() for row in ranges.rows
+            if owner.instance == me
+        ]  # fmt: skip
+        for one in file.operations.values():
+            if one.kind != UNLOCK and not one.test:
+                found.append((Owner(me, one.key), (one.start, one.end, one.kind)))
+        return found
+
+    def is_in_the_way(self, one: Try) -> bool:
+        """Whether anybody else holds, or may hold, what does not go together with it."""
+        rows = [
+            item for me, member in self.members.items() for item in self.wants(me, member, one.name)
+        ]
+        for _index, ghost in self.ghosts:
+            rows += ghost.get(one.name, [])
+        start, end, kind = one.row
+        return any(
+            owner != one.owner and low <= end and start <= high and WRITE in (kind, held)
+            for owner, (low, high, held) in rows
+        )
 
     def check(self) -> None:
         for member in self.members.values():
