@@ -281,11 +281,13 @@ class ValueNode(Node):
 
 class InodeNode(Node):
     """An inode. Content is either `data` (bytes) or `root` (a tree). `xattrs` is the root of the
-    tree of extended attributes, None if there are none."""
+    tree of extended attributes, None if there are none. `listed_bytes` is not on the disk: how long
+    the list of their names is, -1 if that has not been counted."""
 
     __slots__ = (
-        "atime_ns", "birth_ns", "blocks", "counter", "ctime_ns", "data", "flags", "gid", "mode",
-        "mtime_ns", "nlink", "parent", "rdev", "root", "size", "uid", "xattrs",
+        "atime_ns", "birth_ns", "blocks", "counter", "ctime_ns", "data", "flags", "gid",
+        "listed_bytes", "mode", "mtime_ns", "nlink", "parent", "rdev", "root", "size", "uid",
+        "xattrs",
     )  # fmt: skip
     kind = Kind.INODE
     root_bytes_max = CONTENT_BYTES_MAX
@@ -309,6 +311,7 @@ class InodeNode(Node):
         self.data = b""
         self.root: Tree | None = None
         self.xattrs: Tree | None = None
+        self.listed_bytes = -1
 
     def clone(self) -> InodeNode:
         twin = InodeNode.__new__(InodeNode)
@@ -332,6 +335,7 @@ class InodeNode(Node):
         twin.data = self.data
         twin.root = None if self.root is None else self.root.copy()
         twin.xattrs = None if self.xattrs is None else self.xattrs.copy()
+        twin.listed_bytes = self.listed_bytes
         return twin
 
     @property

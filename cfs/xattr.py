@@ -113,10 +113,8 @@ class XattrEditor:
             raise FsError(errno.EEXIST)
         if found is None and flags & REPLACE:
             raise FsError(errno.ENODATA)
-        if found is None:
-            present = names(self.tx, self.covered, self.inode) if self.inode.xattrs else []
-            if sum(map(len, present)) + len(present) + len(name) + 1 > XATTR_LIST_BYTES_MAX:
-                raise FsError(errno.ENOSPC, "more names than listxattr() could give")
+        if found is None and self._listed() + len(name) + 1 > XATTR_LIST_BYTES_MAX:
+            raise FsError(errno.ENOSPC, "more names than listxattr() could give")
         before = () if found is None else found[1].blocks
         if len(name) + len(value) <= INLINE_BYTES_MAX:
             self._free(before)
@@ -135,6 +133,15 @@ class XattrEditor:
         if cookie >> HASH_SHIFT != hashed:
             raise FsError(errno.ENOSPC, "too many attributes with one hash")
         editor.insert(cookie, entry)
+        self.inode.listed_bytes += len(name) + 1
+
+    def _listed(self) -> int:
+        """How long the list of all names is, a zero byte behind each. Counted once."""
+        inode = self.inode
+        if inode.listed_bytes < 0:
+            present = names(self.tx, self.covered, inode)
+            inode.listed_bytes = sum(map(len, present)) + len(present)
+        return inode.listed_bytes
 
     def remove(self, name: bytes) -> bool:
         """Take an attribute away; False if there is none."""
@@ -144,11 +151,14 @@ class XattrEditor:
         self._free(found[1].blocks)
         self._editor().remove(found[0])
         self._tidy()
+        if self.inode.listed_bytes >= 0:
+            self.inode.listed_bytes -= len(name) + 1
         return True
 
     def cut(self) -> bool:
         """Take attributes away, a bounded amount of work; True when none is left."""
         freed = 0
+        self.inode.listed_bytes = -1
         while self.inode.xattrs is not None and freed < CUT_BLOCKS_MAX:
             last = tree.last(self.tx, self.covered, XattrTree(self.inode))
             assert last is not None

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import errno
 import random
+from collections.abc import Iterator
 
 import pytest
 
+from cfs import tree
 from cfs.attributes import BLOCK_BYTES, XATTR_BYTES_MAX
 from cfs.errors import FsError
 from cfs.filesystem import FileSystem
@@ -75,7 +77,37 @@ async def test_names_that_listxattr_could_not_give_are_refused() -> None:
         with refused(errno.ENOSPC):
             await fs.setxattr(ino, b"user.one-more", b"")
         assert len(await fs.listxattr(ino)) == 256
+        await fs.removexattr(ino, b"user." + b"007" * 83 + b"x")
+        await fs.setxattr(ino, b"user." + b"777" * 83 + b"y", b"v")
+        with refused(errno.ENOSPC):
+            await fs.setxattr(ino, b"user.one-more", b"")
+    async with mounted(device) as fs:
+        with refused(errno.ENOSPC):
+            await fs.setxattr(ino, b"user.one-more", b"")
+        await fs.removexattr(ino, b"user." + b"777" * 83 + b"y")
+        await fs.setxattr(ino, b"user.one-more", b"")
         await fs.unlink(fs.root_ino, b"f")
+    await fsck(device)
+
+
+async def test_many_attributes_cost_no_more_than_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a new one reads does not grow with their number."""
+    device = await make_device()
+    items = 0
+    original = tree.items
+
+    def counted(*arguments: object, **how: object) -> Iterator[object]:
+        nonlocal items
+        for item in original(*arguments, **how):  # type: ignore[arg-type]
+            items += 1
+            yield item
+
+    monkeypatch.setattr(tree, "items", counted)
+    async with mounted(device) as fs:
+        ino = (await fs.create(fs.root_ino, b"f", 0o644, 0, 0)).ino
+        for number in range(1000):
+            await fs.setxattr(ino, b"user.%d" % number, b"v")
+        assert items < 10_000
     await fsck(device)
 
 
