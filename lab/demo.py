@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cluster.errors import StackError
-from lab import cluster, demo_faults, demo_work
+from lab import cluster, demo_database, demo_faults, demo_work
 from lab.topology import Lab, LabState
 
 
@@ -90,6 +90,7 @@ def run(directory: Path, disk_size: str, *, keep: bool, as_json: bool) -> int:
         ("fio on all mounts at once", lambda: demo_work.fio_everywhere(lab, report)),
         ("Grow the mounted volume while fio goes on", lambda: demo_work.grow(lab, report)),
         ("Power cuts: a node, then a storage host", lambda: demo_faults.power_cuts(lab, report)),
+        ("One database, every node, a power cut", lambda: demo_database.database(lab, report)),
         ("A node paused beyond its lease", lambda: demo_faults.pause_node(lab, report)),
         ("Unmount, check, mount again", lambda: demo_work.check_and_remount(lab, report)),
     ]

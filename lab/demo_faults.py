@@ -24,14 +24,15 @@ STALL_LIMIT_S = 60.0
 
 
 class Writer:
-    """A sync-writer on a node; its reports are read here, so they outlive the node."""
+    """A program on a node that reports what is durable; its reports are read here, so they outlive
+    the node."""
 
-    def __init__(self, lab: Lab, node: Host, path: str, shared: str) -> None:
+    def __init__(self, lab: Lab, node: Host, verb: str, path: str, *options: str) -> None:
         self.node = node
         self.path = path
         self.times: list[float] = []
         self.errors: list[str] = []
-        argv = [*PROGRAM, "sync-writer", path, "--writer", str(node.index), "--shared", shared]
+        argv = [*PROGRAM, verb, path, "--writer", str(node.index), *options]
         self.process = hosts.popen(lab, node, *argv, stdout=subprocess.PIPE)
         self._thread = threading.Thread(target=self._read, daemon=True)
         self._thread.start()
@@ -70,6 +71,14 @@ class Writer:
         before, after = self.gap_around(moment)
         return after - before
 
+    def finish(self) -> None:
+        """Let it end in its own time. Raises StackError when it complains."""
+        self.process.terminate()
+        self.process.wait(STALL_LIMIT_S)
+        self._thread.join()
+        if self.process.returncode or self.errors:
+            raise StackError(f"the writer of {self.node.name} failed: {''.join(self.errors)}")
+
     def stop(self) -> None:
         self.process.kill()
         self.process.wait()
@@ -88,7 +97,10 @@ class CutResult(msgspec.Struct):
 def start_writers(lab: Lab, name: str) -> list[Writer]:
     """A writer on each node, all of them warm; they share one file besides their own."""
     shared = f"{WORK}/{name}-shared"
-    writers = [Writer(lab, node, f"{WORK}/{name}-{node.name}", shared) for node in lab.nodes]
+    writers = [
+        Writer(lab, node, "sync-writer", f"{WORK}/{name}-{node.name}", "--shared", shared)
+        for node in lab.nodes
+    ]
     for writer in writers:
         writer.wait_beyond(0.0, WARM_RECORDS)
     return writers
@@ -220,7 +232,7 @@ def _server_cut(lab: Lab, report: Reporter) -> Results:
 
 
 def power_cuts(lab: Lab, report: Reporter) -> Results:
-    """Step 5."""
+    """A node, then a storage host."""
     return [*_node_cut(lab, report), *_server_cut(lab, report)]
 
 

@@ -1,4 +1,4 @@
-"""Steps 1 to 4 and 6 of the demonstration: the cluster at work."""
+"""Steps of the demonstration: the cluster at work."""
 
 from __future__ import annotations
 
@@ -270,7 +270,7 @@ def grow(lab: Lab, report: Reporter) -> Results:
 
 
 def check_and_remount(lab: Lab, report: Reporter) -> Results:
-    """Step 6."""
+    """What all nodes wrote is whole."""
     for node in lab.nodes:
         cluster.unmount(lab, node)
     checked = hosts.run(lab, lab.nodes[0], "fsck.cfs", VOLUME, check=False, timeout_s=600)

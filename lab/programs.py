@@ -12,6 +12,8 @@ import json
 import mmap
 import os
 import random
+import signal
+import sqlite3
 import struct
 import sys
 import tarfile
@@ -201,6 +203,69 @@ def check_sync(path: Path, writer: int, last: int, seed: int) -> None:
             say(error=f"record {index} of writer {writer} is lost or wrong", size=len(data))
             sys.exit(1)
     say(writer=writer, records=last + 1, good=True)
+
+
+COUNTER_TABLES = """
+CREATE TABLE total (count INTEGER NOT NULL);
+INSERT INTO total VALUES (0);
+CREATE TABLE steps (writer INTEGER, step INTEGER, PRIMARY KEY (writer, step));
+"""
+DATABASE_BUSY_S = 120.0
+DATABASE_PAUSE_S = 0.02
+"""SQLite looks again and again whether a lock is free; without a pause who had it last wins."""
+
+
+def open_database(path: Path) -> sqlite3.Connection:
+    """With a rollback journal and full synchronisation: what COMMIT acknowledged is durable."""
+    database = sqlite3.connect(path, timeout=DATABASE_BUSY_S, isolation_level=None)
+    database.execute("PRAGMA journal_mode = DELETE")
+    database.execute("PRAGMA synchronous = FULL")
+    return database
+
+
+@app.command("database-create")
+@click.argument("path", type=click.Path(path_type=Path))
+def database_create(path: Path) -> None:
+    """Make an SQLite database with a counter."""
+    database = open_database(path)
+    database.executescript(COUNTER_TABLES)
+    database.close()
+    say(created=str(path))
+
+
+@app.command("database-writer")
+@click.argument("path", type=click.Path(path_type=Path))
+@click.option("--writer", type=int, required=True)
+def database_writer(path: Path, writer: int) -> None:
+    """Add one to the counter and a row to the log, in one transaction, until SIGTERM; report each
+    COMMIT with the time at which it had returned."""
+    stopped: list[int] = []
+    signal.signal(signal.SIGTERM, lambda number, _frame: stopped.append(number))
+    database = open_database(path)
+    step = 0
+    while not stopped:
+        database.execute("BEGIN IMMEDIATE")
+        database.execute("UPDATE total SET count = count + 1")
+        database.execute("INSERT INTO steps VALUES (?, ?)", (writer, step))
+        database.execute("COMMIT")
+        say(index=step, at=time.monotonic())
+        step += 1
+        time.sleep(DATABASE_PAUSE_S)
+    database.close()
+
+
+@app.command("database-check")
+@click.argument("path", type=click.Path(path_type=Path))
+def database_check(path: Path) -> None:
+    """The counter, the steps of each writer, and whether the database is whole."""
+    database = open_database(path)
+    (total,) = database.execute("SELECT count FROM total").fetchone()
+    steps = database.execute("SELECT writer, COUNT(*), MAX(step) FROM steps GROUP BY writer")
+    writers = {str(writer): count for writer, count, last in steps if count == last + 1}
+    (whole,) = database.execute("PRAGMA integrity_check").fetchone()
+    good = whole == "ok" and total == sum(writers.values())
+    say(total=total, writers=writers, integrity=whole, good=good)
+    sys.exit(0 if good else 1)
 
 
 if __name__ == "__main__":

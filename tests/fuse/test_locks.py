@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import struct
 import subprocess
@@ -10,7 +11,7 @@ import sys
 
 import pytest
 
-from tests.fuse.cluster_mounts import cluster_mounts
+from tests.fuse.cluster_mounts import cluster_mounts, mount
 from tests.fuse.lock_client import clients, eventually
 from tests.fuse.mounting import scratch
 
@@ -28,7 +29,7 @@ def mounts():
 def places(mounts, request):
     """The same empty directory on each mount."""
     _cluster, on = mounts
-    name = request.node.name
+    name = re.sub(r"\W+", "_", request.node.name)
     (on[1].path / name).mkdir()
     return [on[number].path / name for number in sorted(on)]
 
@@ -129,6 +130,32 @@ def test_flock_1_reports_who_is_not_first(places):
         holder.wait()
         holder.stdout.close()
     eventually(lambda: flock(places[0], "-n").wait(30) == 0, "the lock came free")
+
+
+@pytest.mark.parametrize("what", ["mount", "node"])
+def test_locks_of_who_dies_go_to_who_waits_elsewhere(mounts, places, what):
+    """A mount process is killed, or all daemons of a node."""
+    cluster, on = mounts
+    kinds = ["flock", "posix", "ofd"]
+    with clients(*[places[2]] * 3, *[places[0]] * 3) as processes:
+        holders, waiters = processes[:3], processes[3:]
+        for how, holder, waiter in zip(kinds, holders, waiters, strict=True):
+            assert holder.do(how, holder.do("open", how), "w") is None
+            waiter.start(how, waiter.do("open", how), "w")
+            assert not waiter.answered(0.1)
+        if what == "mount":
+            on[3].process.kill()
+        else:
+            cluster.node(3).kill()
+        assert [waiter.end() for waiter in waiters] == [None, None, None]
+        with clients(places[1]) as (other,):
+            for how in kinds:
+                assert other.do(how, other.do("open", how), "r", nowait=True) == "EAGAIN"
+    on[3].destroy()
+    if what == "node":
+        cluster.node(3).start()
+        cluster.wait_view(sorted(on))
+    on[3] = mount(cluster.node(3))
 
 
 # Byte ranges.
