@@ -74,6 +74,13 @@ class Channel:
             trio.lowlevel.notify_closing(self._socket)
             self._socket.close()
 
+    def peer_address(self) -> str:
+        """The address of the other end; empty if it is gone already."""
+        try:
+            return str(self._socket.getpeername()[0])
+        except OSError:
+            return ""
+
     def push(self, payload: bytes, epoch: int = 0, config_epoch: int = 0) -> None:
         """Send one frame, now or from the backlog. To a closed channel it vanishes."""
         if self.closed:

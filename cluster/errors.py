@@ -104,7 +104,12 @@ class ProtocolError(StackError):
 
 
 class AuthenticationError(ProtocolError):
-    """A message does not carry the right authentication code."""
+    """A message does not carry the right authentication code. `claimed_sender`: who pretends to
+    have sent it to this cluster, with another key; 0 if unknown."""
+
+    def __init__(self, message: str, *, hint: str = "", claimed_sender: int = 0) -> None:
+        super().__init__(message, hint=hint)
+        self.claimed_sender = claimed_sender
 
     exit_code = EXIT_FOREIGN
 

@@ -9,9 +9,9 @@ comes soon. `receive` decodes at most `BURST_MAX` datagrams at once, so that a f
 from __future__ import annotations
 
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
-from cluster.errors import ProtocolError
+from cluster.errors import AuthenticationError, ProtocolError
 from cluster.guard_events import Heard
 from cluster.holders_io import bind
 from cluster.identity import Identity
@@ -34,9 +34,17 @@ DSCP_CS6 = 0xC0
 
 
 class Datagrams:
-    """The heartbeat sockets of one process."""
+    """The heartbeat sockets of one process. `on_wrong_key` is told of a peer, at one of its own
+    addresses, whose datagrams carry another key; anyone who can forge that address can lie so."""
 
-    def __init__(self, identity: Identity, addresses: Sequence[str], port: int) -> None:
+    def __init__(
+        self,
+        identity: Identity,
+        addresses: Sequence[str],
+        port: int,
+        on_wrong_key: Callable[[int], None] = lambda _peer: None,
+    ) -> None:
+        self._on_wrong_key = on_wrong_key
         self._identity = identity
         self._port = port
         self._peers: dict[int, list[str]] = {}
@@ -84,22 +92,26 @@ class Datagrams:
         found: list[Heard] = []
         for _ in range(BURST_MAX):
             try:
-                data = self.sockets[network].recv(DATAGRAM_BYTES_LIMIT)
+                data, address = self.sockets[network].recvfrom(DATAGRAM_BYTES_LIMIT)
             except BlockingIOError:
                 break
             except OSError:
                 # An ICMP error of an earlier datagram: the peer is away; not our concern here.
                 continue
-            heard = self._open(network, data)
+            heard = self._open(network, data, address[0])
             if heard is not None:
                 found.append(heard)
         return found
 
-    def _open(self, network: int, data: bytes) -> Heard | None:
+    def _open(self, network: int, data: bytes, address: str) -> Heard | None:
         identity = self._identity
         try:
             frame = unseal_untrusted(identity.keys, identity.cluster_id, data)
             message = decode_message_untrusted(frame.payload)
+        except AuthenticationError as error:
+            if address in self._peers.get(error.claimed_sender, []):
+                self._on_wrong_key(error.claimed_sender)
+            return None
         except ProtocolError:
             return None
         if frame.kind != KIND_DATAGRAM or not isinstance(message, Heartbeat | Echo):

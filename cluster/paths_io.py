@@ -7,6 +7,7 @@ directory) and carries a checksum, so a reader sees the old or the new content o
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import os
@@ -68,7 +69,8 @@ def lock_directory(path: Path, program: str) -> int:
         os.close(fd)
         raise BusyError(f"{holder} uses {path}", hint="stop it, or use another directory") from None
     os.truncate(fd, 0)
-    os.write(fd, f"{program} (pid {os.getpid()})\n".encode())
+    with contextlib.suppress(OSError):  # a full disk: the lock holds, only its holder has no name
+        os.write(fd, f"{program} (pid {os.getpid()})\n".encode())
     return fd
 
 
@@ -83,6 +85,9 @@ def write_durable(path: Path, data: bytes, mode: int = 0o600) -> None:
         while view:
             view = view[os.write(fd, view) :]
         os.fsync(fd)
+    except OSError:
+        beside.unlink(missing_ok=True)  # on a full disk it would keep the space from what mends it
+        raise
     finally:
         os.close(fd)
     os.replace(beside, path)

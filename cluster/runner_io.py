@@ -4,6 +4,9 @@ Actions are performed strictly in the order of the list and across steps. Up to 
 they are performed at once, in the caller's tick; from a `Persist` on they wait in a queue, which
 one task works off: it writes the record (atomic replace and fsync in a thread) and goes on. So a
 `Send` behind a `Persist` never leaves before the record is durable, and steps never wait.
+
+A store that cannot be written (a full disk) is tried again for ever. Until then the core is silent:
+what waits in the queue waits, and messages are dropped, which their senders repeat.
 """
 
 from __future__ import annotations
@@ -15,11 +18,13 @@ from typing import Any, Protocol
 
 import trio
 
-from cluster.actions import Action, Persist, Tick
+from cluster.actions import Action, Persist, Received, Tick
+from cluster.errors import StackError, os_failure
 from cluster.paths_io import boottime_ns, write_store
 
 QUEUE_MAX = 100_000
 IDLE_NS = 1_000_000_000
+STORE_RETRY_S = 0.5
 
 
 class Core(Protocol):
@@ -31,12 +36,21 @@ class Core(Protocol):
 
 
 class Runner:
-    """One core and its queue. `perform` carries out every action except `Persist`."""
+    """One core and its queue. `perform` carries out every action except `Persist`; `on_store` is
+    told why the store cannot be written, and "" when it can be again."""
 
-    def __init__(self, core: Core, perform: Callable[[Action], None], store: Path | None) -> None:
+    def __init__(
+        self,
+        core: Core,
+        perform: Callable[[Action], None],
+        store: Path | None,
+        on_store: Callable[[str], None] = lambda _problem: None,
+    ) -> None:
         self.core = core
         self._perform = perform
         self._store = store
+        self._on_store = on_store
+        self._store_problem = ""
         self._queue: deque[Action] = deque()
         self._more = trio.Event()
         self._rearm = trio.Event()
@@ -45,6 +59,8 @@ class Runner:
 
     def step(self, event: Any) -> None:
         """Feed one event. An event that `perform` feeds in turn is taken after this one."""
+        if self._store_problem and isinstance(event, Received):
+            return
         self._events.append(event)
         if self._stepping:
             return
@@ -93,9 +109,26 @@ class Runner:
                 # The action stays in the queue while it is performed, so that none overtakes it.
                 action = self._queue[0]
                 if isinstance(action, Persist):
-                    assert self._store is not None, "this core has no store"
-                    await trio.to_thread.run_sync(write_store, self._store, action.record)
+                    await self._persist(action.record)
                     self._queue.popleft()
                 else:
                     self._queue.popleft()
                     self._perform(action)
+
+    async def _persist(self, record: bytes) -> None:
+        assert self._store is not None, "this core has no store"
+        while True:
+            try:
+                await trio.to_thread.run_sync(write_store, self._store, record)
+                break
+            except OSError as error:
+                self._tell(os_failure(error, f"cannot write {self._store}").message)
+            except StackError as error:
+                self._tell(error.message)
+            await trio.sleep(STORE_RETRY_S)
+        self._tell("")
+
+    def _tell(self, problem: str) -> None:
+        if problem != self._store_problem:
+            self._store_problem = problem
+            self._on_store(problem)

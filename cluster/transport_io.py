@@ -25,7 +25,13 @@ from cluster.channel_io import Channel, accept_one, connect, listen
 from cluster.control import Failure, Timing
 from cluster.control_io import unwrap_group
 from cluster.decoding import decode_untrusted
-from cluster.errors import ProtocolError, StackError, UnreachableError, UsageError
+from cluster.errors import (
+    AuthenticationError,
+    ProtocolError,
+    StackError,
+    UnreachableError,
+    UsageError,
+)
 from cluster.errors_wire import failure_of, raise_failure
 from cluster.identity import Identity
 from cluster.ids import NODE_ID_MAX, Incarnation, NodeId
@@ -38,6 +44,8 @@ STRANGERS_MAX = 256
 CALL_TIMEOUT_S = 30.0
 REDIAL_FIRST_S = 0.05
 REDIAL_MAX_S = 0.5
+REFUSALS = 5
+"""So many dials one after another must end in the handshake before it is told."""
 
 
 class Ping(msgspec.Struct, frozen=True, tag="p", tag_field="k"):
@@ -100,6 +108,10 @@ class Transport:
         self._timing = timing
         self._on_message = on_message
         self.methods: dict[str, Method] = {}
+        self.on_wrong_key: Callable[[NodeId], None] = lambda _node: None
+        """A peer, at one of its own addresses, has another key (or somebody forges that)."""
+        self.on_refused: Callable[[NodeId], None] = lambda _node: None
+        """A peer hangs up at our hello again and again."""
         self.epochs: Callable[[], tuple[int, int]] = lambda: (0, 0)
         self._peers: dict[NodeId, list[str]] = {}
         self._dialers: dict[NodeId, list[trio.CancelScope]] = {}
@@ -237,7 +249,7 @@ class Transport:
             await trio.sleep(self._timing.heartbeat_ms / 1000)
 
     async def _dial(self, node: NodeId, path: int, scope: trio.CancelScope) -> None:
-        wait_s = REDIAL_FIRST_S
+        wait_s, refused = REDIAL_FIRST_S, 0
         with scope:
             while True:
                 try:
@@ -251,10 +263,14 @@ class Transport:
                         frame = await channel.dial(hello, *self.epochs())
                         if frame.sender != node:
                             raise ProtocolError("another node answers there")
-                        wait_s = REDIAL_FIRST_S
+                        wait_s, refused = REDIAL_FIRST_S, 0
                         await self._run_channel(channel, node, path)
-                except (OSError, ProtocolError, trio.TooSlowError):
-                    pass
+                except ProtocolError:
+                    refused += 1
+                    if refused >= REFUSALS:
+                        self.on_refused(node)
+                except (OSError, trio.TooSlowError):
+                    refused = 0
                 await trio.sleep(wait_s)
                 wait_s = min(wait_s * 2, REDIAL_MAX_S)
 
@@ -273,6 +289,7 @@ class Transport:
             return msgspec.msgpack.encode(Greeting(self.me, 0))
 
         channel = Channel(sock, self._identity)
+        address = channel.peer_address()
         try:
             with contextlib.closing(channel):
                 self._strangers += 1
@@ -286,6 +303,10 @@ class Transport:
                 if greeting.node == self.me or not 0 <= greeting.path < NETWORKS_MAX:
                     raise ProtocolError("impossible greeting")
                 await self._run_channel(channel, greeting.node, greeting.path)
+        except AuthenticationError as error:
+            claimed = NodeId(error.claimed_sender)
+            if address in self._peers.get(claimed, []):
+                self.on_wrong_key(claimed)
         except (OSError, ProtocolError, trio.TooSlowError):
             pass
 

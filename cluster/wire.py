@@ -102,7 +102,8 @@ def unseal_untrusted(keys: Keys, cluster_id: bytes, data: bytes | bytearray | me
     if key is None:
         raise AuthenticationError(f"unknown key id {fields[3]}")
     if not hmac.compare_digest(_mac(key, view[:-MAC_BYTES]), bytes(view[-MAC_BYTES:])):
-        raise AuthenticationError("wrong authentication code")
+        claimed = fields[5] if fields[6] == cluster_id else 0
+        raise AuthenticationError("wrong authentication code", claimed_sender=claimed)
     if fields[6] != cluster_id:
         raise AuthenticationError("frame of another cluster")
     return Frame(

@@ -23,7 +23,7 @@ from cluster.errors import (
 from cluster.events import EVENTS_MAX, EventName
 from cluster.ids import NodeId, ServerId, VoterId
 from cluster.messages import Ballot
-from cluster.paths_io import write_store
+from cluster.paths_io import boottime_ns
 from cluster.register import Record, encode_record
 from cluster.state import (
     AddNode,
@@ -103,7 +103,7 @@ class Admin:
         local = self.local()
         waiting = await waiting_rows(daemon, local)
         status = build_status(daemon.state, daemon.view, local, daemon.sighting)
-        return {**status, "waiting": waiting}
+        return {**status, "waiting": waiting, "problems": daemon.problems.texts(boottime_ns())}
 
     async def _nodes(self, _params: dict[str, Any]) -> list[dict[str, Any]]:
         daemon = self._daemon
@@ -299,7 +299,7 @@ class Admin:
         ballot = Ballot(promised + RECOVER_COUNTER, int(daemon.me), int(daemon.incarnation))
         state = recovered_state(newest, voters, {}, f"recover|n{daemon.me}|{daemon.incarnation}")
         made = encode_record(Record(ballot, ballot, state))
-        await trio.to_thread.run_sync(write_store, daemon.files.acceptor, made)
+        await trio.to_thread.run_sync(daemon.files.save_acceptor, made)
         await trio.to_thread.run_sync(daemon.files.save_known, state)
         assert daemon.nursery is not None
         daemon.nursery.start_soon(self._start_anew)

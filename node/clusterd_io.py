@@ -36,7 +36,7 @@ from cluster.core_events import (
     StateChanged,
     TakeIncarnation,
 )
-from cluster.errors import NotQuorateError, ProtocolError
+from cluster.errors import NotQuorateError, ProtocolError, StackError
 from cluster.events import EventLog, EventName, EventRecord
 from cluster.guard_events import Facts, Sighting, Vouch, Vouched
 from cluster.identity import Identity
@@ -58,6 +58,7 @@ from gnbd.control_session import Peer
 from node.files_io import NodeFiles
 from node.guard_link_io import GuardLink
 from node.guard_messages import (
+    WRONG_KEY_REPEAT_S,
     BarLocal,
     Ended,
     FromGuard,
@@ -67,8 +68,10 @@ from node.guard_messages import (
     Peers,
     PurgedLocal,
     Settings,
+    WrongKey,
 )
 from node.instances import LocalInstance, LocalInstances
+from node.problems import Problems
 from node.reports import describe_report
 from node.screen import events_line
 from node.servers_io import ServerLinks
@@ -104,6 +107,7 @@ class Clusterd:
         self.admitted = False
         self.sighting: Sighting | None = None
         self.log = EventLog(config.node.name)
+        self.problems = Problems()
         self.followers: set[Session] = set()
         self.instances = LocalInstances()
         self.changed = trio.Event()
@@ -123,11 +127,18 @@ class Clusterd:
         self.transport = Transport(
             identity, config.node.addresses, config.ports.control, self.timing, self._received
         )
+        self.transport.on_wrong_key = self._wrong_key
+        self.transport.on_refused = lambda node: self._repeated(
+            node, "hangs up on this node; it may use another cluster key"
+        )
         self.transport.epochs = lambda: (self.state.epoch, self.state.config_epoch)
         self.core = ClusterCore(self.me, incarnation, self.timing, self.state, boottime_ns())
         self._core = Runner(self.core, self._perform, None)
         self.acceptor = Acceptor(incarnation, files.acceptor_record())
-        self._acceptor = Runner(self.acceptor, self._perform_acceptor, files.acceptor)
+        self._acceptor = Runner(
+            self.acceptor, self._perform_acceptor, files.acceptor,
+            lambda text: self.problem("acceptor", text and f"{text}; this node does not vote"),
+        )  # fmt: skip
         peer = Peer(self.me, self.cluster_id, incarnation)
         self.servers = ServerLinks(self.keys, peer, self.timing, self.step, self.note)
 
@@ -187,7 +198,11 @@ class Clusterd:
             await self.wait_changed()
             state, self._unsaved = self._unsaved, None
             if state is not None:
-                await trio.to_thread.run_sync(self.files.save_known, state)
+                try:
+                    await trio.to_thread.run_sync(self.files.save_known, state)
+                    self.problem("known", "")
+                except StackError as error:
+                    self.problem("known", error.message)
 
     def note(self, name: str, text: str, /, **fields: Any) -> EventRecord:
         """Add to the event log and tell the followers."""
@@ -200,6 +215,15 @@ class Clusterd:
             else:
                 session.event("event", record)
         return record
+
+    def problem(self, key: str, text: str, lasts_ns: int | None = None) -> None:
+        """Tell once, in the events and as long as it lasts in the status, what is wrong; with an
+        empty text that it is over."""
+        if not text:
+            if self.problems.over(key):
+                self.note(EventName.NOTE, f"over: {key}")
+        elif self.problems.found(boottime_ns(), key, text, lasts_ns):
+            self.note(EventName.NOTE, text)
 
     def signal(self) -> None:
         """Wake everyone who waits for a change of what is known here."""
@@ -437,12 +461,24 @@ class Clusterd:
             case LeaseChanged(number, is_open):
                 name = EventName.LEASE_RENEWED if is_open else EventName.LEASE_LAPSED
                 self.note(name, f"instance {number}", instance=number)
+            case WrongKey(peer):
+                self._wrong_key(peer)
             case MountAttached(instance, connection, mountpoint):
                 self.note(EventName.NOTE, f"mount {mountpoint} attached to the guard",
                           instance=instance.number, connection=connection)  # fmt: skip
             case _:
                 pass
         self.signal()
+
+    def _wrong_key(self, peer: int) -> None:
+        self._repeated(peer, "uses another cluster key than this node")
+
+    def _repeated(self, peer: int, what: str) -> None:
+        """A problem with a peer that is told again and again while it lasts."""
+        names = {int(node.id): node.name for node in self.state.nodes}
+        names |= {int(server.id): server.name for server in self.state.servers}
+        text = f"{names.get(peer, f'peer {peer}')} {what}"
+        self.problem(f"{peer} {what}", text, 3 * WRONG_KEY_REPEAT_S * 1_000_000_000)
 
     def _forget_purged(self, number: InstanceNo) -> None:
         instance = self.instances.by_number.get(number)

@@ -11,10 +11,19 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 
 from cluster.config import NodeConfig, decode_config, encode_node_config, read_config_text
-from cluster.errors import ConfigError, CorruptionError, ForeignError, ProtocolError, RefusedError
+from cluster.errors import (
+    ConfigError,
+    CorruptionError,
+    ForeignError,
+    ProtocolError,
+    RefusedError,
+    os_failure,
+)
 from cluster.ids import Incarnation
 from cluster.paths_io import read_store, state_dir, write_durable, write_store
 from cluster.register import decode_record_untrusted
@@ -22,8 +31,17 @@ from cluster.state import ClusterState, decode_state_untrusted, encode_state
 from node.wanted import WantedMount, decode_wanted_untrusted, encode_wanted
 
 
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise os_failure(error, f"cannot write {path}") from error
+
+
 class NodeFiles:
-    """The files of one node."""
+    """The files of one node. What writes raises StackError (NoSpaceError, ...); then the file has
+    its old content."""
 
     def __init__(self, directory: Path | str | None = None) -> None:
         self.directory = state_dir(directory)
@@ -70,8 +88,9 @@ class NodeFiles:
             )
         self.save_known(known)
         if acceptor is not None:
-            write_store(self.acceptor, acceptor)
-        write_durable(self._config, encode_node_config(config).encode(), 0o600)
+            self.save_acceptor(acceptor)
+        with _writing(self._config):
+            write_durable(self._config, encode_node_config(config).encode(), 0o600)
 
     def next_incarnation(self) -> Incarnation:
         """Raise the counter durably and return it."""
@@ -90,7 +109,8 @@ class NodeFiles:
 
     def set_incarnation(self, incarnation: Incarnation) -> None:
         """Store the counter."""
-        write_durable(self._incarnation, f"{incarnation}\n".encode())
+        with _writing(self._incarnation):
+            write_durable(self._incarnation, f"{incarnation}\n".encode())
 
     def known(self) -> ClusterState:
         """The newest value of the register seen here. Raises CorruptionError, ConfigError."""
@@ -104,7 +124,8 @@ class NodeFiles:
 
     def save_known(self, state: ClusterState) -> None:
         """Store the newest value."""
-        write_store(self._known, encode_state(state))
+        with _writing(self._known):
+            write_store(self._known, encode_state(state))
 
     def wanted(self) -> list[WantedMount]:
         """The mounts to have. A file that makes no sense is only a convenience less."""
@@ -115,7 +136,13 @@ class NodeFiles:
 
     def save_wanted(self, mounts: list[WantedMount]) -> None:
         """Store the mounts to have."""
-        write_durable(self._wanted, encode_wanted(mounts))
+        with _writing(self._wanted):
+            write_durable(self._wanted, encode_wanted(mounts))
+
+    def save_acceptor(self, record: bytes) -> None:
+        """Store what the acceptor shall begin with."""
+        with _writing(self.acceptor):
+            write_store(self.acceptor, record)
 
     def acceptor_record(self) -> bytes | None:
         """The acceptor's store, None without one. Raises CorruptionError."""

@@ -52,6 +52,7 @@ from cluster.wire import KEY_ID, Keys
 from node import guard
 from node.guard_messages import (
     PACKET_BYTES_MAX,
+    WRONG_KEY_REPEAT_S,
     Alive,
     BarLocal,
     Ended,
@@ -65,6 +66,7 @@ from node.guard_messages import (
     PurgedLocal,
     Ready,
     Settings,
+    WrongKey,
     decode_to_guard,
 )
 from node.guard_mounts_io import Mount, MountSocket
@@ -95,7 +97,9 @@ class Guard:
             ),
             settings.addresses,
             settings.port,
+            self._wrong_key,
         )
+        self._wrong_keys: dict[int, int] = {}
         self._core = GuardCore(
             settings.node, Incarnation(settings.incarnation), settings.timing, boottime_ns(),
             len(settings.addresses),
@@ -247,6 +251,12 @@ class Guard:
             if isinstance(heard.message, Heartbeat) and heard.message.node != heard.source:
                 continue
             self._core_step(heard)
+
+    def _wrong_key(self, peer: int) -> None:
+        now = boottime_ns()
+        if now >= self._wrong_keys.get(peer, 0):
+            self._wrong_keys[peer] = now + WRONG_KEY_REPEAT_S * 1000 * MS
+            self._tell(WrongKey(peer))
 
     def _read_pipe(self) -> None:
         while True:

@@ -90,6 +90,16 @@ class MountDetached(msgspec.Struct, frozen=True, tag="detached"):
     number: InstanceNo
 
 
+class WrongKey(msgspec.Struct, frozen=True, tag="wrong_key"):
+    """A peer's datagrams, from one of its addresses, carry another key than ours. Repeated every
+    `WRONG_KEY_REPEAT_S` while it lasts."""
+
+    peer: int
+
+
+WRONG_KEY_REPEAT_S = 2
+
+
 class Failed(msgspec.Struct, frozen=True, tag="failed"):
     """Instead of `Ready`: the guard cannot start and ends."""
 
@@ -106,6 +116,7 @@ FromGuard = (
     | MountLost
     | Sighting
     | Vouched
+    | WrongKey
 )
 
 PACKET_BYTES_MAX = 1 << 18

@@ -65,11 +65,15 @@ class Remounts:
             self.wanted.died(boottime_ns(), number)
             self._changed.set()
         elif self.wanted.left(number):
-            self._save()
+            try:
+                self._save()
+            except StackError as error:  # then it is mounted again after a failure: no harm
+                self._daemon.problem("mounts", error.message)
 
     def _save(self) -> None:
         # Small and rare; a command must not report a mount that would be forgotten.
         self._files.save_wanted(self.wanted.mounts())
+        self._daemon.problem("mounts", "")
 
     async def run(self) -> None:
         """Mount what is due, for ever."""

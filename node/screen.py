@@ -73,6 +73,8 @@ def status_text(status: dict[str, Any], *, color: bool) -> str:
         "",
         nodes_text(status["nodes"]),
     ]
+    if status["problems"]:
+        lines += ["", *(f"PROBLEM: {text}" for text in status["problems"])]
     if status["servers"]:
         rows = [
             (

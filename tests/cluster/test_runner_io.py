@@ -3,9 +3,9 @@
 import pytest
 import trio
 
-from cluster.actions import Notify, Persist, Tick
+from cluster.actions import Notify, Persist, Received, Tick
 from cluster.paths_io import boottime_ns, read_store
-from cluster.runner_io import Runner
+from cluster.runner_io import STORE_RETRY_S, Runner
 
 
 class Script:
@@ -75,3 +75,38 @@ async def test_ticks_at_the_deadline(nursery):
     with trio.fail_after(10):
         await done.wait()
     assert core.ticks == 1
+
+
+@pytest.mark.trio
+async def test_a_store_that_cannot_be_written_is_silence(tmp_path, nursery, autojump_clock):
+    """Nothing behind the record leaves, messages are dropped, other events wait."""
+    place = tmp_path / "directory"
+    place.write_bytes(b"in the way")
+    seen, told = [], []
+    message = Received(1, "ask", 1)
+
+    class Asked(Script):
+        def step(self, now, event):
+            return [Notify("asked")] if event == message else super().step(now, event)
+
+    core = Asked({"a": [Persist(b"one"), Notify(1)], "b": [Notify(2)]})
+    runner = Runner(core, lambda action: seen.append(action.event), place / "store", told.append)
+    await nursery.start(runner.run)
+    runner.step("a")
+    with trio.fail_after(10):
+        while not told:  # noqa: ASYNC110
+            await trio.sleep(0.001)
+    runner.step(message)
+    runner.step("b")
+    await trio.sleep(5 * STORE_RETRY_S)
+    assert seen == []
+    assert len(told) == 1
+    assert "store" in told[0] or "directory" in told[0]
+    place.unlink()
+    with trio.fail_after(10):
+        while len(seen) < 2:  # noqa: ASYNC110
+            await trio.sleep(0.001)
+    runner.step(message)
+    assert seen == [1, 2, "asked"]
+    assert told[1:] == [""]
+    assert read_store(place / "store") == b"one"
