@@ -10,10 +10,19 @@ import structlog
 from cluster.config import read_config_text
 from cluster.errors import BusyError, ConfigError, NotFoundError, StackError, UsageError
 from gnbd.backends_io import check_disks
-from gnbd.exports import EXPORTS_MAX, Export, FilterSpec, check_export, decode_exports, parse_filter
+from gnbd.exports import (
+    EXPORTS_MAX,
+    Export,
+    FilterSpec,
+    check_export,
+    check_tls,
+    decode_exports,
+    parse_filter,
+)
 from gnbd.filters.stack_io import changed_stack, filters_of
 from gnbd.reload import plan_reload
 from gnbd.service_io import Service
+from gnbd.tls_io import server_context
 
 log = structlog.get_logger("gnbd")
 
@@ -32,6 +41,7 @@ class Catalogue:
     def add(self, config: Export) -> None:
         """A new export, until the server ends. Raises StackError."""
         check_export(config, f"export {config.name!r}")
+        check_tls(config, self._config.tls, f"export {config.name!r}")
         with self._changing:
             self._add(config)
             self._by_hand.add(config.name)
@@ -88,8 +98,10 @@ class Catalogue:
         with self._changing:
             wanted = decode_exports(read_config_text(self._source), str(self._source))
             plan = plan_reload(self._config, wanted, self._by_hand)
+            tls = server_context(wanted.tls) if wanted.tls else None
             kept = [e.config for n, e in self._service.exports.items() if n not in plan.remove]
             check_disks([*kept, *plan.add])
+            self._service.tls = tls  # certificates that were renewed
             for name in plan.remove:
                 self._remove(name)
             for before, after in plan.change:

@@ -209,7 +209,7 @@ def _rows_of(head: list[str], keys: list[str], nothing: str) -> Callable[[object
 @click.pass_context
 def connections(context: click.Context) -> None:
     """Who is connected to what."""
-    head = ["EXPORT", "PEER", "INSTANCE", "PATH", "GENERATION", "AGE_S", "STATE"]
+    head = ["EXPORT", "PEER", "INSTANCE", "PATH", "GENERATION", "AGE_S", "STATE", "CERTIFICATE"]
     _with_control(
         context,
         lambda c: c.ask(m.ConnectionsRequest(), m.ConnectionsReport).connections,

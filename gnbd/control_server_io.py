@@ -187,6 +187,7 @@ class ControlServer:
                         path=session.path if session else 0,
                         generation=session.generation if session else 0,
                         age_s=(now_ns - c.since_ns) // 1_000_000_000,
+                        certificate=c.client,
                         state="ending" if c.closing else "resting" if c.resting else "open",
                     )
                 )

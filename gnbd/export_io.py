@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import socket
+import ssl
 import threading
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from gnbd.exports import Export, parse_filter
 from gnbd.filters.stack_io import stack_filter
 from gnbd.flushes_io import Flushes
 from gnbd.handshake import Offer
+from gnbd.tls_io import TlsLink
 from native import nbd as g
 
 CACHE_GENERATION_ERRORS = 1 << 16
@@ -45,6 +47,7 @@ class Connection:
         self.local = local
         self.since_ns = boottime_ns()
         self.resting = False
+        self.tls: TlsLink | None = None
         self.session: Session | None = None
         self.export: ExportRuntime | None = None
         self._closing = threading.Event()
@@ -55,6 +58,16 @@ class Connection:
     @property
     def closing(self) -> bool:
         return self._closing.is_set()
+
+    @property
+    def client(self) -> str:
+        """The name in its certificate."""
+        return self.tls.client if self.tls is not None else ""
+
+    def start_tls(self, context: ssl.SSLContext, timeout_s: float) -> None:
+        """From now on `sock` is behind TLS. Raises OSError."""
+        self.tls = TlsLink(self.sock, context, timeout_s)
+        self.sock = self.tls.inner
 
     def wait_shut(self, seconds: float) -> None:
         """Rest, unless the connection is shut."""
@@ -141,7 +154,7 @@ class ExportRuntime:
         size_bytes = self.backend.size_bytes
         return Offer(
             self.name, size_bytes, self.flags, self.config.description, self.life,
-            self.backend.alignment,
+            self.backend.alignment, self.config.tls, tuple(self.config.clients),
         )  # fmt: skip
 
     @property

@@ -10,6 +10,12 @@
     metrics = "127.0.0.1:9810"      # for Prometheus; none given: no
     heartbeat_port = 7401           # UDP echoes of a server with a vote; 0: none
 
+    [tls]                           # none: no TLS
+    certificate = "/etc/gnbd/server-cert.pem"
+    key = "/etc/gnbd/server-key.pem"
+    authority = "/etc/gnbd/ca-cert.pem"     # clients need a certificate of it
+    required = false                # true: nothing goes without TLS
+
     [[exports]]
     name = "disk0"
     path = "/srv/disk0.img"
@@ -17,6 +23,8 @@
     access = "cluster"              # or "plain": standard NBD for anyone
     description = "for the archive" # shown by LIST and INFO
     read_only = false
+    tls = "allowed"                 # or "off", "required"
+    clients = ["n1", "backup"]      # names in their certificates; none given: anyone
     direct = false                  # true: O_DIRECT, past the page cache of this host
     connections_max = 512
     filters = ["volatile", "delay:write_ms=5", "log:path=/tmp/writes.log"]
@@ -59,6 +67,16 @@ MEMORY_BYTES_MIN = 64 << 20
 ExportName = Annotated[str, msgspec.Meta(min_length=1, max_length=255)]
 
 
+class Tls(msgspec.Struct, forbid_unknown_fields=True):
+    """Files in PEM. Clients must have a certificate of `authority`; none given: of nobody.
+    `required`: nothing is negotiated without TLS."""
+
+    certificate: str
+    key: str
+    authority: str = ""
+    required: bool = False
+
+
 class Export(msgspec.Struct, forbid_unknown_fields=True):
     """One export as configured."""
 
@@ -69,6 +87,8 @@ class Export(msgspec.Struct, forbid_unknown_fields=True):
     description: Annotated[str, msgspec.Meta(max_length=1024)] = ""
     read_only: bool = False
     direct: bool = False
+    tls: Annotated[str, msgspec.Meta(pattern="^(off|allowed|required)$")] = "allowed"
+    clients: list[str] = []
     connections_max: Annotated[int, msgspec.Meta(ge=1)] = 512
     filters: list[str] = []
 
@@ -89,6 +109,7 @@ class ServerConfig(msgspec.Struct, forbid_unknown_fields=True):
     connections_max: Annotated[int, msgspec.Meta(ge=1, le=65536)] = 1024
     memory_max: str | int = "1G"
     metrics: str = ""
+    tls: Tls | None = None
     exports: list[Export] = []
 
     def __post_init__(self) -> None:
@@ -175,7 +196,18 @@ def decode_exports(text: str | bytes, source: str) -> ServerConfig:
             raise ConfigError(f"{where}.name: {export.name!r} is used twice")
         seen.add(export.name)
         check_export(export, where)
+        check_tls(export, config.tls, where)
     return config
+
+
+def check_tls(export: Export, tls: Tls | None, where: str) -> None:
+    """What an export says of TLS must be possible. Raises ConfigError."""
+    if tls is None and export.tls == "required":
+        raise ConfigError(f"{where}.tls: there is no [tls] with a certificate")
+    if tls is not None and tls.required and export.tls == "off":
+        raise ConfigError(f"{where}.tls: [tls] demands it of everybody")
+    if export.clients and (tls is None or not tls.authority or export.tls == "off"):
+        raise ConfigError(f"{where}.clients: names come from certificates; [tls] has no authority")
 
 
 def check_export(export: Export, where: str) -> None:

@@ -30,6 +30,8 @@ class Offer(msgspec.Struct, frozen=True):
     life: int = 0
     """Of the export; transmission begins only in the same one."""
     block_bytes_min: int = 1
+    tls: str = "allowed"
+    clients: tuple[str, ...] = ()
 
 
 class Denied(msgspec.Struct, frozen=True):
@@ -59,6 +61,12 @@ class Private(msgspec.Struct, frozen=True):
     data: bytes
 
 
+class StartTls(msgspec.Struct, frozen=True):
+    """Send this, then go on inside of TLS, where `secured` says that it is so."""
+
+    data: bytes
+
+
 class Enter(msgspec.Struct, frozen=True):
     """Begin transmission on this export; `rest` came after the last option. `contexts`: the
     metadata contexts that BLOCK_STATUS tells."""
@@ -73,7 +81,7 @@ class Close(msgspec.Struct, frozen=True):
     reason: str
 
 
-Action = Send | Private | Enter | Close
+Action = Send | Private | StartTls | Enter | Close
 
 GREETING = p.GREETING.pack(p.INIT_MAGIC, p.OPTION_MAGIC, p.FLAG_FIXED_NEWSTYLE | p.FLAG_NO_ZEROES)
 
@@ -81,8 +89,16 @@ GREETING = p.GREETING.pack(p.INIT_MAGIC, p.OPTION_MAGIC, p.FLAG_FIXED_NEWSTYLE |
 class Handshake:
     """One connection before transmission."""
 
-    def __init__(self, directory: Directory) -> None:
+    def __init__(
+        self, directory: Directory, *, tls: bool = False, tls_required: bool = False
+    ) -> None:
+        """`tls`: the server has a certificate."""
         self._directory = directory
+        self._tls = tls
+        self._tls_required = tls_required
+        self._secure = False
+        self._client: str | None = None
+        self._private_used = False
         self._buffer = bytearray()
         self._flags: int | None = None
         self._ended = False
@@ -90,6 +106,14 @@ class Handshake:
         """The shell says so when a CONTROL session has authenticated itself."""
         self._style = SIMPLE
         self._contexts: tuple[str, tuple[str, ...]] = ("", ())
+
+    def secured(self, client: str) -> None:
+        """TLS has begun. Everything that was agreed on before is forgotten: it may be a stranger's
+        who sat in between. `client`: the name in its certificate."""
+        self._secure = True
+        self._client = client
+        self._style = SIMPLE
+        self._contexts = ("", ())
 
     def feed(self, data: bytes | memoryview) -> None:
         """More bytes from the client."""
@@ -141,6 +165,16 @@ class Handshake:
         return Close(reason)
 
     def _option(self, number: int, data: bytes) -> Action:
+        if number == p.OPT_STARTTLS and self._tls:
+            return self._start_tls(data)
+        if (
+            self._tls_required
+            and not self._secure
+            and number not in (p.OPT_ABORT, p.OPT_CONTROL)  # that one proves itself
+        ):
+            if number == p.OPT_EXPORT_NAME:
+                return self._close("EXPORT_NAME without TLS")
+            return Send(self.refusal(number, p.REP_ERR_TLS_REQD, "this server demands TLS"))
         match number:
             case p.OPT_EXPORT_NAME:
                 return self._export_name(data)
@@ -158,8 +192,33 @@ class Handshake:
             case p.OPT_LIST_META_CONTEXT | p.OPT_SET_META_CONTEXT:
                 return self._meta_context(number, data)
             case p.OPT_LOGIN | p.OPT_CONTROL:
+                self._private_used = True
                 return Private(number, data)
         return Send(self.refusal(number, p.REP_ERR_UNSUP, "this server does not know that option"))
+
+    def _start_tls(self, data: bytes) -> Action:
+        if data or self._secure or self._private_used:
+            text = "STARTTLS takes no data and comes once, before anything is proved"
+            return Send(self.refusal(p.OPT_STARTTLS, p.REP_ERR_INVALID, text))
+        if self._buffer:  # whoever sent that did not wait for TLS: it is not the client's
+            return self._close("bytes behind STARTTLS")
+        return StartTls(p.option_reply(p.OPT_STARTTLS, p.REP_ACK))
+
+    def _find(self, name: str) -> Offer | Denied:
+        """What this client may have, with its TLS as it is."""
+        found = self._directory.find(name)
+        if isinstance(found, Denied):
+            return found
+        if found.tls == "required" and not self._secure:
+            return Denied(p.REP_ERR_TLS_REQD, f"export {found.name!r} demands TLS")
+        if found.tls == "off" and self._secure:
+            return Denied(p.REP_ERR_POLICY, f"export {found.name!r} is not served over TLS")
+        if found.clients and self._client not in found.clients:
+            if not self._secure:
+                return Denied(p.REP_ERR_TLS_REQD, f"export {found.name!r} is for certain clients")
+            text = f"export {found.name!r} is not for {self._client!r}"
+            return Denied(p.REP_ERR_POLICY, text)
+        return found
 
     @property
     def ended(self) -> bool:
@@ -200,7 +259,7 @@ class Handshake:
             text = "malformed request" if self._style else "structured replies come first"
             return Send(self.refusal(number, p.REP_ERR_INVALID, text))
         name, queries = parsed
-        found = self._directory.find(name)
+        found = self._find(name)
         if isinstance(found, Denied):
             return Send(self.refusal(number, found.kind, found.message))
         listing = number == p.OPT_LIST_META_CONTEXT
@@ -228,6 +287,8 @@ class Handshake:
             return Send(self.refusal(p.OPT_LIST, p.REP_ERR_INVALID, "LIST takes no data"))
         replies = []
         for name, description in self._directory.names()[: p.LIST_MAX]:
+            if isinstance(self._find(name), Denied):
+                continue
             raw = name.encode()
             data = _U32.pack(len(raw)) + raw + description.encode()
             replies.append(p.option_reply(p.OPT_LIST, p.REP_SERVER, data))
@@ -239,7 +300,7 @@ class Handshake:
         if self._style == EXTENDED:
             return self._close("EXPORT_NAME after EXTENDED_HEADERS")
         try:
-            found = self._directory.find(data.decode())
+            found = self._find(data.decode())
         except UnicodeDecodeError:
             return self._close("export name is not UTF-8")
         if isinstance(found, Denied):
@@ -262,7 +323,7 @@ class Handshake:
             return Send(self.refusal(number, p.REP_ERR_INVALID, "malformed request"))
         if len(name) > p.NAME_BYTES_MAX:
             return Send(self.refusal(number, p.REP_ERR_TOO_BIG, "the export name is too long"))
-        found = self._directory.find(name)
+        found = self._find(name)
         if isinstance(found, Denied):
             return Send(self.refusal(number, found.kind, found.message))
         raw = found.name.encode()

@@ -286,8 +286,8 @@ class ExportReport(msgspec.Struct, frozen=True):
 
 
 class ConnectionReport(msgspec.Struct, frozen=True):
-    """`instance` is empty for a client without LOGIN. `state`: open, resting (rate limit) or
-    ending."""
+    """`instance` is empty for a client without LOGIN, `certificate` for one without a name.
+    `state`: open, resting (rate limit) or ending."""
 
     export: str
     peer: str
@@ -296,6 +296,7 @@ class ConnectionReport(msgspec.Struct, frozen=True):
     generation: int
     age_s: int
     state: str
+    certificate: str = ""
 
 
 class ConnectionsReport(msgspec.Struct, frozen=True, tag_field="t", tag="connections report"):

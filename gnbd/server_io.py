@@ -44,6 +44,7 @@ from gnbd.handshake import (
     Offer,
     Private,
     Send,
+    StartTls,
 )
 from gnbd.identity import (
     LOCAL_IDENTITY,
@@ -56,6 +57,7 @@ from gnbd.listeners_io import close_all, listen_all, listen_unix, peer_of, place
 from gnbd.metrics_io import serve_metrics
 from gnbd.service_io import Service
 from gnbd.systemd_io import inherited_sockets, notify
+from gnbd.tls_io import server_context
 from gnbd.transmission_io import Transmission
 from gnbd.voter_io import Voter
 from native import nbd
@@ -93,7 +95,13 @@ class _Negotiation:
     def run(self) -> Enter | None:
         """Negotiate. None: the connection is over."""
         sock = self._connection.sock
-        handshake = Handshake(_View(self._server.service, self._connection))
+        context = self._server.service.tls
+        tls = self._server.config.tls
+        handshake = Handshake(
+            _View(self._server.service, self._connection),
+            tls=context is not None and not self._connection.local,
+            tls_required=tls is not None and tls.required and not self._connection.local,
+        )
         end_s = time.monotonic() + HANDSHAKE_S
         sock.settimeout(HANDSHAKE_S)
         sock.sendall(GREETING)
@@ -115,6 +123,12 @@ class _Negotiation:
                     sock.sendall(data)
                 case Private(option, data):
                     sock.sendall(self._private(handshake, option, data))
+                case StartTls(data):
+                    sock.sendall(data)
+                    assert context is not None
+                    self._connection.start_tls(context, max(0.001, end_s - time.monotonic()))
+                    sock = self._connection.sock
+                    handshake.secured(self._connection.client)
                 case Enter():
                     sock.sendall(handshake.entry_bytes())
                     return action
@@ -258,6 +272,8 @@ class Server:
             if self.service.stopping:
                 wait_sent(connection.sock)
             connection.sock.close()
+            if connection.tls is not None:
+                connection.tls.close(SENT_S)
             self._count.release()
 
     @staticmethod
@@ -296,6 +312,8 @@ def check_before_start(config: ServerConfig, state_dir: Path) -> None:
     record = read_store(state_dir / "acceptor")
     if record is not None:
         decode_record_untrusted(record)
+    if config.tls is not None:
+        server_context(config.tls)
     check_disks(config.exports)
 
 

@@ -33,6 +33,7 @@ from gnbd.exports import SECTOR_BYTES, Export, ServerConfig
 from gnbd.grown_io import GrownSizes
 from gnbd.handshake import Denied, Offer
 from gnbd.identity import ServerIdentity
+from gnbd.tls_io import server_context
 from native import nbd as g
 
 ATTENTIONS_MAX = 256
@@ -62,6 +63,7 @@ class Service:
         self.config = config
         self.lock = self._lock = threading.RLock()
         self.stopping = False
+        self.tls = server_context(config.tls) if config.tls else None
         self._file = StateFile(Path(config.state_dir) / "fencing.state")
         state = self._file.load()
         self.start_count = state.start_count + 1
@@ -265,7 +267,7 @@ class Service:
                 own_proof = login_proof(secret, hello.nonce, hello.path, hello.generation)
         if not own_proof:
             return self._result(m.LOGIN_REFUSED, "the proof is wrong")
-        refused = self._login_refusal(hello)
+        refused = self._login_refusal(hello) or self._name_refusal(connection, hello)
         if refused is not None:
             return msgspec.structs.replace(refused, proof=own_proof)
         with self._lock:
@@ -317,6 +319,16 @@ class Service:
             if path is None and len(self._paths) >= PATHS_MAX:
                 return self._result(m.LOGIN_REFUSED, "too many paths")
             return None
+
+    def _name_refusal(self, connection: Connection, hello: m.LoginHello) -> m.LoginResult | None:
+        """A certificate speaks for one node of the view: that which has its name."""
+        record = self.admission.record
+        for member in record.members if record else []:
+            named = member.name and connection.client
+            if member.node == hello.instance.node and named and member.name != connection.client:
+                text = f"n{member.node} is {member.name}, the certificate {connection.client}"
+                return self._result(m.LOGIN_REFUSED, text)
+        return None
 
     def _bind(self, connection: Connection, hello: m.LoginHello) -> list[Connection]:
         instance = hello.instance

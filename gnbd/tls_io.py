@@ -1,0 +1,144 @@
+"""TLS of a connection: a thread that carries bytes between the client and a socket pair.
+
+Everything behind that pair, negotiation and transmission in C, is the same as without TLS: there is
+no second semantics, only copies. Both directions share the thread, because a TLS session must not
+be used by two at once; each holds at most one piece.
+"""
+
+from __future__ import annotations
+
+import select
+import socket
+import ssl
+import threading
+
+from cluster.errors import ConfigError
+from gnbd.exports import Tls
+
+PIECE_BYTES = 256 << 10
+
+
+def server_context(tls: Tls) -> ssl.SSLContext:
+    """Certificate, key and whom to believe. Raises ConfigError."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    try:
+        context.load_cert_chain(tls.certificate, tls.key)
+        if tls.authority:
+            context.load_verify_locations(tls.authority)
+            context.verify_mode = ssl.CERT_REQUIRED
+    except (OSError, ssl.SSLError) as error:
+        raise ConfigError(f"tls: the certificates cannot be used: {error}") from error
+    return context
+
+
+def name_of(secured: ssl.SSLSocket) -> str:
+    """Whom the client's certificate names: its common name, else its first DNS name."""
+    found: dict[str, object] = dict(secured.getpeercert() or {})
+    for part in found.get("subject", ()):  # type: ignore[attr-defined]
+        for key, value in part:
+            if key == "commonName":
+                return str(value)
+    for kind, value in found.get("subjectAltName", ()):  # type: ignore[attr-defined]
+        if kind == "DNS":
+            return str(value)
+    return ""
+
+
+class TlsLink:
+    """One connection under TLS. `inner` is for the server: plain bytes."""
+
+    def __init__(self, sock: socket.socket, context: ssl.SSLContext, timeout_s: float) -> None:
+        """The handshake of TLS. Raises OSError."""
+        sock.settimeout(timeout_s)
+        self._outer = context.wrap_socket(sock, server_side=True)
+        self.client = name_of(self._outer)
+        self.inner, self._pair = socket.socketpair()
+        self._outer.setblocking(False)
+        self._pair.setblocking(False)
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def close(self, timeout_s: float) -> None:
+        """After `inner` was closed: passes on what it sent, if the client takes it."""
+        self._thread.join(timeout_s)
+        try:
+            self._outer.shutdown(socket.SHUT_RDWR)
+        except OSError:
+            pass  # the peer was faster
+        self._thread.join()
+        self._outer.close()
+
+    def _run(self) -> None:
+        try:
+            self._carry()
+        except OSError:
+            pass  # either side has gone: the other one learns it now
+        finally:
+            self._pair.close()
+
+    def _carry(self) -> None:
+        inward = outward = memoryview(b"")
+        reading = True
+        while True:
+            moved = False  # then more may be ready that no poll would tell
+            wants = {self._outer.fileno(): 0, self._pair.fileno(): 0}
+            if not outward:
+                try:
+                    outward = memoryview(self._pair.recv(PIECE_BYTES))
+                    if not outward:
+                        self._say_goodbye()
+                        return
+                    moved = True
+                except BlockingIOError:
+                    wants[self._pair.fileno()] |= select.POLLIN
+            if outward:
+                sent = self._send_outward(outward, wants)
+                outward, moved = outward[sent:], moved or sent > 0
+            if reading and not inward:
+                inward, reading = self._receive_inward(wants)
+                moved = moved or len(inward) > 0 or not reading
+            if inward:
+                try:
+                    inward = inward[self._pair.send(inward) :]
+                    moved = True
+                except BlockingIOError:
+                    wants[self._pair.fileno()] |= select.POLLOUT
+                except BrokenPipeError:  # the server takes no more; its answers still go out
+                    inward, reading, moved = memoryview(b""), False, True
+            if not moved:
+                poll = select.poll()
+                for descriptor, events in wants.items():
+                    if events:  # one that has hung up would be reported without end
+                        poll.register(descriptor, events)
+                poll.poll()
+
+    def _send_outward(self, data: memoryview, wants: dict[int, int]) -> int:
+        try:
+            return self._outer.send(data)
+        except ssl.SSLWantWriteError:
+            wants[self._outer.fileno()] |= select.POLLOUT
+        except ssl.SSLWantReadError:
+            wants[self._outer.fileno()] |= select.POLLIN
+        return 0
+
+    def _receive_inward(self, wants: dict[int, int]) -> tuple[memoryview, bool]:
+        """What came, and whether more may come."""
+        try:
+            data = self._outer.recv(PIECE_BYTES)
+        except ssl.SSLWantReadError:
+            wants[self._outer.fileno()] |= select.POLLIN
+            return memoryview(b""), True
+        except ssl.SSLWantWriteError:
+            wants[self._outer.fileno()] |= select.POLLOUT
+            return memoryview(b""), True
+        if not data:
+            self._pair.shutdown(socket.SHUT_WR)
+        return memoryview(data), bool(data)
+
+    def _say_goodbye(self) -> None:
+        """The server is done; the client's own goodbye is not waited for."""
+        try:
+            self._outer.unwrap()
+        except (ssl.SSLError, OSError):
+            pass
