@@ -41,10 +41,10 @@ def _maker(
     choices: mkfs_plan.Choices, *, yes: bool, quiet: bool
 ) -> Callable[[BlockDevice], Awaitable[None]]:
     async def make(device: BlockDevice) -> None:
-        writes = mkfs_plan.plan(device.size_bytes // BLOCK_BYTES, choices)
+        whole = mkfs_plan.plan(device.size_bytes // BLOCK_BYTES, choices)
         if not yes:
             await _refuse_used(device)
-        await mkfs_plan.write_plan(device, writes)
+        await mkfs_plan.write_plan(device, whole)
         if not quiet:
             made = await read_superblock(device)
             click.echo(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import stat
+from typing import NamedTuple
 
 import msgspec
 
@@ -21,7 +22,7 @@ from cfs.format import (
 )
 from cfs.journal_format import JOURNAL_BLOCKS_MIN
 from cfs.nodes import BlockState, GroupNode, InodeNode, SlotsNode, Tree
-from cfs.stage import empty_group, format_journal, usable_blocks
+from cfs.stage import clear_log, empty_group, format_journal, usable_blocks
 from cluster.device import BlockDevice, Buffer
 from cluster.errors import NoSpaceError, UsageError
 
@@ -63,9 +64,18 @@ def choose_journal_blocks(blocks: int, group_blocks: int, journals: int, asked: 
     return max(min(JOURNAL_BYTES_DEFAULT // BLOCK_BYTES, share, room), JOURNAL_BLOCKS_MIN)
 
 
-def plan(device_blocks: int, choices: Choices) -> list[tuple[int, Buffer]]:
-    """(block, bytes) of everything; the superblock comes last, so that a device is a file system
-    only when all else is written. Raises UsageError if the device is too small."""
+class Plan(NamedTuple):
+    """What mkfs writes."""
+
+    journals: list[tuple[int, int]]
+    """First block and length of each; their logs are cleared."""
+    writes: list[tuple[int, Buffer]]
+    """(block, bytes) of everything else; the superblock comes last, so that a device is a file
+    system only when all else is written."""
+
+
+def plan(device_blocks: int, choices: Choices) -> Plan:
+    """Lay a file system out. Raises UsageError if the device is too small."""
     if device_blocks < DEVICE_BLOCKS_MIN:
         raise NoSpaceError(f"a file system needs at least {DEVICE_BLOCKS_MIN * 4 // 1024} MiB")
     if not 1 <= choices.journals <= SLOTS_MAX:
@@ -106,7 +116,7 @@ def plan(device_blocks: int, choices: Choices) -> list[tuple[int, Buffer]]:
     writes += [(group.block, group.encode(fs, 0)) for group in groups]
     for block in (superblock.backup_block, SUPERBLOCK_BLOCK):
         writes.append((block, superblock.encode(block)))
-    return writes
+    return Plan(places, writes)
 
 
 def root_inode(now_ns: int) -> InodeNode:
@@ -141,12 +151,14 @@ def _place_journal(
     )
 
 
-async def write_plan(device: BlockDevice, writes: list[tuple[int, Buffer]]) -> None:
+async def write_plan(device: BlockDevice, whole: Plan) -> None:
     """Destroy what is recognisable, write everything, and the superblock behind a flush."""
     zero = bytes(BLOCK_BYTES)
     await device.write(SUPERBLOCK_BLOCK * BLOCK_BYTES, zero)
     await device.flush()
-    body, last = writes[:-1], writes[-1]
+    for place in whole.journals:
+        await clear_log(device, place)
+    body, last = whole.writes[:-1], whole.writes[-1]
     for start in range(0, len(body), 128):
         part = body[start : start + 128]
         await device.write_many([(block * BLOCK_BYTES, data) for block, data in part])

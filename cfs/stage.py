@@ -57,6 +57,7 @@ from cluster.locks import Mode
 
 NOBODY = Instance(NodeId(0), Incarnation(0), InstanceNo(0))
 LAST_GROUP_BLOCKS_MIN = 16
+CLEAR_BLOCKS = 1024
 """A shorter last group is not worth its block: those blocks are left out."""
 
 
@@ -127,7 +128,7 @@ async def _fits(device: BlockDevice, superblock: Superblock) -> bool:
 
 
 def format_journal(fs: int, slot: int, place: tuple[int, int]) -> list[tuple[int, Buffer]]:
-    """(block, bytes) of an empty journal, without its log."""
+    """(block, bytes) of an empty journal; the log itself may hold anything (see `clear_log`)."""
     first = place[0]
     writes: list[tuple[int, Buffer]] = []
     for change in range(1, HEADER_TURNS + 1):
@@ -138,6 +139,15 @@ def format_journal(fs: int, slot: int, place: tuple[int, int]) -> list[tuple[int
         node = OrphanNode(block, slot, 1, [0] * ORPHANS_PER_BLOCK)
         writes.append((block, node.encode(fs, 0)))
     return writes
+
+
+async def clear_log(device: BlockDevice, place: tuple[int, int]) -> None:
+    """Write zeroes over the log of a new journal: a store that allocates when it is written has its
+    blocks before the first commit waits for them, and nothing of an earlier journal is left."""
+    first, end = place[0] + LOG_OFFSET, sum(place)
+    for block in range(first, end, CLEAR_BLOCKS):
+        size = min(CLEAR_BLOCKS, end - block) * BLOCK_BYTES
+        await device.write(block * BLOCK_BYTES, bytes(size))
 
 
 async def write_blocks(device: BlockDevice, writes: list[tuple[int, Buffer]]) -> None:
@@ -258,9 +268,7 @@ async def add_journal(core: Core, slots: SlotsNode) -> None:
     wanted = slots.journals[0][1]
     place = await core.run(lambda tx: _allocate_journal(core, tx, wanted))
     await core.journal.checkpoint()
-    # The blocks held files: whatever looks like transactions in them may not be replayed.
-    log, length = place[0] + journal_format.LOG_OFFSET, place[1] - journal_format.LOG_OFFSET
-    await core.device.write_zeroes(log * BLOCK_BYTES, length * BLOCK_BYTES)
+    await clear_log(core.device, place)
     await write_blocks(core.device, format_journal(core.fs, len(slots.journals), place))
     await core.device.flush()
 

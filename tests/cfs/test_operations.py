@@ -9,9 +9,11 @@ import pytest
 import trio
 import trio.testing
 
-from cfs.attributes import NOW, RENAME_NOREPLACE, MountOptions, SetAttributes
+from cfs.attributes import BLOCK_BYTES, NOW, RENAME_NOREPLACE, MountOptions, SetAttributes
 from cfs.errors import FsError
 from cfs.filesystem import FileSystem
+from cfs.journal_format import LOG_OFFSET
+from cfs.mkfs_plan import Choices, plan, write_plan
 from tests.cfs.harness import QUIET, fsck, make_device, mounted, tree_of
 
 pytestmark = pytest.mark.trio
@@ -439,3 +441,21 @@ async def test_losses_are_what_nothing_has_made_durable() -> None:
         assert lost["metadata_blocks"] > 0
         await fs.fsync(ino)
         assert await fs.query("losses", {}) == {"files": [], "metadata_blocks": 0}
+
+
+async def test_the_logs_of_new_journals_are_cleared() -> None:
+    """Nothing of an earlier file system is left in them, also in one that a mount adds."""
+    device = await make_device(32)
+    old = b"\xff" * BLOCK_BYTES
+    for block in range(device.size_bytes // BLOCK_BYTES):
+        await device.write(block * BLOCK_BYTES, old)
+    whole = plan(device.size_bytes // BLOCK_BYTES, Choices(bytes(16), bytes(16), 1, journals=1))
+    await write_plan(device, whole)
+    async with mounted(device) as fs:
+        while len(places := (await fs.core.slots()).journals) < 2:
+            await trio.testing.wait_all_tasks_blocked()
+    for first, blocks in places:
+        start, size = first + LOG_OFFSET, blocks - LOG_OFFSET
+        log = await device.read(start * BLOCK_BYTES, size * BLOCK_BYTES)
+        assert old not in log
+    await fsck(device)
