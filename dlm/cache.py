@@ -50,8 +50,8 @@ TRIMS_MAX = 64
 HOLD_MIN_NS = 5_000_000
 HOLD_FIRST_NS = 10_000_000
 HOLD_MAX_NS = 100_000_000
-IDLE_NS = 1_000_000
-"""A lock unused for so long goes at once when another member asks for it."""
+IDLE_MIN_NS, IDLE_MAX_NS = 100_000, 1_000_000
+"""A lock unused for so long goes when another member asks; longer where users came right back."""
 BUSY_USES = 8
 """A tenure with fewer uses than this made no progress worth its price: hold longer next time."""
 
@@ -79,8 +79,8 @@ class Glock:
 
     __slots__ = (
         "__weakref__", "_active", "_asking", "_cancelling", "_closing", "_demand", "_drained",
-        "_gone", "_granted_at_ns", "_hold_ns", "_holds", "_hooks", "_idle_since_ns", "_late",
-        "_lock", "_lvb_set", "_manager", "_now", "_open", "_queue", "_seen", "_timer_ns",
+        "_gone", "_granted_at_ns", "_hold_ns", "_holds", "_hooks", "_idle_ns", "_idle_since_ns",
+        "_late", "_left_ns", "_lock", "_lvb_set", "_manager", "_now", "_open", "_queue", "_seen", "_timer_ns",
         "_trier", "_uses", "_uses_at_grant", "lvb", "lvb_valid", "mode", "name",
     )  # fmt: skip
 
@@ -111,6 +111,8 @@ class Glock:
         self._uses_at_grant = 0
         self._granted_at_ns = 0
         self._idle_since_ns = 0
+        self._idle_ns = IDLE_MIN_NS
+        self._left_ns = 0
         self._hold_ns = HOLD_FIRST_NS
         self._timer_ns = 0
 
@@ -177,6 +179,8 @@ class Glock:
         manager = self._manager
         manager.raise_if_barred()
         waiter = _Waiter(mode, manager.runtime.wakeup())
+        if self._left_ns and self._now() - self._left_ns < IDLE_MAX_NS:
+            self._idle_ns = IDLE_MAX_NS
         self._queue.append(waiter)
         self._open = 0
         manager.keep(self)
@@ -343,7 +347,7 @@ class Glock:
         if self._queue and not COVERS[self.mode][self._queue[0].mode]:
             until = now
         elif not self._active:
-            until = min(until, self._idle_since_ns + IDLE_NS)
+            until = min(until, self._idle_since_ns + self._idle_ns)
         if now >= until:
             self._adapt(idle=not self._active and not self._queue)
             self._close()
@@ -358,6 +362,8 @@ class Glock:
 
     def _adapt(self, *, idle: bool) -> None:
         if idle:
+            self._left_ns = self._idle_since_ns
+            self._idle_ns = max(IDLE_MIN_NS, self._idle_ns // 2)
             self._hold_ns = max(HOLD_MIN_NS, self._hold_ns // 2)
         elif self._uses - self._uses_at_grant < BUSY_USES:
             self._hold_ns = min(HOLD_MAX_NS, self._hold_ns * 2)
