@@ -501,7 +501,7 @@ class Core:
 
     async def clean(self, state: InodeState) -> None:
         """The inode as it is now is in its place on the disk, data and metadata, flushed."""
-        await self.pages.flush(state)
+        await self.pages.flush(state, durable=True)
         if state.spoiled:
             await self.pages.isolate(state)
         if self.is_dirty(state):

@@ -555,7 +555,7 @@ class Files:
         if pending:
             await self._commit_beside_data(state)
         else:
-            await core.pages.flush(state)
+            await core.pages.flush(state, durable=True)
         if core.error is not None:
             raise FsError(errno.EIO, str(core.error))
         await core.counter.ensure(state.written_at)
@@ -572,7 +572,7 @@ class Files:
 
         async def write() -> None:
             try:
-                await core.pages.flush(state)
+                await core.pages.flush(state, durable=True)
             except StackError as error:
                 failed.append(error)
             finally:

@@ -30,6 +30,7 @@ from cfs.seams import Event, Runtime
 from cluster.device import BlockDevice, Buffer
 
 JOIN_BYTES_MAX = 1 << 20
+DURABLE_RUNS_MAX = 2
 TAIL_LAG_BLOCKS_MAX = 256
 """Log behind the tail whose images may be in their places already. A hand-over of a lock does not
 wait for the tail to move; what a replay would then read once more is bounded by this."""
@@ -60,6 +61,17 @@ class FlushCounter:
     def is_flushed(self, number: int) -> bool:
         return number <= self.flushed
 
+    async def write(self, *batches: list[tuple[int, Buffer]]) -> None:
+        """Write each batch of (block, bytes) after the one before, durable when this returns, with
+        everything else that was written."""
+        runs = [joined(batch) for batch in batches if batch]
+        alone = self.flushed == self.written and all(are_few(run) for run in runs)
+        for run in runs:
+            await self.device.write_many(run, fua=alone)
+        if not alone:
+            self.wrote()
+            await self.flush()
+
     async def flush(self) -> None:
         covered = self.written
         await self.device.flush()
@@ -68,6 +80,12 @@ class FlushCounter:
     async def ensure(self, number: int) -> None:
         if number > self.flushed:
             await self.flush()
+
+
+def are_few(runs: list[tuple[int, Buffer]]) -> bool:
+    """Whether these writes are better sent as durable ones, with one answer to wait for, than
+    followed by a flush."""
+    return len(runs) <= DURABLE_RUNS_MAX
 
 
 def joined(writes: list[tuple[int, Buffer]]) -> list[tuple[int, Buffer]]:
@@ -238,9 +256,7 @@ class Journal:
         writes: list[tuple[int, Buffer]] = list(zip(places, commits, strict=True))
         for index, image in enumerate(images):
             writes.append((self._place(self._head + parts + index), image))
-        await self._device.write_many(joined(writes))
-        self._counter.wrote()
-        await self._flush()
+        await self._write(writes)
         self._head += parts + len(images)
         self.sequence += 1
         self.durable_id = sealed_id
@@ -252,8 +268,15 @@ class Journal:
         return self.first_block + LOG_OFFSET + position % self.log_blocks
 
     async def _flush(self) -> None:
+        await self._write()
+
+    async def _write(self, *batches: list[tuple[int, Buffer]]) -> None:
+        """Durable when it returns, with all that was written before."""
         tail, change = self._pending_tail
-        await self._counter.flush()
+        if any(batches):
+            await self._counter.write(*batches)
+        else:
+            await self._counter.flush()
         if change == self._header.change:
             self._durable_tail = max(self._durable_tail, tail)
 
@@ -277,12 +300,8 @@ class Journal:
         others: list[tuple[int, Buffer]] = []
         for block, (node, image) in batch.items():
             (maps if isinstance(node, GroupNode) else others).append((block, image))
-        for writes in (others, maps):
-            if writes:
-                await self._device.write_many(joined(writes))
-                self._counter.wrote()
         if batch:
-            await self._flush()
+            await self._write(others, maps)
         else:
             await self._counter.ensure(self._counter.written)
         for block, entry in batch.items():

@@ -18,7 +18,7 @@ from collections.abc import Awaitable, Callable, Iterable
 
 from cfs.attributes import BLOCK_BYTES, MountOptions
 from cfs.cache import InodeState, Page
-from cfs.journal import FlushCounter, joined
+from cfs.journal import FlushCounter, are_few, joined
 from cfs.seams import Event, Runtime
 from cluster.device import Buffer
 from cluster.errors import DeviceError
@@ -192,9 +192,10 @@ class DirtyPages:
         if self._room:
             self._start_write_back()
 
-    async def flush(self, state: InodeState) -> None:
+    async def flush(self, state: InodeState, *, durable: bool = False) -> None:
         """Write the inode's pages as they are now. They have been written when this returns, not
-        flushed to stable storage (`InodeState.written_at` numbers the last write), or are lost."""
+        flushed to stable storage (`InodeState.written_at` numbers the last write), or are lost.
+        `durable`: the caller is going to wait for a flush, so a few writes become durable ones."""
         while state.flush_done is not None:
             await state.flush_done.wait()
         if not state.pages:
@@ -206,8 +207,9 @@ class DirtyPages:
         self._flushing[state] = None
         lost: set[int] | None = None
         try:
-            lost = await self._write_out(batch)
-            state.written_at = self._counter.wrote()
+            lost, done = await self._write_out(batch, durable=durable)
+            if not done:
+                state.written_at = self._counter.wrote()
         finally:
             self.dirty_pages -= len(batch)
             state.flushing = {}
@@ -220,12 +222,16 @@ class DirtyPages:
             event.set()
             self._wake()
 
-    async def _write_out(self, batch: dict[int, Page]) -> set[int]:
-        """Write a batch; the pages that the device refuses."""
+    async def _write_out(
+        self, batch: dict[int, Page], *, durable: bool
+    ) -> tuple[set[int], bool]:
+        """Write a batch; the pages that the device refuses, and whether the others are durable."""
         device = self._counter.device
+        runs = joined([(block, data) for data, block in batch.values()])
+        durable = durable and are_few(runs)
         try:
-            await device.write_many(joined([(block, data) for data, block in batch.values()]))
-            return set()
+            await device.write_many(runs, fua=durable)
+            return set(), durable
         except DeviceError:
             pass
         lost: set[int] = set()
@@ -239,7 +245,7 @@ class DirtyPages:
                 except DeviceError:
                     row += 1
             lost.add(index)
-        return lost
+        return lost, False
 
     def _account(self, state: InodeState, batch: dict[int, Page], lost: set[int]) -> None:
         """After a flush: what is not fresh any more, and what was lost."""
@@ -276,8 +282,9 @@ class DirtyPages:
 
     async def _write_sealed(self) -> bool:
         written = False
+        alone = len(self._sealing) == 1
         for state in list(self._sealing):
-            await self.flush(state)
+            await self.flush(state, durable=alone)
             written = written or not self._counter.is_flushed(state.written_at)
             self._sealing.pop(state, None)
         return written

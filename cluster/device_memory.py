@@ -44,7 +44,21 @@ class LoggedFlush(msgspec.Struct, frozen=True):
     covered: int
 
 
-LogEntry = LoggedWrite | LoggedFlush
+class LoggedAnswer(msgspec.Struct, frozen=True):
+    """The FUA write at `position` has been answered: from here on it is durable. A crash before
+    may tear it like any other."""
+
+    position: int
+
+
+LogEntry = LoggedWrite | LoggedFlush | LoggedAnswer
+
+
+def durable_positions(log: Sequence[LogEntry], count: int) -> frozenset[int]:
+    """Which of the first `count` entries are writes that no crash after them undoes."""
+    covered = max((e.covered for e in log[:count] if isinstance(e, LoggedFlush)), default=0)
+    answered = {e.position for e in log[:count] if isinstance(e, LoggedAnswer)}
+    return frozenset(answered | set(range(covered)))
 
 
 class SparseImage:
@@ -180,6 +194,8 @@ class MemoryDevice:
         self._check(offset_bytes, length)
         await self._enter("write", offset_bytes, length)
         self._apply(LoggedWrite(offset_bytes, bytes(data), fua))
+        if fua and self._log_writes:
+            self.log.append(LoggedAnswer(len(self.log) - 1))
 
     async def write_many(self, parts: Sequence[tuple[int, Buffer]], *, fua: bool = False) -> None:
         for offset, data in parts:
@@ -236,17 +252,16 @@ def image_after(
 ) -> MemoryDevice:
     """Rebuild the device as a crash after the first `count` log entries leaves it.
 
-    Writes covered by a flush among them survive; of the other ones those that `keep` chooses (all
-    of them when it is None), by position in the log.
+    Writes that are durable by then survive; of the other ones those that `keep` chooses (all of
+    them when it is None), by position in the log.
     """
-    flushes = [entry.covered for entry in log[:count] if isinstance(entry, LoggedFlush)]
-    covered = max(flushes, default=0)
+    durable = durable_positions(log, count)
     device = MemoryDevice(size_bytes)
     for position in range(count):
         entry = log[position]
-        if isinstance(entry, LoggedFlush):
-            continue
-        if position < covered or entry.fua or keep is None or keep(position):
+        if isinstance(entry, LoggedWrite) and (
+            position in durable or keep is None or keep(position)
+        ):
             device._current.write(entry.offset_bytes, entry.data)
     device._durable = device._current.copy()
     return device

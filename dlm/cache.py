@@ -80,8 +80,8 @@ class Glock:
     __slots__ = (
         "__weakref__", "_active", "_asking", "_cancelling", "_closing", "_demand", "_drained",
         "_gone", "_granted_at_ns", "_hold_ns", "_holds", "_hooks", "_idle_ns", "_idle_since_ns",
-        "_late", "_left_ns", "_lock", "_lvb_set", "_manager", "_now", "_open", "_queue", "_seen", "_timer_ns",
-        "_trier", "_uses", "_uses_at_grant", "lvb", "lvb_valid", "mode", "name",
+        "_late", "_left_ns", "_lock", "_lvb_set", "_manager", "_now", "_open", "_queue", "_seen",
+        "_timer_ns", "_trier", "_uses", "_uses_at_grant", "lvb", "lvb_valid", "mode", "name",
     )  # fmt: skip
 
     def __init__(self, manager: LockCache, name: bytes, hooks: LockHooks | None) -> None:
@@ -344,12 +344,13 @@ class Glock:
             return
         now = self._now()
         until = self._granted_at_ns + self._hold_ns
+        idle_at = self._idle_since_ns + self._idle_ns
         if self._queue and not COVERS[self.mode][self._queue[0].mode]:
             until = now
         elif not self._active:
-            until = min(until, self._idle_since_ns + self._idle_ns)
+            until = min(until, idle_at)
         if now >= until:
-            self._adapt(idle=not self._active and not self._queue)
+            self._adapt(idle=not self._active and not self._queue and now >= idle_at)
             self._close()
         elif not now < self._timer_ns <= until:
             self._timer_ns = until

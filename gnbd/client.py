@@ -252,9 +252,10 @@ class ClientCore:
         elif request.kind == p.CMD_WRITE:
             assert request.data is not None
             piece = Piece(request.offset, request.length, owned(request.data))
-            self.retained.add(piece)
+            self.retained.add(piece, durable=bool(request.flags & p.CMD_FLAG_FUA))
         elif request.kind == p.CMD_WRITE_ZEROES:
-            self.retained.add(Piece(request.offset, request.length, None))
+            piece = Piece(request.offset, request.length, None)
+            self.retained.add(piece, durable=bool(request.flags & p.CMD_FLAG_FUA))
         elif request.kind == p.CMD_FLUSH:
             self.retained.drop(request.mark)
         request.finish(None)

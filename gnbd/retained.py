@@ -1,7 +1,10 @@
 """What a client wrote since the last FLUSH, so that a server's crash loses nothing of it (R7).
 
-Invariant: every completed write that no completed FLUSH covers is in here, newest last. FUA writes
-are kept too: sending an older overlapping write again without them would undo them.
+Invariant: every completed write that is not certainly durable is in here, newest last. A FUA write
+is kept too where an older one overlaps it: sending that one again without it would undo it.
+
+What is not here is never sent again. So a client whose writes are all durable may let another
+client write the same blocks: a restart of the server brings nothing old back.
 """
 
 from __future__ import annotations
@@ -15,6 +18,8 @@ from gnbd.intervals import IntervalSet
 
 RETAINED_BYTES_MAX = 64 << 20
 RETAINED_MAX = 1 << 16
+OVERLAPS_SOUGHT_MAX = 64
+"""In longer queues a FUA write is kept without a look for older ones."""
 
 
 class Piece(msgspec.Struct, frozen=True, gc=False):
@@ -45,11 +50,19 @@ class Retained:
     def __len__(self) -> int:
         return len(self._pieces)
 
-    def add(self, piece: Piece) -> None:
-        """A write has completed."""
+    def add(self, piece: Piece, *, durable: bool = False) -> None:
+        """A write has completed; `durable`: it was a FUA write."""
+        if durable and not self._may_overlap(piece):
+            return
         self._pieces.append(piece)
         if piece.data is not None:
             self.bytes += piece.length
+
+    def _may_overlap(self, piece: Piece) -> bool:
+        if len(self._pieces) > OVERLAPS_SOUGHT_MAX:
+            return True
+        end = piece.offset + piece.length
+        return any(p.offset < end and piece.offset < p.offset + p.length for p in self._pieces)
 
     def mark(self) -> int:
         """What a FLUSH that is sent now covers."""

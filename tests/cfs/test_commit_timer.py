@@ -40,8 +40,9 @@ class Promise:
 def durable(device: MemoryDevice) -> MemoryDevice:
     """What a power cut would leave now."""
     twin = MemoryDevice(device.size_bytes)
-    twin._current = device._durable.copy()
     twin._durable = device._durable.copy()
+    twin._unflushed = list(device._unflushed)
+    twin.crash()
     return twin
 
 

@@ -17,7 +17,7 @@ from cfs.format import open_block_untrusted
 from cfs.journal_format import LOG_OFFSET
 from cfs.nodes import BlockState, GroupNode, decode_node_untrusted
 from cfs.replay import Replayer
-from cluster.device_memory import LogEntry, LoggedFlush, MemoryDevice
+from cluster.device_memory import LogEntry, LoggedWrite, MemoryDevice, durable_positions
 from tests.cfs.harness import QUIET, fsck, make_device, mounted, tree_of
 from tests.cfs.test_model import NAMES, Model, Refused, both
 
@@ -30,14 +30,14 @@ pytestmark = pytest.mark.trio
 def image(
     size_bytes: int, log: list[LogEntry], count: int, choice: random.Random | None
 ) -> MemoryDevice:
-    """The disk after a crash: what was flushed, and of the rest all (None) or any sectors."""
+    """The disk after a crash: what was durable, and of the rest all (None) or any sectors."""
     device = MemoryDevice(size_bytes)
-    covered = max((e.covered for e in log[:count] if isinstance(e, LoggedFlush)), default=0)
+    durable = durable_positions(log, count)
     for position, entry in enumerate(log[:count]):
-        if isinstance(entry, LoggedFlush):
+        if not isinstance(entry, LoggedWrite):
             continue
         for start in range(0, len(entry.data), ATOM_BYTES):
-            if choice is None or position < covered or choice.random() < 0.5:
+            if choice is None or position in durable or choice.random() < 0.5:
                 piece = entry.data[start : start + ATOM_BYTES]
                 device._current.write(entry.offset_bytes + start, piece)
     device._durable = device._current.copy()
@@ -125,9 +125,9 @@ async def test_crash_during_replay_is_replayed_again() -> None:
     assert log
     for count in range(len(log) + 1):
         again = crashed.snapshot()
-        covered = max((e.covered for e in log[:count] if isinstance(e, LoggedFlush)), default=0)
+        durable = durable_positions(log, count)
         for position, entry in enumerate(log[:count]):
-            if not isinstance(entry, LoggedFlush) and (position < covered or rng.random() < 0.7):
+            if isinstance(entry, LoggedWrite) and (position in durable or rng.random() < 0.7):
                 again._current.write(entry.offset_bytes, entry.data)
         await fsck(again)
         async with mounted(again) as fs:

@@ -8,7 +8,7 @@ from cfs.attributes import BLOCK_BYTES
 from cfs.fsck.checker import check, repair
 from cfs.fsck.report import Report
 from cfs.fsck.session import Consent, Session
-from cluster.device_memory import LoggedFlush, MemoryDevice
+from cluster.device_memory import LoggedWrite, MemoryDevice, durable_positions
 from tests.corrupter.image import Image, reseal
 from tests.corrupter.probe import probe
 from tests.corrupter.table import Damage
@@ -89,11 +89,9 @@ async def cut_repairs(world: World, damage: Damage, seed: int, cuts_max: int) ->
     chosen = rng.sample(points, min(cuts_max, len(points)))
     for count in chosen:
         cut = source.snapshot()
-        covered = max((e.covered for e in log[:count] if isinstance(e, LoggedFlush)), default=0)
+        durable = durable_positions(log, count)
         for position, entry in enumerate(log[:count]):
-            if isinstance(entry, LoggedFlush):
-                continue
-            if position < covered or rng.random() < 0.6:
+            if isinstance(entry, LoggedWrite) and (position in durable or rng.random() < 0.6):
                 cut._current.write(entry.offset_bytes, entry.data)
         await repaired(cut)
         answers = await probe(cut, list(world.facts))

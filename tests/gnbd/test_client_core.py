@@ -34,20 +34,40 @@ def test_intervals_agree_with_a_set(steps, probe):
         assert all((x in model) == inside for x in range(s, e))
 
 
-@given(st.lists(st.tuples(st.integers(0, 30), st.integers(1, 12), st.booleans()), max_size=30))
+@given(
+    st.lists(
+        st.tuples(st.integers(0, 30), st.integers(1, 12), st.booleans(), st.booleans()),
+        max_size=30,
+    )
+)
 def test_overlay_is_the_newest_of_everything(writes):
-    """Writing the overlay in any order gives what the writes in order gave."""
-    retained, disk = Retained(), bytearray(64)
-    for number, (offset, length, zero) in enumerate(writes, 1):
+    """A server that kept the durable writes only has all of them after the overlay was written to
+    it, in any order."""
+    retained, disk, again = Retained(), bytearray(64), bytearray(64)
+    for number, (offset, length, zero, durable) in enumerate(writes, 1):
         data = None if zero else bytes([number]) * length
         disk[offset : offset + length] = data or bytes(length)
-        retained.add(Piece(offset, length, data))
+        if durable:
+            again[offset : offset + length] = data or bytes(length)
+        retained.add(Piece(offset, length, data), durable=durable)
     pieces = retained.overlay()
     random.Random(1).shuffle(pieces)
-    again = bytearray(64)
     for piece in pieces:
         again[piece.offset : piece.offset + piece.length] = piece.data or bytes(piece.length)
     assert again == disk
+
+
+def test_what_is_durable_and_overlaps_nothing_is_not_sent_again():
+    """Another client may have written there since."""
+    retained = Retained()
+    retained.add(Piece(0, 8, b"a" * 8), durable=True)
+    assert len(retained) == 0
+    retained.add(Piece(0, 8, b"b" * 8))
+    retained.add(Piece(8, 8, b"c" * 8), durable=True)
+    retained.add(Piece(4, 8, b"d" * 8), durable=True)
+    assert [(p.offset, bytes(p.data)) for p in retained.overlay()] == [
+        (4, b"d" * 8), (0, b"b" * 4)
+    ]  # fmt: skip
 
 
 def test_owned_copies_only_what_can_change():
