@@ -85,8 +85,9 @@ def write_durable(path: Path, data: bytes, mode: int = 0o600) -> None:
         while view:
             view = view[os.write(fd, view) :]
         os.fsync(fd)
-    except OSError:
+    except OSError as error:
         beside.unlink(missing_ok=True)  # on a full disk it would keep the space from what mends it
+        error.filename = str(path)
         raise
     finally:
         os.close(fd)

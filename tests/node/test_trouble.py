@@ -1,41 +1,14 @@
 """What a node meets at its start and at work: a full disk, another key, an old state directory."""
 
-import contextlib
-import errno
 import re
 import subprocess
 import sys
 
-import pytest
 from node_harness import ROOT, wait_until
 
 from cluster.errors import EXIT_NO_SPACE
 from node.problems import PROBLEMS_MAX, Problems
-
-PAGE = 4096
-
-
-@contextlib.contextmanager
-def small_disk(place):
-    """A file system of 1 MiB; gives the function that fills it and one that makes room again."""
-    place.mkdir(parents=True, exist_ok=True)
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", place], check=True)
-
-    def fill():
-        with (place / "filling").open("ab", buffering=0) as file:
-            for size in (PAGE, 1):
-                with contextlib.suppress(OSError):
-                    while True:
-                        file.write(bytes(size))
-        with pytest.raises(OSError) as caught:
-            (place / "more").write_bytes(bytes(PAGE))
-        assert caught.value.errno == errno.ENOSPC
-        (place / "more").unlink()
-
-    try:
-        yield fill, (place / "filling").unlink
-    finally:
-        subprocess.run(["umount", "-l", place], check=True)
+from tests.hostile.disks import small_disk
 
 
 def problems(node):
@@ -46,10 +19,10 @@ def test_no_place_for_the_state_of_a_node(cluster):
     """A running voter falls silent, says why, and acknowledges nothing; with room it goes on. A
     start without room ends with one sentence."""
     node = cluster.node(1)
-    with small_disk(node.base / "state") as (fill, make_room):
+    with small_disk(node.base / "state") as disk:
         cluster.found()
         incarnation = node.status()["node"]["incarnation"]
-        fill()
+        disk.fill()
         words = ["-m", "node.cli", "invite", "n2", "--id", "2", "--address", "127.9.9.9"]
         invite = subprocess.Popen(
             [sys.executable, *words], env=node.environment, cwd=ROOT, stdout=subprocess.DEVNULL
@@ -60,7 +33,7 @@ def test_no_place_for_the_state_of_a_node(cluster):
         assert f"PROBLEM: {problem}" in node.ctl("status", check=False).stdout
         assert problem in [event["text"] for event in node.events()]
         assert invite.poll() is None
-        make_room()
+        disk.make_room()
         wait_until(lambda: not problems(node), "the problem is over")
         assert invite.wait(60) == 0
         assert node.members() == [1]
@@ -70,7 +43,7 @@ def test_no_place_for_the_state_of_a_node(cluster):
         node.start()
         assert any(one["name"] == "n2" for one in node.status()["nodes"]), "it was acknowledged"
         node.kill()
-        fill()
+        disk.fill()
         done = subprocess.run(node.command(), env=node.environment, capture_output=True, text=True,
                               cwd=node.base.parent, timeout=60, check=False)  # fmt: skip
         assert done.returncode == EXIT_NO_SPACE, done.stderr
@@ -78,7 +51,7 @@ def test_no_place_for_the_state_of_a_node(cluster):
             r"clusterd: cannot write \S+/incarnation: No space left on device\n(  hint: .*\n)?",
             done.stderr,
         )
-        make_room()
+        disk.make_room()
         node.start()
         wait_until(lambda: node.members() == [1], "the node is back")
 
