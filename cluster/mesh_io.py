@@ -49,6 +49,8 @@ from cluster.wire import Frame, Keys
 
 PARKED_MAX = 64
 PARKED_S = 10.0
+STRANGERS_MAX = 256
+"""Connections that have not authenticated themselves yet, the parked ones among them."""
 EARLY_MAX = 1 << 16
 REDIAL_FIRST_S = 0.02
 REDIAL_MAX_S = 0.5
@@ -80,6 +82,7 @@ class TrioMesh:
         self._tick_s = retry_ms / 1000 / RETRIES_PER_ACK
         self._changed = trio.Event()
         self._parked = 0
+        self._strangers = 0
         self.port = 0
 
     @property
@@ -197,12 +200,16 @@ class TrioMesh:
 
     async def _accepted(self, sock: socket.socket) -> None:
         try:
-            with trio.fail_after(PARKED_S):
-                while self._key is None:
-                    await self._changed.wait()
-            channel = Channel(sock, self._identity())
-            with contextlib.closing(channel):
+            self._strangers += 1
+            try:
+                with trio.fail_after(PARKED_S):
+                    while self._key is None:
+                        await self._changed.wait()
+                channel = Channel(sock, self._identity())
                 accepted = await channel.accept(self._answer)
+            finally:
+                self._strangers -= 1
+            with contextlib.closing(channel):
                 hello = decode_untrusted(_hellos, accepted.payload, "hello")
                 if self._core.hello_ok(hello):
                     await self._run(channel, hello)
@@ -300,7 +307,11 @@ class TrioMesh:
     async def _accept_loop(self, listener: socket.socket) -> None:
         with listener:
             while True:
-                self._nursery.start_soon(self._accepted, await accept_one(listener, DEAD_MS))
+                sock = await accept_one(listener, DEAD_MS)
+                if self._strangers >= STRANGERS_MAX:
+                    sock.close()  # each of them is gone within PARKED_S; members dial again
+                    continue
+                self._nursery.start_soon(self._accepted, sock)
 
 
 def _listen_all(addresses: Sequence[str]) -> list[socket.socket]:

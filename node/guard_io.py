@@ -312,7 +312,15 @@ class Guard:
             sock.close()
         else:
             self._door.waiting.append(mount)
+            self._selector.register(sock, selectors.EVENT_READ, lambda: self._waiting_spoke(mount))
             self._attach_waiting()
+
+    def _waiting_spoke(self, mount: Mount) -> None:
+        """Before the attach is answered a mount has nothing to say: it has ended."""
+        if mount not in self._door.waiting:
+            return  # it was attached or refused since select() returned
+        self._selector.unregister(mount.sock)
+        self._door.hung_up(mount)
 
     def _attach_waiting(self) -> None:
         """Attach the mounts whose instance clusterd has told us of; refuse impossible ones."""
@@ -321,14 +329,19 @@ class Guard:
             mine = (self._settings.node, self._settings.incarnation)
             known = self._facts is not None and number in self._facts.instances
             if (mount.instance.node, mount.instance.incarnation) != mine or self._died_ns:
-                self._door.refuse(mount, "this instance is not of this life of this node")
+                self._refuse(mount, "this instance is not of this life of this node")
             elif number in self._mounts:
-                self._door.refuse(mount, "this instance is attached already")
+                self._refuse(mount, "this instance is attached already")
             elif self._guard.is_barred(number):
-                self._door.refuse(mount, "this instance was put out of the cluster")
+                self._refuse(mount, "this instance was put out of the cluster")
             elif known:
                 self._door.waiting.remove(mount)
+                self._selector.unregister(mount.sock)
                 self._attach(mount)
+
+    def _refuse(self, mount: Mount, reason: str) -> None:
+        self._selector.unregister(mount.sock)
+        self._door.refuse(mount, reason)
 
     def _attach(self, mount: Mount) -> None:
         number = mount.instance.number
@@ -343,14 +356,14 @@ class Guard:
 
     def _mount_spoke(self, number: InstanceNo, mount: Mount) -> None:
         """A packet after the attach: `detach`, or the end of the process."""
-        message = self._door.read(mount.sock)
+        detach = self._door.read(mount.sock)
         if self._mounts.get(number) is not mount:
             return
-        if message is not None and message.get("detach"):
+        if detach:
             # We hang up when the sweep is over (`Forget`): the mount keeps its locks until then.
             mount.detached = True
             self._guard_step(guard.Left(number))
-        elif message is None:
+        elif detach is None:
             self._hang_up(mount)
             if not mount.detached:
                 self._guard_step(guard.Bar(number, "the mount process died"))

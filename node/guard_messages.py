@@ -6,6 +6,7 @@ from __future__ import annotations
 import msgspec
 
 from cluster.control import Failure, Timing
+from cluster.decoding import decode_untrusted
 from cluster.guard_events import Facts, Sighting, Vouch, Vouched
 from cluster.ids import Instance, InstanceNo, NodeId
 
@@ -119,7 +120,30 @@ FromGuard = (
     | WrongKey
 )
 
+class Attach(msgspec.Struct, frozen=True):
+    """First packet of a mount on guard.sock (JSON; see node/guard_mounts_io.py)."""
+
+    attach: Instance
+    connection: int
+    mountpoint: str
+
+
 PACKET_BYTES_MAX = 1 << 18
+_attach = msgspec.json.Decoder(Attach)
+_json: msgspec.json.Decoder[object] = msgspec.json.Decoder()
+
+
+def decode_attach_untrusted(data: bytes) -> Attach:
+    """The first packet of a mount. Raises ProtocolError."""
+    return decode_untrusted(_attach, data, "attach")
+
+
+def is_detach_untrusted(data: bytes) -> bool:
+    """Whether a later packet of a mount says that it has unmounted. Raises ProtocolError when it is
+    no packet at all."""
+    message = decode_untrusted(_json, data, "packet of a mount")
+    return isinstance(message, dict) and bool(message.get("detach"))
+
 
 _to_guard: msgspec.msgpack.Decoder[ToGuard] = msgspec.msgpack.Decoder(ToGuard)
 _from_guard: msgspec.msgpack.Decoder[FromGuard] = msgspec.msgpack.Decoder(FromGuard)

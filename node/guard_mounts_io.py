@@ -19,14 +19,11 @@ import struct
 from pathlib import Path
 from typing import Any
 
-import msgspec
-
-from cluster.decoding import BROKEN
-from cluster.errors import StackError
-from cluster.ids import Instance
+from cluster.errors import ProtocolError, StackError
 from native.gate import Gate, create_gate_memory
 from native.requests import RequestTable
 from node.fuse_connection_io import abort, open_connections
+from node.guard_messages import Attach, decode_attach_untrusted, is_detach_untrusted
 
 PACKET_BYTES_MAX = 1 << 16
 FDS = 3
@@ -36,14 +33,13 @@ WAITING_MAX = 64
 class Mount:
     """One attached mount: everything the guard holds of it."""
 
-    def __init__(self, sock: socket.socket, request: _Attach, fds: list[int]) -> None:
+    def __init__(self, sock: socket.socket, request: Attach, fds: list[int]) -> None:
         self.sock = sock
         self.instance = request.attach
         self.connection = request.connection
         self.mountpoint = request.mountpoint
-        self.fuse_fd, self.table_fd, requests_fd = fds
+        self.fuse_fd, self.table_fd, requests_fd = fds  # the last one only until it is mapped
         self.requests = RequestTable(requests_fd)
-        os.close(requests_fd)
         self.lease_fd = create_gate_memory(f"lease-{request.attach.number}")
         self.gate = Gate.map(self.lease_fd)
         self.detached = False
@@ -52,12 +48,6 @@ class Mount:
         """Give the descriptors back; a sweep has its own."""
         for fd in (self.fuse_fd, self.table_fd, self.lease_fd):
             os.close(fd)
-
-
-class _Attach(msgspec.Struct, frozen=True):
-    attach: Instance
-    connection: int
-    mountpoint: str
 
 
 class MountSocket:
@@ -98,28 +88,35 @@ class MountSocket:
         except OSError:
             return None
         try:
-            request = msgspec.json.decode(data, type=_Attach)
+            request = decode_attach_untrusted(data)
             if len(fds) != FDS or len(self.waiting) >= WAITING_MAX:
-                raise ValueError("an attach needs three descriptors")
+                raise ProtocolError("an attach needs three descriptors")
             for fd in fds:
                 os.set_inheritable(fd, False)
-            return Mount(sock, request, fds)
-        except BROKEN as error:
+            mount = Mount(sock, request, fds)
+            os.close(fds[2])
+            return mount
+        except (ProtocolError, OSError, ValueError) as error:
             for fd in fds:
                 os.close(fd)
             self._answer(sock, {"error": f"bad attach: {error}"})
             return None
 
-    def read(self, sock: socket.socket) -> dict[str, Any] | None:
-        """A later packet; None at the end of the connection."""
+    def read(self, sock: socket.socket) -> bool | None:
+        """A later packet: whether it is a detach. None at the end of the connection."""
         try:
             data = sock.recv(PACKET_BYTES_MAX)
-            message = json.loads(data) if data else None
+            return is_detach_untrusted(data) if data else None
         except BlockingIOError:
-            return {}
-        except (OSError, ValueError):
+            return False
+        except (OSError, ProtocolError):
             return None
-        return message if isinstance(message, dict) else None
+
+    def hung_up(self, mount: Mount) -> None:
+        """A mount that waits to be attached has gone, or speaks out of turn: forget it."""
+        self.waiting.remove(mount)
+        mount.sock.close()
+        mount.retire()
 
     def welcome(self, mount: Mount) -> None:
         """Answer an attach with the lease page."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -118,6 +119,27 @@ def test_attributes_are_the_same_on_all_nodes(mounts):
     for path in (one / "named", two / "dir", three / "acl" / "f"):
         path.unlink()
     (one / "acl").rmdir()
+
+
+def test_a_volume_is_mounted_once_per_node(mounts):
+    """At the same or another place it is refused with the holder, and with what to do instead."""
+    cluster, on = mounts
+    node = cluster.node(1)
+    (node.base / "other").mkdir()
+    holder = f"at {on[1].path} \\(pid {on[1].process.pid}\\)"
+    told = {
+        on[1].path: f"vg0/vol0 is mounted {holder}\n  hint: umount",
+        node.base / "other": f"vg0/vol0 is mounted on this node already, {holder}\n"
+        f"  hint: .*mount --bind {on[1].path} {node.base / 'other'}",
+    }
+    for place, text in told.items():
+        done = subprocess.run(
+            [sys.executable, "-m", "cfs.mount", "vg0/vol0", place],
+            env=node.environment, cwd=harness.ROOT, capture_output=True, text=True, timeout=120,
+        )  # fmt: skip
+        assert done.returncode == 32
+        assert re.fullmatch(f"mount.cfs: {text}.*\n", done.stderr), done.stderr
+    assert not os.path.ismount(node.base / "other")
 
 
 def test_an_open_file_outlives_its_name_on_another_node(mounts):

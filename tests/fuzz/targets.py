@@ -23,9 +23,11 @@ from cluster.config import (
     decode_token_untrusted,
     encode_token,
 )
-from cluster.control import Call, Event, Reply, decode_line_untrusted, encode_line
+from cluster.control import Call, Event, GroupMember, Reply, decode_line_untrusted, encode_line
+from cluster.decoding import decode_untrusted
 from cluster.errors import ConfigError, CorruptionError, ProtocolError
 from cluster.ids import Epoch, Incarnation, Instance, InstanceNo, NodeId, ServerId
+from cluster.mesh import Batch, Hello, Link, Marker
 from cluster.messages import Accept, Ballot, Prepare, decode_message_untrusted, encode_message
 from cluster.paths_io import decode_store_untrusted, encode_store
 from cluster.register import birth_record, decode_record_untrusted
@@ -41,6 +43,7 @@ from gnbd.exports import decode_exports
 from gnbd.handshake import Denied, Enter, Handshake, Offer, Private, parse_go_untrusted
 from gnbd.identity import ServerIdentity, decode_server_token_untrusted, encode_server_token
 from native import crc32c
+from node.guard_messages import decode_attach_untrusted, is_detach_untrusted
 
 ID, KEY = "ab" * 16, "cd" * 32
 NODE = NodeInfo(NodeId(1), "n1", ["127.0.0.1"])
@@ -174,6 +177,24 @@ _BATCHES = [
     encode_batch(dlm.Batch(1, 2, [dlm.Query(1, b"I01"), dlm.Answer(1, b"who"), dlm.LeaveAck(3)])),
     encode_batch(dlm.Batch(1, 2, [])),
 ]
+_HELLOS, _MESH_BATCHES = msgspec.msgpack.Decoder(Hello), msgspec.msgpack.Decoder(Batch)
+_PEER = Instance(NodeId(2), Incarnation(1), InstanceNo(1))
+_MESH_HELLO = msgspec.msgpack.encode(Hello("fs-vg0-vol0", ME, _PEER, 9, 0, b"", 0))
+_MESH_BATCH = msgspec.msgpack.encode(Batch(1, 1, [b"item", Marker(1, 2)]))
+
+
+def _mesh_batch(data: bytes) -> None:
+    """Decoded, and taken by a link that has sent something: its numbers stay in order."""
+    batch = decode_untrusted(_MESH_BATCHES, data, "batch")
+    link = Link(GroupMember(_PEER, "n2", [], 1), 1)
+    link.push(b"sent")
+    link.path_up(0, 0)
+    link.flush(0)
+    link.held.extend(link.take(batch))
+    link.flush(1)
+    link.check()
+
+
 _OPTIONS = p.option(p.OPT_LIST) + p.option(p.OPT_GO, p.go_data("disk0"))
 _LOGIN = p.option(p.OPT_LOGIN, msgspec.msgpack.encode(_HELLO))
 
@@ -204,6 +225,13 @@ TARGETS: dict[str, Target] = {
                                                  m.ClusterCall(_MESSAGES[0]))],
     ),
     "answer": Target(m.decode_answer_untrusted, [msgspec.msgpack.encode(m.Done(Epoch(3)))]),
+    "attach": Target(
+        decode_attach_untrusted,
+        [b'{"attach": [1, 7, 1], "connection": 55, "mountpoint": "/mnt/cfs"}'],
+    ),
+    "detach": Target(is_detach_untrusted, [b'{"detach": true}', b"[[1], {}]"]),
+    "mesh-hello": Target(lambda data: decode_untrusted(_HELLOS, data, "hello"), [_MESH_HELLO]),
+    "mesh-batch": Target(_mesh_batch, [_MESH_BATCH]),
     "handshake": Target(
         _handshake, [b"\0\0\0\3" + _OPTIONS, b"\0\0\0\3" + _LOGIN, b"\0\0\0\0" + _LOGIN + _OPTIONS]
     ),

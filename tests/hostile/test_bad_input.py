@@ -397,6 +397,21 @@ def test_what_is_not_there_is_not_seen(place):
             assert file.read(len(magic)) == magic
 
 
+@pytest.mark.parametrize("content", ["noise", "zeroes", "a cut image"])
+def test_a_check_of_what_is_no_file_system(place, content):
+    """It could not be done (8), also when it may repair; nothing is written."""
+    size = 8 << 20
+    made = {"noise": os.urandom(size), "zeroes": bytes(size), "a cut image": cfs_image()[:70_000]}
+    lay_out(place, {"image": made[content]})
+    before = snapshot(place)
+    for option in ("-n", "-p", "-y"):
+        ended = run("fsck.cfs", option, str(place / "image"))
+        assert ended.code == 8, ended
+        assert "Traceback" not in ended.err
+        assert re.search("superblock|larger than its device", ended.out + ended.err), ended
+        assert snapshot(place) == before
+
+
 # --- what somebody else has
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 import random
 import socket
 import threading
@@ -13,12 +15,21 @@ import msgspec
 import pytest
 import trio
 
-from cluster import channel_io
-from cluster.control import Call, Reply, decode_line_untrusted, encode_line
+from cluster import channel_io, mesh_io
+from cluster.control import (
+    Call,
+    GroupEvent,
+    GroupMember,
+    Reply,
+    decode_line_untrusted,
+    encode_line,
+)
 from cluster.control_io import serve_sessions
 from cluster.heartbeat_io import Datagrams
 from cluster.identity import Identity
-from cluster.ids import Incarnation, NodeId
+from cluster.ids import Incarnation, Instance, NodeId
+from cluster.mesh import Hello, Marker, Message
+from cluster.mesh_io import open_mesh
 from cluster.messages import Echo, encode_message
 from cluster.timing import timing_of
 from cluster.transport_io import Transport
@@ -27,6 +38,7 @@ from gnbd import messages as m
 from gnbd import protocol as p
 from gnbd import server_io
 from gnbd.export_io import Connection
+from node.guard_mounts_io import MountSocket
 from tests.gnbd.harness import export_toml, instance, member, running
 from tests.gnbd.raw import RawClient
 
@@ -209,6 +221,18 @@ def identity(node: int, keys: Keys = KEYS) -> Identity:
     return Identity(NodeId(node), ID, Incarnation(1), keys)
 
 
+async def say(port: int, data: bytes) -> None:
+    """Say something to a port and wait until it is closed."""
+    async with await trio.open_tcp_stream("127.0.0.1", port) as stream:
+        try:
+            await stream.send_all(data)
+            with trio.fail_after(60):
+                while await stream.receive_some(1 << 16):
+                    pass
+        except trio.BrokenResourceError:
+            pass
+
+
 @pytest.mark.trio
 async def test_control_mesh(chooser, monkeypatch):
     """Strangers, wrong keys, replayed openings: closed in time, never believed."""
@@ -230,23 +254,71 @@ async def test_control_mesh(chooser, monkeypatch):
     async with trio.open_nursery() as nursery:
         await nursery.start(transport.run)
 
-        async def one(data: bytes) -> None:
-            stream = await trio.open_tcp_stream("127.0.0.1", port)
-            async with stream:
-                try:
-                    await stream.send_all(data)
-                    with trio.fail_after(60):
-                        while await stream.receive_some(1 << 16):
-                            pass
-                except trio.BrokenResourceError:
-                    pass
-
         async with trio.open_nursery() as attempts:
             for data in tries:
-                attempts.start_soon(one, data)
+                attempts.start_soon(say, port, data)
         assert heard == []
         assert transport.nodes() == []
         nursery.cancel_scope.cancel()
+
+
+@pytest.mark.trio
+async def test_member_mesh(chooser, monkeypatch):
+    """Strangers between two members of a lockspace are closed in time, at most so many at once are
+    listened to, and the members go on."""
+    monkeypatch.setattr(channel_io, "HANDSHAKE_S", 1.0)
+    monkeypatch.setattr(mesh_io, "STRANGERS_MAX", 8)
+    ours, theirs = Instance(NodeId(1), 1, 1), Instance(NodeId(2), 1, 1)
+    key, group, heard = b"k" * 32, "fs", {ours: [], theirs: []}
+    about = Identity(theirs.node, hashlib.blake2b(group.encode(), digest_size=16).digest(),
+                     theirs.incarnation, Keys(0, {0: key}))  # fmt: skip
+    hello = msgspec.msgpack.encode(Hello(group, theirs, ours, 9, 0, b"", 0))
+    frame = Frame(2, about.cluster_id, about.incarnation, 0, 0, 1, bytes(16) + hello, 1)
+    replayed, wrong = seal(about.keys, frame), seal(Keys(0, {0: b"w" * 32}), frame)
+    tries = [replayed, replayed * 2, wrong, replayed[:70], b""]
+    tries += [noise(chooser, replayed) for _ in range(40)]
+    async with open_mesh(ours, ["127.0.0.1"], key, group=group, retry_ms=100) as one:
+        async with open_mesh(theirs, ["127.0.0.1"], key, group=group, retry_ms=100) as two:
+            meshes = {ours: one, theirs: two}
+            members = [GroupMember(who, f"n{who.node}", ["127.0.0.1"], mesh.port)
+                       for who, mesh in meshes.items()]  # fmt: skip
+            for who, mesh in meshes.items():
+                mesh.start(heard[who].append)
+                mesh.group_event(GroupEvent(group, 1, 1, "view", members, joined=list(meshes)))
+            with trio.fail_after(30):
+                async with trio.open_nursery() as attempts:
+                    for data in tries:
+                        attempts.start_soon(say, one.port, data)
+                    two.send(ours, b"through")
+                while Message(theirs, b"through", Marker(1, 1)) not in heard[ours]:  # noqa: ASYNC110
+                    await trio.sleep(0.01)
+            assert len([item for item in heard[ours] if isinstance(item, Message)]) == 1
+
+
+def test_guard_socket(tmp_path, chooser):
+    """Packets that are no attach, and any descriptors with them, cost the guard nothing."""
+    path = tmp_path / "guard.sock"
+    door = MountSocket(path)
+    good = b'{"attach": [1, 7, 1], "connection": 55, "mountpoint": "/mnt/cfs"}'
+    packets = [b"", b"{}", good, good[:-1], b"[" * 60_000, b'{"attach": [1, 7, 1]}', b"\xff", b"0"]
+    packets += [noise(chooser, good) for _ in range(ROUNDS)]
+    before = len(os.listdir("/proc/self/fd"))
+    for packet in packets:
+        fds = [os.open("/dev/null", os.O_RDWR) for _ in range(chooser.randrange(6))]
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
+            sock.connect(str(path))
+            theirs = door.accept()
+            socket.send_fds(sock, [packet], fds)
+            assert door.read_attach(theirs) is None, packet
+            for later in (b"", packet):
+                sock.send(later)
+                assert door.read(theirs) in (None, False)
+            theirs.close()
+        for fd in fds:
+            os.close(fd)
+    assert len(os.listdir("/proc/self/fd")) == before
+    assert door.accept() is None
+    door.listener.close()
 
 
 def test_heartbeat_datagrams(chooser):

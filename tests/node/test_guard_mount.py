@@ -1,8 +1,10 @@
 """The guard against a real FUSE mount: death, barring, lapse, and the death of clusterd."""
 
+import json
 import os
 import select
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +12,9 @@ from pathlib import Path
 import pytest
 from node_harness import ROOT, wait_until
 
+from native.requests import TABLE_BYTES
 from node.fuse_connection_io import open_connections
+from node.guard_mounts_io import WAITING_MAX
 
 HERE = Path(__file__).parent
 READ = "import os,sys; print(len(os.pread(os.open(sys.argv[1], os.O_RDONLY), 4096, 0)))"
@@ -258,3 +262,21 @@ def test_abort_from_outside_leaves_no_pages_behind(cluster, mounted):
         os.close(one)
     wait_until(lambda: "not connected" in holder.read(), "the pages of the open file are gone")
     assert not node.events("instance.died")
+
+
+def test_mounts_that_end_before_they_are_attached_cost_nothing(cluster, mounted):
+    """Their instance never comes; the guard forgets them, and takes the next mount."""
+    node = cluster.found()
+    descriptors = Path(f"/proc/{node.guard}/fd")
+    before = len(os.listdir(descriptors))
+    life = node.status()["node"]["incarnation"]
+    memory = os.memfd_create("table")
+    os.ftruncate(memory, TABLE_BYTES)
+    packet = {"attach": [1, life, 4000], "connection": 1, "mountpoint": "/nowhere"}
+    for _ in range(WAITING_MAX + 10):
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
+            sock.connect(str(node.run_dir / "guard.sock"))
+            socket.send_fds(sock, [json.dumps(packet).encode()], [memory] * 3)
+    wait_until(lambda: len(os.listdir(descriptors)) == before, "they are forgotten")
+    os.close(memory)
+    mounted(node).warm()
