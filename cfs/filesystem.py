@@ -160,6 +160,34 @@ class FileSystem(RangeCalls):
             raise FsError(errno.ESTALE)
         return node.attributes()
 
+    def has_attributes(self, ino: int) -> bool:
+        """Whether `try_getattr` would succeed."""
+        state = self.core.state(ino)
+        if state.node is None or not state.lock.try_hold(Mode.PR):
+            return False
+        state.lock.release(Mode.PR)
+        return True
+
+    async def prefetch(self, ino: int, patient: bool) -> None:
+        """Bring the attributes of an inode here; if another node is in the way, only if `patient`.
+        Never raises for what is wrong with it."""
+        core = self.core
+        state = core.state(ino)
+        state.pins += 1
+        try:
+            if patient:
+                await state.lock.hold(Mode.PR)
+            elif await core.locks.try_lock(state.lock.name, Mode.PR) is None:
+                return
+            try:
+                await core.see(lambda: READER.inode(state))
+            finally:
+                state.lock.release(Mode.PR)
+        except (FsError, BarredError):
+            pass  # Who looks at it by name meets the error.
+        finally:
+            state.pins -= 1
+
     def try_lookup(self, parent: int, name: bytes) -> Attributes | None:
         """As `lookup`, if everything is here. Raises FsError(ENOENT) for a name that is absent."""
         return self.names.try_lookup(parent, name)

@@ -9,6 +9,8 @@ from __future__ import annotations
 import errno
 import stat
 
+import trio
+
 from cfs.attributes import DirEntry
 from cfs.errors import FsError
 from cfs.mount_fuse_io import pyfuse3
@@ -20,7 +22,7 @@ from cfs.operations_range_io import RangeOperations
 from cfs.operations_xattr_io import XattrOperations
 from native.requests import Opcode
 
-READDIR_BATCH = 64
+READDIR_BATCH = 128
 Context = pyfuse3.RequestContext
 
 
@@ -75,43 +77,43 @@ class CfsOperations(NameOperations, InodeOperations, XattrOperations, RangeOpera
             return
         parent = self.handles[fh].inode
         self.fs.accessed(parent.number)
-        cookie = start_id
         unique = self.request.unique
-        counted: list[int] = []
-        while True:
-            revision = parent.revision
-            found = await self.fs.readdir(parent.number, cookie, READDIR_BATCH)
-            if self.waits.is_abandoned(unique):
-                self._uncount(counted)
-                raise FsError(errno.EINTR)
-            timeout = self.name_timeout(parent, revision)
-            for item in found:
-                if not self._reply_name(token, item, timeout, counted):
-                    return
-                cookie = item.cookie
-            if len(found) < READDIR_BATCH:
+        revision = parent.revision
+        found = await self.fs.readdir(parent.number, start_id, READDIR_BATCH)
+        await self._prefetch(found, patient=start_id != 0)
+        if self.waits.is_abandoned(unique):
+            raise FsError(errno.EINTR)
+        # No waiting from here on: what the kernel is told to believe must hold when it is sent.
+        timeout = self.name_timeout(parent, revision)
+        for item in found:
+            if not self._reply_name(token, item, timeout):
                 return
 
-    def _uncount(self, numbers: list[int]) -> None:
-        """The kernel did not get an answer that named these inodes."""
-        for number in numbers:
-            inode = self.caches.inodes[number]
-            inode.lookups -= 1
-            self.caches.drop_if_unused(inode)
+    async def _prefetch(self, found: list[DirEntry], *, patient: bool) -> None:
+        """Have the attributes of what is listed here, all at once. After its first READDIRPLUS for
+        a directory the kernel sends another one only to a caller who looks at every file: for that
+        one (`patient`) other nodes are asked to give way, else what they have is left out."""
+        absent = [
+            item.ino
+            for item in found
+            if item.name not in (b".", b"..") and not self.fs.has_attributes(item.ino)
+        ]
+        if absent:
+            async with trio.open_nursery() as nursery:
+                for ino in absent:
+                    nursery.start_soon(self.fs.prefetch, ino, patient)
 
-    def _reply_name(
-        self, token: pyfuse3.ReaddirToken, item: DirEntry, timeout_s: float, counted: list[int]
-    ) -> bool:
-        """Add a name to the answer, with attributes if they are here, as a LOOKUP would; those
-        are added to `counted`."""
+    def _reply_name(self, token: pyfuse3.ReaddirToken, item: DirEntry, timeout_s: float) -> bool:
+        """Add a name to the answer, with attributes if they are here, as a LOOKUP would."""
         name = pyfuse3.FileNameT(item.name)
         if timeout_s and item.name not in (b".", b".."):
             attributes = self.fs.try_getattr(item.ino)
             if attributes is not None and stat.S_IFMT(attributes.mode) == item.type:
                 answer = self.answer_entry(attributes, timeout_s)
                 if pyfuse3.readdir_reply(token, name, answer, item.cookie):
-                    counted.append(item.ino)
                     return True
-                self._uncount([item.ino])
+                inode = self.caches.inodes[item.ino]
+                inode.lookups -= 1
+                self.caches.drop_if_unused(inode)
                 return False
         return bool(pyfuse3.readdir_reply(token, name, self._plain.fill(item), item.cookie))

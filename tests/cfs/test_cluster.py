@@ -80,6 +80,27 @@ async def test_fsync_covers_what_another_node_wrote(datasync: bool) -> None:
         assert await fs.read(made.ino, 0, 20_000) == b"x" * 10_000
 
 
+async def test_attributes_are_brought_here_before_they_are_asked_for() -> None:
+    device = await make_device(32)
+    async with cluster(device) as group:
+        one, two = await group.mount(1), await group.mount(2)
+        made = [await one.create(one.root_ino, b"f%d" % n, 0o644, 0, 0) for n in range(3)]
+        used, idle, gone = (each.ino for each in made)
+        await two.getattr(idle)
+        await two.setattr(idle, SetAttributes(mode=0o600))
+        assert not one.has_attributes(idle)
+        for ino in (used, idle):
+            await two.prefetch(ino, False)
+        assert not two.has_attributes(used)  # the other node has it
+        await two.prefetch(used, True)
+        assert two.has_attributes(used)
+        assert two.try_getattr(used) == await one.getattr(used)
+        await one.unlink(one.root_ino, b"f2")
+        await two.prefetch(gone, True)
+        assert not two.has_attributes(gone)
+    await fsck(device)
+
+
 async def test_all_append_to_one_file() -> None:
     device = await make_device(32)
     async with cluster(device) as group:
