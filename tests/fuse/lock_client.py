@@ -67,6 +67,31 @@ class Orders:
         kind = "w" if found[0] == fcntl.F_WRLCK else "r"
         return [kind, found[2], found[3], found[4]]
 
+    def exclusive(self, path):
+        """A lock file as O_EXCL makes it: whether we were the one."""
+        try:
+            os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o444))
+        except FileExistsError:
+            return False
+        return True
+
+    def dot_lock(self, path):
+        """A lock file as mail software makes it, by a link to a file of our own: whether link(2)
+        says that we were the one, and whether our file has two names then."""
+        mine = f"{path}.{os.getpid()}"
+        os.close(os.open(mine, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o444))
+        try:
+            os.link(mine, path)
+            linked = True
+        except FileExistsError:
+            linked = False
+        names = os.stat(mine).st_nlink
+        os.unlink(mine)
+        return [linked, names == 2]
+
+    def unlink(self, path):
+        os.unlink(path)
+
     def read(self, fd, size=100, offset=0):
         return os.pread(fd, size, offset).decode()
 
@@ -110,8 +135,9 @@ class Client:
         names = {"open": ("path",), "flock": ("fd", "kind"), "posix": ("fd", "kind")}
         names |= {"ofd": ("fd", "kind"), "test": ("fd", "kind"), "close": ("fd",)}
         names |= {"read": ("fd",), "write": ("fd", "text"), "dup": ("fd",)}
+        names |= dict.fromkeys(("exclusive", "dot_lock", "unlink"), ("path",))
         order |= dict(zip(names[name], words, strict=True))
-        if name == "open":
+        if "path" in order:
             order["path"] = str(self.place / order["path"])
         self.process.stdin.write(json.dumps({"do": name, **order}) + "\n")
         self.process.stdin.flush()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import mailbox
 import os
 import re
 import signal
@@ -11,6 +13,7 @@ import sys
 
 import pytest
 
+from tests.fuse import mapped_store
 from tests.fuse.cluster_mounts import cluster_mounts, mount
 from tests.fuse.lock_client import clients, eventually
 from tests.fuse.mounting import scratch
@@ -156,6 +159,95 @@ def test_locks_of_who_dies_go_to_who_waits_elsewhere(mounts, places, what):
         cluster.node(3).start()
         cluster.wait_view(sorted(on))
     on[3] = mount(cluster.node(3))
+
+
+# Lock files, as mail software uses them.
+
+
+@pytest.mark.parametrize("way", ["exclusive", "dot_lock"])
+def test_a_lock_file_has_one_winner_in_the_cluster(places, way):
+    """Two processes on each node try at once, again and again."""
+    wins = [0] * 6
+    with clients(*places, *places) as processes:
+        for _ in range(40):
+            for one in processes:
+                one.start(way, "box.lock")
+            answers = [one.end() for one in processes]
+            if way == "dot_lock":
+                assert all(linked == named for linked, named in answers), answers
+                answers = [linked for linked, _named in answers]
+            assert answers.count(True) == 1, answers
+            wins[answers.index(True)] += 1
+            processes[answers.index(True)].do("unlink", "box.lock")
+    print(wins)
+
+
+DELIVER = """
+import mailbox, sys, time
+path, me, count = sys.argv[1], sys.argv[2], int(sys.argv[3])
+for number in range(count):
+    while True:
+        box = mailbox.mbox(path)
+        try:
+            box.lock()  # fcntl and a dot lock
+            break
+        except mailbox.ExternalClashError:
+            box.close()
+            time.sleep(0.002)
+    message = mailbox.mboxMessage()
+    message.set_from(me)
+    message["Subject"] = f"{me} {number}"
+    message.set_payload(f"{me} {number}\\n" * 300)
+    box.add(message)
+    box.flush()
+    box.unlock()
+    box.close()
+"""
+
+
+def test_mail_is_delivered_from_all_nodes_into_one_mbox(places):
+    count = 12
+    running = [
+        subprocess.Popen([sys.executable, "-c", DELIVER, place / "mbox", f"n{number}", str(count)])
+        for number, place in enumerate(places)
+    ]
+    assert [process.wait(120) for process in running] == [0] * len(places)
+    for place in places:
+        box = mailbox.mbox(place / "mbox", create=False)
+        found = sorted(message["Subject"] for message in box)
+        assert found == sorted(f"n{node} {n}" for node in range(len(places)) for n in range(count))
+        for message in box:
+            assert message.get_payload().splitlines() == [message["Subject"]] * 300
+        box.close()
+
+
+@pytest.mark.parametrize("role", ["write", "store"])
+def test_readers_through_mappings_see_each_transaction_of_a_writer(places, role, tmp_path):
+    """A store in the manner of LMDB (tests/fuse/mapped_store.py); two nodes write in turns."""
+    count, board = 25, tmp_path / "board"
+    board.write_bytes(bytes(4096))
+    (places[0] / "store").write_bytes(mapped_store.empty())
+    roles = [(places[0], role), (places[1], role), (places[1], "read"), (places[2], "read")]
+    running = [
+        subprocess.Popen(
+            [sys.executable, mapped_store.__file__, place / "store", board, what,
+             str(count if what == role else 2 * count)],
+            stdout=subprocess.PIPE, text=True,
+        )
+        for place, what in roles
+    ]  # fmt: skip
+    try:
+        results = [json.loads(process.communicate(timeout=120)[0]) for process in running]
+    finally:
+        for process in running:
+            process.kill()
+            process.wait()
+    print(results)
+    assert [result["stale"] for result in results] == [0] * len(roles)
+    assert [result["made"] for result in results[:2]] == [count, count]
+    for result in results[2:]:
+        assert result["torn"] == 0
+        assert result["transactions"] > 2
 
 
 # Byte ranges.
