@@ -1,10 +1,12 @@
 """What a client wrote since the last FLUSH, so that a server's crash loses nothing of it (R7).
 
-Invariant: every completed write that is not certainly durable is in here, newest last. A FUA write
-is kept too where an older one overlaps it: sending that one again without it would undo it.
+Invariant: every completed write that is not certainly durable is in here, newest last. Of a FUA
+write only the place is kept, where an older write may overlap it: sending that one again would undo
+it.
 
-What is not here is never sent again. So a client whose writes are all durable may let another
-client write the same blocks: a restart of the server brings nothing old back.
+What is durable is never sent again, whatever else is in here. So a client whose writes to a block
+are all durable may let another client write that block: a restart of the server brings nothing old
+back.
 """
 
 from __future__ import annotations
@@ -19,15 +21,17 @@ from gnbd.intervals import IntervalSet
 RETAINED_BYTES_MAX = 64 << 20
 RETAINED_MAX = 1 << 16
 OVERLAPS_SOUGHT_MAX = 64
-"""In longer queues a FUA write is kept without a look for older ones."""
+"""In longer queues the place of a FUA write is kept without a look for older ones."""
 
 
 class Piece(msgspec.Struct, frozen=True, gc=False):
-    """Bytes to write again; `data` None means zeroes."""
+    """Bytes to write again; `data` None means zeroes. `durable`: not to be written again, and
+    nothing older there either."""
 
     offset: int
     length: int
     data: Buffer | None
+    durable: bool = False
 
 
 def owned(data: Buffer) -> Buffer:
@@ -52,8 +56,10 @@ class Retained:
 
     def add(self, piece: Piece, *, durable: bool = False) -> None:
         """A write has completed; `durable`: it was a FUA write."""
-        if durable and not self._may_overlap(piece):
-            return
+        if durable:
+            if not self._may_overlap(piece):
+                return
+            piece = Piece(piece.offset, piece.length, None, durable=True)
         self._pieces.append(piece)
         if piece.data is not None:
             self.bytes += piece.length
@@ -85,13 +91,14 @@ class Retained:
         return self.bytes >= RETAINED_BYTES_MAX or len(self._pieces) >= RETAINED_MAX
 
     def overlay(self) -> list[Piece]:
-        """The newest bytes of every range, without overlaps: may be sent in any order."""
+        """The newest bytes of every range that may not be durable, without overlaps: may be sent in
+        any order."""
         seen = IntervalSet()
         result: list[Piece] = []
         for piece in reversed(self._pieces):
             end = piece.offset + piece.length
             for start, stop, covered in seen.pieces(piece.offset, end):
-                if covered:
+                if covered or piece.durable:
                     continue
                 part: Buffer | None = None
                 if piece.data is not None:

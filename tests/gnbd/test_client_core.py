@@ -12,7 +12,7 @@ from cluster.ids import Epoch
 from gnbd import protocol as p
 from gnbd.client import ClientCore, Request
 from gnbd.intervals import IntervalSet
-from gnbd.retained import Piece, Retained, owned
+from gnbd.retained import OVERLAPS_SOUGHT_MAX, Piece, Retained, owned
 
 ranges = st.tuples(st.integers(0, 60), st.integers(0, 60)).map(sorted)
 
@@ -57,7 +57,7 @@ def test_overlay_is_the_newest_of_everything(writes):
     assert again == disk
 
 
-def test_what_is_durable_and_overlaps_nothing_is_not_sent_again():
+def test_what_is_durable_is_never_sent_again():
     """Another client may have written there since."""
     retained = Retained()
     retained.add(Piece(0, 8, b"a" * 8), durable=True)
@@ -65,9 +65,26 @@ def test_what_is_durable_and_overlaps_nothing_is_not_sent_again():
     retained.add(Piece(0, 8, b"b" * 8))
     retained.add(Piece(8, 8, b"c" * 8), durable=True)
     retained.add(Piece(4, 8, b"d" * 8), durable=True)
-    assert [(p.offset, bytes(p.data)) for p in retained.overlay()] == [
-        (4, b"d" * 8), (0, b"b" * 4)
-    ]  # fmt: skip
+    assert [(p.offset, bytes(p.data)) for p in retained.overlay()] == [(0, b"b" * 4)]
+    assert retained.bytes == 8
+
+
+def test_a_durable_write_after_a_flush_was_sent_is_not_sent_again():
+    """The flush covers the older write there, not the newer one, which needs none."""
+    retained = Retained()
+    retained.add(Piece(0, 8, b"a" * 8))
+    mark = retained.mark()
+    retained.add(Piece(0, 8, b"b" * 8), durable=True)
+    retained.drop(mark)
+    assert retained.overlay() == []
+
+
+def test_a_durable_write_beside_many_others_is_not_sent_again():
+    retained = Retained()
+    for number in range(OVERLAPS_SOUGHT_MAX + 1):
+        retained.add(Piece(100 + number, 1, b"a"))
+    retained.add(Piece(0, 8, b"b" * 8), durable=True)
+    assert all(piece.offset >= 100 for piece in retained.overlay())
 
 
 def test_owned_copies_only_what_can_change():
