@@ -128,16 +128,12 @@ class InodeOperations(DataOperations):
         made = await self.fs.tmpfile(
             parent, mode, request.uid, request.gid, umask, linkable=not flags & os.O_EXCL
         )
-        inode = self.caches.know(made.ino, made.generation, directory=False)
-        inode.lookups += 1
         try:
-            handle = await self.open_handle(inode, flags & ~os.O_TRUNC)
-        except BaseException:
-            inode.lookups -= 1
-            self.caches.drop_if_unused(inode)
-            raise
+            handle = await self.open_made(made, flags)
         finally:
             self.fs.close_ref(made.ino)
+        inode = handle.inode
+        inode.lookups += 1
         attributes, timeout = self.current_attributes(inode, made)
         entry = fuse_layout.encode_entry(
             attributes, inode.node, attribute_timeout_s=timeout, name_timeout_s=0.0

@@ -83,15 +83,7 @@ class NameOperations(LookupOperations, OpenOperations):
         self, request: Request, parent: KernelInode, revision: int, made: Attributes, flags: int
     ) -> bytes:
         # Two answers in one: nothing may come between the entry's and the handle's making.
-        inode = self.caches.know(made.ino, made.generation, directory=False)
-        inode.lookups += 1
-        try:
-            handle = await self.open_handle(inode, flags & ~os.O_TRUNC)
-        except BaseException:
-            inode.lookups -= 1
-            self.caches.drop_if_unused(inode)
-            raise
-        inode.lookups -= 1
+        handle = await self.open_made(made, flags)
         self.stop_if_opened_in_vain(request, handle)
         return self.encode_named(parent, revision, made) + self.encode_opened(handle)
 

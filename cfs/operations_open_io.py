@@ -9,7 +9,7 @@ import errno
 import os
 
 from cfs import fuse_layout
-from cfs.attributes import SetAttributes
+from cfs.attributes import Attributes, SetAttributes
 from cfs.errors import FsError
 from cfs.kernel_cache import KernelInode
 from cfs.operations_base_io import Handle
@@ -103,6 +103,19 @@ class OpenOperations(LockOperations):
             raise
         if flags & os.O_ACCMODE == os.O_RDWR and self.mmap_coherent:
             await self._start_shared_writing(handle)
+        return handle
+
+    async def open_made(self, made: Attributes, flags: int) -> Handle:
+        """`open_handle` of a file that was just made, which the kernel does not know yet."""
+        inode = self.caches.know(made.ino, made.generation, directory=False)
+        inode.lookups += 1  # so that it stays while this waits
+        try:
+            handle = await self.open_handle(inode, flags & ~os.O_TRUNC)
+        except BaseException:
+            inode.lookups -= 1
+            self.caches.drop_if_unused(inode)
+            raise
+        inode.lookups -= 1
         return handle
 
     def _new_handle(self, inode: KernelInode, flags: int) -> Handle:
