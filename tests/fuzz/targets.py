@@ -40,7 +40,15 @@ from fencing import store
 from gnbd import messages as m
 from gnbd import protocol as p
 from gnbd.exports import decode_exports
-from gnbd.handshake import Denied, Enter, Handshake, Offer, Private, parse_go_untrusted
+from gnbd.handshake import (
+    Denied,
+    Enter,
+    Handshake,
+    Offer,
+    Private,
+    StartTls,
+    parse_go_untrusted,
+)
 from gnbd.identity import ServerIdentity, decode_server_token_untrusted, encode_server_token
 from native import crc32c
 from node.guard_messages import decode_attach_untrusted, is_detach_untrusted
@@ -90,7 +98,7 @@ class _Directory:
 
 def _handshake(data: bytes) -> None:
     """In pieces, as a socket would give it; nothing may grow without end."""
-    handshake = Handshake(_Directory())
+    handshake = Handshake(_Directory(), tls=True)
     at = 0
     while not handshake.ended:
         action = handshake.next()
@@ -102,6 +110,8 @@ def _handshake(data: bytes) -> None:
             at += wanted
         elif isinstance(action, Private):
             handshake.private_reply(action.option, b"")
+        elif isinstance(action, StartTls):
+            handshake.secured("n1")
         elif isinstance(action, Enter):
             handshake.entry_bytes()
 

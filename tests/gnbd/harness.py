@@ -69,6 +69,12 @@ class GnbdServer:
     def state_dir(self) -> Path:
         return self.directory / "state"
 
+    @property
+    def proc(self) -> Path:
+        """Of the running process, in /proc."""
+        assert self.process is not None
+        return Path("/proc", str(self.process.pid))
+
     def ctl(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         """gnbdctl on the storage host itself."""
         program = "from gnbd.control_cli import control_main; control_main()"
