@@ -16,6 +16,7 @@ from cluster.commands import Commands
 from cluster.control import Timing, ViewInfo
 from cluster.core_events import (
     Barred,
+    CircuitsDown,
     Command,
     GroupJoin,
     GroupLeave,
@@ -65,7 +66,8 @@ from cluster.timing import MS, RANK_MS
 
 CoreEvent = (
     Tick | Received | Sighting | InstanceStarted | InstanceEnded | InstancesPurged | ServerUp
-    | ServerDown | Command | ReadState | Leave | GroupJoin | GroupLeave | GroupReleased
+    | ServerDown | CircuitsDown | Command | ReadState | Leave | GroupJoin | GroupLeave
+    | GroupReleased
 )  # fmt: skip
 
 READS_MAX = 64
@@ -195,6 +197,8 @@ class ClusterCore:
                 self.servers.up(now_ns, server)
             case ServerDown(server):
                 self.servers.down(server)
+            case CircuitsDown(nodes):
+                self.membership.circuits_down = set(nodes)
             case Command():
                 return self.commands.add(now_ns, event)
             case ReadState(request, timeout_ms):
@@ -374,6 +378,7 @@ class ClusterCore:
         if self._stopped:
             return actions
         reached = self.servers.reached(now_ns)
+        self.membership.note_circuits(now_ns)
         if self.membership.admitted:
             self.membership.note_servers(now_ns, [int(server) for server in reached])
             actions.extend(self.servers.due(now_ns, self.state))
@@ -471,7 +476,7 @@ class ClusterCore:
             epoch=state.epoch, version=state.version, config_epoch=state.config_epoch,
             electorates=electorates(state), nodes=[node.id for node in state.nodes],
             reached_servers=self.servers.reached(now_ns), instances=list(self.membership.local),
-            members=state.members,
+            members=state.members, cut=self.membership.cut(now_ns),
         )  # fmt: skip
         if facts != self._facts:
             self._facts = facts

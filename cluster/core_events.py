@@ -8,7 +8,7 @@ from __future__ import annotations
 import msgspec
 
 from cluster.control import GroupEvent, GroupMember, ViewInfo
-from cluster.ids import Incarnation, Instance, InstanceNo, ServerId
+from cluster.ids import Incarnation, Instance, InstanceNo, NodeId, ServerId
 from cluster.state import Change, ClusterState
 
 # --- in
@@ -44,6 +44,13 @@ class ServerDown(msgspec.Struct, frozen=True):
     """The last control session to a server has closed: it may have restarted."""
 
     server: ServerId
+
+
+class CircuitsDown(msgspec.Struct, frozen=True):
+    """The other nodes to which there is no circuit of the control mesh now; all of them, whenever
+    that changes (rule R9)."""
+
+    nodes: list[NodeId]
 
 
 class Command(msgspec.Struct, frozen=True):

@@ -161,7 +161,7 @@ class GuardCore:
         ]
         reach = 1 << self.me
         for node, peer in self._peers.items():
-            if peer.is_alive(now_ns, self.timing):
+            if peer.is_alive(now_ns, self.timing) and node not in facts.cut:
                 reach |= 1 << node
         servers = 0
         for server in facts.reached_servers:

@@ -18,7 +18,8 @@ from cluster.messages import EchoAge
 class Facts(msgspec.Struct, frozen=True, tag="facts"):
     """From clusterd's `ClusterCore` (a Notify): what heartbeats say and to whom they go. Leases
     exist for `instances` only; 0 (clusterd itself) is always among them. `members` is the
-    keep-list as clusterd knows it: leases are counted for whom it admits."""
+    keep-list as clusterd knows it: leases are counted for whom it admits. `cut` are nodes that this
+    one does not reach whatever the heartbeats say (rule R9)."""
 
     epoch: Epoch
     version: int
@@ -28,6 +29,7 @@ class Facts(msgspec.Struct, frozen=True, tag="facts"):
     reached_servers: list[ServerId]
     instances: list[InstanceNo]
     members: list[MemberInfo]
+    cut: list[NodeId] = []
 
 
 class Vouch(msgspec.Struct, frozen=True, tag="vouch"):

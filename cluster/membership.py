@@ -65,6 +65,8 @@ class Membership:
         self._wish: Wish | None = None
         self._wish_ns = start_ns
         self._missing_ns: dict[tuple[int, int], int] = {}
+        self.circuits_down: set[NodeId] = set()
+        self._cut_ns: dict[NodeId, int] = {}
 
     # --- facts
 
@@ -134,9 +136,31 @@ class Membership:
         limit_ns = 2 * self.timing.dead_ms * MS
         return any(n == node and now_ns - at >= limit_ns for (n, _), at in self._missing_ns.items())
 
+    def note_circuits(self, now_ns: int) -> None:
+        """Rule R9: since when a peer is heard although no circuit leads to it. Without a quorum
+        nobody can be put out, so no time passes."""
+        heard = {peer.node for peer in self.sighting.peers if peer.alive}
+        down = self.circuits_down & heard if self.quorate else set()
+        self._cut_ns = {node: self._cut_ns.get(node, now_ns) for node in sorted(down)}
+
+    def cut(self, now_ns: int) -> list[NodeId]:
+        """The peers that this node does not reach, whatever the heartbeats say: members after
+        T_dead, others at once (nobody is let in to be put out again)."""
+        return [
+            node
+            for node, since_ns in self._cut_ns.items()
+            if member_of(self.state.members, node) is None
+            or now_ns - since_ns >= self.timing.dead_ms * MS
+        ]
+
     def wish(self, now_ns: int) -> Wish:
         """The view that this node would decide now."""
-        peers = {int(p.node): p for p in self.sighting.peers if self.eligible(now_ns, p)}
+        cut = self.cut(now_ns)
+        peers = {
+            int(p.node): p
+            for p in self.sighting.peers
+            if p.node not in cut and self.eligible(now_ns, p)
+        }
         reach = {node: _mask(peer.reach) for node, peer in peers.items()}
         reach[self.me] = _mask([*(n for n, p in peers.items() if p.alive), self.me])
         lives = {node: int(peer.incarnation) for node, peer in peers.items()}

@@ -112,6 +112,9 @@ class Transport:
         """A peer, at one of its own addresses, has another key (or somebody forges that)."""
         self.on_refused: Callable[[NodeId], None] = lambda _node: None
         """A peer hangs up at our hello again and again."""
+        self.on_circuits: Callable[[list[NodeId]], None] = lambda _down: None
+        """The peers without any connection, whenever that changes."""
+        self._down: list[NodeId] = []
         self.epochs: Callable[[], tuple[int, int]] = lambda: (0, 0)
         self._peers: dict[NodeId, list[str]] = {}
         self._dialers: dict[NodeId, list[trio.CancelScope]] = {}
@@ -154,6 +157,14 @@ class Transport:
                 self._peers[node] = hosts
                 if self._nursery is not None:
                     self._start_dialers(node)
+        self._tell_circuits()
+
+    def _tell_circuits(self) -> None:
+        up = self.nodes()
+        down = [node for node in sorted(self._peers) if node not in up]
+        if down != self._down:
+            self._down = down
+            self.on_circuits(down)
 
     def _start_dialers(self, node: NodeId) -> None:
         assert self._nursery is not None
@@ -318,6 +329,7 @@ class Transport:
                 return
             old.close()
         self._channels[key] = channel
+        self._tell_circuits()
         try:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(channel.write_loop)
@@ -329,6 +341,7 @@ class Transport:
         finally:
             if self._channels.get(key) is channel:
                 del self._channels[key]
+                self._tell_circuits()
 
     def _take(self, node: NodeId, channel: Channel, packet: _Packet) -> None:
         if isinstance(packet, Data):

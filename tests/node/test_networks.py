@@ -50,6 +50,13 @@ class Wires:
     def cable(self, number, net, state):
         self._switch("link", "set", f"p{number}-{net}", state)
 
+    def tcp(self, number, other, works):
+        """Whether TCP packets leave a node for another one; datagrams always do."""
+        for net in (0, 1):
+            rule = ("ipproto", "tcp", "to", f"10.99.{net}.{other}", "blackhole")
+            verb = "del" if works else "add"
+            run("ip", "-n", self.hosts[number], "rule", verb, "pref", "10", *rule)
+
     def close(self):
         for name in self.made:
             subprocess.run(["ip", "netns", "del", name], check=False, capture_output=True)
@@ -113,3 +120,20 @@ def test_cut_networks(wired):
         for net in (0, 1):
             cable(number, net, "up")
         wired.wait_view([1, 2, 3])
+
+
+def test_a_broken_circuit_puts_one_end_out(wired):
+    """Two nodes hear each other but no connection between them works (a firewall): they do not stay
+    in one view. The one that was put out is let in again only when the circuit works."""
+    first, second, third = wired.up(3)
+    wired.wires.tcp(2, 1, False)
+    wait_until(lambda: len(third.members()) == 2, "one of them is out")
+    assert third.members() in ([1, 3], [2, 3])
+    kept, out = (first, second) if third.members() == [1, 3] else (second, first)
+    life = out.status()["node"]["incarnation"]
+    wait_until(lambda: out.status()["node"]["incarnation"] > life, "it has come back")
+    row = out.number - 1
+    wait_until(lambda: "up" in kept.status()["nodes"][row]["networks"], "it is heard")
+    assert out.number not in kept.members()
+    wired.wires.tcp(2, 1, True)
+    wired.wait_view([1, 2, 3])

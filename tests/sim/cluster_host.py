@@ -17,7 +17,14 @@ import msgspec
 from cluster.actions import Action, Datagram, Notify, Persist, Received, Reply, Send, Tick
 from cluster.control import GroupEvent, Timing
 from cluster.core import ClusterCore
-from cluster.core_events import Barred, GroupDelivery, Report, StateChanged, TakeIncarnation
+from cluster.core_events import (
+    Barred,
+    CircuitsDown,
+    GroupDelivery,
+    Report,
+    StateChanged,
+    TakeIncarnation,
+)
 from cluster.detector import GuardCore
 from cluster.guard_events import (
     ClusterdDied,
@@ -30,7 +37,7 @@ from cluster.guard_events import (
     Vouch,
     Vouched,
 )
-from cluster.ids import Incarnation, InstanceNo, NodeId
+from cluster.ids import NODE_ID_MAX, Incarnation, InstanceNo, NodeId
 from cluster.messages import (
     ACCEPTOR_MESSAGES,
     Message,
@@ -151,6 +158,7 @@ class NodeHost(Host):
         self._guard_ns: int | None = None
         self._stuck: list[Callable[[], None]] | None = None
         self._stamp = 0
+        self._circuits: list[NodeId] = []
         self.restart_delay = 300 * MS
 
     # --- life
@@ -165,6 +173,7 @@ class NodeHost(Host):
         self.view = None
         self._stuck = None
         self._stamp = now
+        self._circuits = []
         self.barred_life = False
         self._core_ns = self._guard_ns = None
         self.guard = GuardCore(me, life, self.timing, now)
@@ -264,6 +273,7 @@ class NodeHost(Host):
     def _timer(self, which: str) -> None:
         if which == "core":
             self._core_ns = None
+            self._look_at_circuits()
             self.core_step(Tick())
         else:
             self._guard_ns = None
@@ -273,6 +283,17 @@ class NodeHost(Host):
                 ages = [(number, stamp_ms if number == 0 else 0) for number in numbers]
                 self.guard.step(self.clock, Progress(ages))
             self.guard_step(Tick())
+
+    def _look_at_circuits(self) -> None:
+        network = self.world.network
+        down = [
+            NodeId(other)
+            for other in sorted(self.world.hosts)
+            if other != self.id and other <= NODE_ID_MAX and network.is_broken(self.id, other)
+        ]
+        if down != self._circuits:
+            self._circuits = down
+            self.core_step(CircuitsDown(down))
 
     def receive(self, source: int, channel: str, data: bytes) -> None:
         if channel == "app":

@@ -198,6 +198,7 @@ MUTANTS: dict[str, list[Patch]] = {
     ],
     "next-not-raised": [(cluster.state, "_without_dead", _numbers_above_next_live)],
     "install-once": [(Servers, "due", _install_once)],
+    "circuits-do-not-count": [(Membership, "cut", lambda self, now_ns: [])],
     "no-catching-up": [
         (Membership, "behind", lambda self: False),
         (cluster.core.ClusterCore, "_to_nodes", lambda *_: []),
@@ -211,6 +212,7 @@ _ORDER = ("_lossy", "_crash_sequencer", "_crash_sequencer")
 _VOTE = ("_all_off", "_lossy", "_quick_restart", "_split", "_pause_node")
 
 FOCUS: dict[str, tuple[str, ...]] = {
+    "circuits-do-not-count": ("_break_circuit",),
     "acceptor-accept-not-durable": ("_all_off",),
     "acceptor-keeps-no-promise": _VOTE,
     "register-one-vote": _VOTE,

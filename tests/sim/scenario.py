@@ -17,6 +17,7 @@ from cluster.state import (
     SetVolumeGroup,
     StartVoterChange,
     VolumeGroup,
+    electorates,
     initial_state,
 )
 from cluster.timing import timing_of
@@ -24,9 +25,10 @@ from tests.sim.checker import Checker
 from tests.sim.cluster_host import NodeHost
 from tests.sim.mounts import GROUP, Mounts
 from tests.sim.server_host import ServerHost
-from tests.sim.world import MS, SECOND, Host, LivenessFailure, World
+from tests.sim.world import MS, SECOND, Host, LivenessFailure, Violation, World
 
 SETTLE_MAX = 40 * SECOND
+CIRCUIT_JUDGED = 6 * SECOND
 
 
 class Scenario:
@@ -56,6 +58,8 @@ class Scenario:
         self.faults_seen = 0
         self._focus = focus
         self._sequence: dict[str, int] = {}
+        self._disturbed = -1000 * SECOND
+        """When the nemesis did something else than to break a circuit."""
         self._request = 0
 
     def _first_state(self, nodes: int, servers: int) -> ClusterState:
@@ -207,11 +211,14 @@ class Scenario:
             self._pause_server, self._away_server, self._clusterd_dies, self._quick_restart,
             *[self._kill_holder] * 4, self._crash_sequencer, self._all_off,
             self._lossy, self._stick_clusterd, *[self._isolate_reader] * 3,
-            *[self._kill_reader] * 3,
+            *[self._kill_reader] * 3, self._break_circuit,
         ]  # fmt: skip
         if self._focus:
             kinds = [getattr(self, name) for name in self._focus]
-        kinds[rng.randrange(len(kinds))]()
+        kind = kinds[rng.randrange(len(kinds))]
+        if kind != self._break_circuit:
+            self._disturbed = self.world.now
+        kind()
         if rng.random() < 0.6:
             self.world.at(rng.randrange(200 * MS, 4000 * MS), self._heal_cuts)
         self.world.at(rng.randrange(100 * MS, 2500 * MS), self._nemesis)
@@ -229,6 +236,38 @@ class Scenario:
 
     def _ids(self) -> list[int]:
         return [host.id for host in [*self.nodes, *self.servers]]
+
+    def _break_circuit(self) -> None:
+        """No session between two nodes that hear each other, short or long. If nothing else has
+        happened meanwhile, a long one must have put one of them out (rule R9)."""
+        network, began = self.world.network, self.world.now
+        if network.broken or len(self.nodes) < 2:
+            return
+        one, other = self.rng.sample([node.id for node in self.nodes], 2)
+        network.broken.add((one, other))
+        long = self.rng.random() < 0.5
+        self.world.log("nemesis", f"no circuit {one}-{other}, {'long' if long else 'short'}")
+
+        def end() -> None:
+            if long and (one, other) in network.broken and self._disturbed < began - SECOND:
+                self._judge_circuit(one, other)
+            network.broken.discard((one, other))
+
+        self.world.at(CIRCUIT_JUDGED if long else self.rng.randrange(800 * MS), end)
+
+    def _judge_circuit(self, one: int, other: int) -> None:
+        views = [node.view for node in self.nodes if node.view is not None]
+        newest = max(views, key=lambda change: change.state.version)
+        members = {int(member.node) for member in newest.state.members}
+        if {one, other} <= members and any(self._may_decide(n, newest.state) for n in members):
+            raise Violation(f"n{one} and n{other} are members without a circuit")
+
+    def _may_decide(self, node: int, state: ClusterState) -> bool:
+        broken = self.world.network.is_broken
+        return all(
+            2 * sum(1 for voter in voters if not broken(node, voter)) > len(voters)
+            for voters in electorates(state)
+        )
 
     def _some_node(self) -> NodeHost:
         return self.nodes[self.rng.randrange(len(self.nodes))]

@@ -157,6 +157,8 @@ class Network:
     def __init__(self, world: World) -> None:
         self.world = world
         self.cuts: set[tuple[int, int, int]] = set()
+        self.broken: set[tuple[int, int]] = set()
+        """Pairs without sessions although datagrams pass (a firewall, a stuck stack)."""
         self.loss = 0.01
         self.duplicate = 0.01
         self.late = 0.004
@@ -166,6 +168,7 @@ class Network:
     def heal(self) -> None:
         """All links work."""
         self.cuts.clear()
+        self.broken.clear()
         self.loss = 0.0
         self.late = 0.0
 
@@ -181,6 +184,10 @@ class Network:
         """Whether no network leads from source to target."""
         return all((source, target, network) in self.cuts for network in range(NETWORKS))
 
+    def is_broken(self, source: int, target: int) -> bool:
+        """Whether no session can be between two hosts."""
+        return (source, target) in self.broken or (target, source) in self.broken
+
     def datagram(self, source: int, target: int, network: int, channel: str, data: bytes) -> None:
         """One packet on one network."""
         if (source, target, network) not in self.cuts:
@@ -188,7 +195,7 @@ class Network:
 
     def session(self, source: int, target: int, channel: str, data: bytes) -> None:
         """A message over whatever network leads there; lost if none does (the session breaks)."""
-        if not self.is_cut(source, target):
+        if not self.is_cut(source, target) and not self.is_broken(source, target):
             self._deliver(source, target, channel, data)
 
     def _deliver(self, source: int, target: int, channel: str, data: bytes) -> None:
