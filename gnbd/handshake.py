@@ -287,8 +287,9 @@ class Handshake:
             return Send(self.refusal(p.OPT_LIST, p.REP_ERR_INVALID, "LIST takes no data"))
         replies = []
         for name, description in self._directory.names()[: p.LIST_MAX]:
-            if isinstance(self._find(name), Denied):
-                continue
+            offered = isinstance(self._directory.find(name), Offer)
+            if offered and isinstance(self._find(name), Denied):
+                continue  # not with the TLS as it is
             raw = name.encode()
             data = _U32.pack(len(raw)) + raw + description.encode()
             replies.append(p.option_reply(p.OPT_LIST, p.REP_SERVER, data))

@@ -172,7 +172,11 @@ class Server:
         # A refusal makes no directory; but another server is a better reason than its port.
         used = (state_dir / "lock").exists()
         self._state_lock = lock_directory(state_dir, "gnbd-server") if used else -1
-        self._listeners = inherited_sockets() or listen_all(config)
+        self._inherited = inherited_sockets()
+        for listener in self._inherited:
+            # They stay open elsewhere: nothing but time gets a thread out of accept.
+            listener.settimeout(TICK_S)
+        self._listeners = self._inherited or listen_all(config)
         if not used:
             self._state_lock = lock_directory(state_dir, "gnbd-server")
         self.identity = load_identity(state_dir)
@@ -205,7 +209,7 @@ class Server:
                 reload_or_complain(self.catalogue)
                 notify("READY=1")
         notify("STOPPING=1")
-        close_all([*self._listeners, local])
+        close_all([local] if self._inherited else [*self._listeners, local])
         self.service.stop()
         log.info("stopped")
 
@@ -242,6 +246,8 @@ class Server:
         while not self._stopped.is_set():
             try:
                 sock, address = listener.accept()
+            except TimeoutError:
+                continue
             except OSError:
                 if self._stopped.is_set():
                     return

@@ -256,6 +256,28 @@ def test_socket_activation(tmp_path):
     assert (export["export-name"], export["export-size"]) == ("disk", MIB)
 
 
+def test_a_socket_of_systemd_outlives_the_server(tmp_path):
+    """The server ends, its socket stays open: who connects meanwhile is served by the next one."""
+    path = tmp_path / "nbd.sock"
+    server = GnbdServer(tmp_path, export_toml("disk", tmp_path / "disk.img", size="1M"))
+    server.write_config()
+    start = 'fd=$1; shift; exec env LISTEN_PID=$$ LISTEN_FDS=1 "$@" 3<&$fd'
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
+        listener.bind(str(path))
+        listener.listen(8)
+        number = str(listener.fileno())
+        command = ["bash", "-c", start, "-", number, *server.command()]
+        for _ in range(2):
+            with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client:
+                client.settimeout(30)
+                client.connect(str(path))  # nobody accepts yet
+                with subprocess.Popen(command, pass_fds=[listener.fileno()]) as process:
+                    assert client.recv(18, socket.MSG_WAITALL).startswith(b"NBDMAGIC")
+                    process.terminate()
+                    assert process.wait(20) == 0
+            assert path.exists()
+
+
 def test_the_service_manager_is_told(tmp_path):
     """READY, RELOADING with its time, READY, STOPPING."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
