@@ -30,6 +30,8 @@ FLAGS_SETTABLE = FLAG_IMMUTABLE | FLAG_APPEND | FLAG_NODUMP | FLAG_NOATIME
 """Inode flags have the values of FS_IOC_GETFLAGS (linux/fs.h), on the disk too."""
 FLAG_LINKABLE = 0x8000_0000
 """Not for callers: made by O_TMPFILE without O_EXCL, may still get its first name."""
+FLAG_CUTTING = 0x4000_0000
+"""Not for callers: blocks beyond the end hold what was cut off; they go before the file grows."""
 
 
 class Attributes(msgspec.Struct, frozen=True, gc=False):

@@ -18,12 +18,12 @@ from __future__ import annotations
 import errno
 
 from cfs import extents
-from cfs.attributes import BLOCK_BYTES, FILE_BYTES_MAX
+from cfs.attributes import BLOCK_BYTES, FILE_BYTES_MAX, FLAG_CUTTING
 from cfs.cache import InodeState, Page
 from cfs.core import Core
 from cfs.errors import FsError
 from cfs.nodes import CONTENT_BYTES_MAX, Extent, InodeNode, Tree
-from cfs.protection import need_mutable
+from cfs.protection import clear_privileges, need_mutable
 from cfs.reading import need_regular
 from cfs.transaction import READER, NeedWait, NotNow, Tx
 from cfs.tree import TreeEditor
@@ -35,14 +35,6 @@ from cluster.locks import Mode
 CUT_EXTENTS_MAX = 64
 CLEAN_PAGES_MAX = 64
 ZERO_PAGE = bytes(BLOCK_BYTES)
-
-
-def clear_privileges(inode: InodeNode) -> None:
-    """A file that is written or given away loses set-user-id and, if executable, set-group-id."""
-    if inode.mode & 0o4000:
-        inode.mode &= ~0o4000
-    if inode.mode & 0o2010 == 0o2010:
-        inode.mode &= ~0o2000
 
 
 def lasting(data: Buffer) -> memoryview:
@@ -159,6 +151,8 @@ class Files:
             inode.data = b"".join((old[:offset], view, old[end:]))
             self.mark_changed(tx, state)
         else:
+            if end > inode.size:
+                self.need_whole_cut(state, inode)
             self._write_blocks(tx, state, inode, offset, view, whole_extents=whole_extents)
         if end > inode.size:
             inode.size = end
@@ -432,6 +426,7 @@ class Files:
 
     def extend(self, tx: Tx, state: InodeState, inode: InodeNode, size: int) -> None:
         """Make the file longer; what it gains reads as zeroes."""
+        self.need_whole_cut(state, inode)
         if inode.root is not None:
             changes = PageChanges()
             self.zero_tail(tx, state, inode, changes)
@@ -475,8 +470,25 @@ class Files:
             editor, first, CUT_EXTENTS_MAX, lambda block, count: space.free(tx, block, count)
         )
         inode.blocks -= freed
+        inode.flags = inode.flags & ~FLAG_CUTTING | (0 if done else FLAG_CUTTING)
         self.forget(tx, state, first, 1 << 63)
         return done
+
+    def cut_more(self, tx: Tx, state: InodeState) -> bool:
+        """The next step of a cut that one transaction could not do."""
+        inode = tx.edit_inode(state)
+        return self.cut(tx, state, inode, -(-inode.size // BLOCK_BYTES))
+
+    def need_whole_cut(self, state: InodeState, inode: InodeNode) -> None:
+        """Blocks of the file beyond its end are going to be used: none of them may be the rest of a
+        cut that a crash, or a signal to its caller, has ended half-way. Raises NeedWait."""
+
+        async def finish() -> None:
+            while not await self.core.run(lambda tx: self.cut_more(tx, state)):
+                pass
+
+        if inode.flags & FLAG_CUTTING:
+            raise NeedWait(finish)
 
     def settle(self, state: InodeState, first: int, end: int) -> None:
         """Blocks [first, end) are going to be taken away: nothing may be on the way to them.

@@ -8,7 +8,6 @@ from collections.abc import Callable
 
 from cfs import acl, xattr
 from cfs.attributes import (
-    BLOCK_BYTES,
     FLAG_NOATIME,
     FLAGS_SETTABLE,
     NOW,
@@ -46,11 +45,15 @@ class Inodes:
     # -- attributes ------------------------------------------------------------------------------
 
     async def setattr(self, state: InodeState, changes: SetAttributes) -> Attributes:
-        """All changes in one transaction. The caller holds the inode in EX."""
+        """All changes in one transaction. The caller holds the inode in EX. It is done with that:
+        what hinders the rest of a long cut (a signal to the caller) only puts it off."""
         core = self.core
         done, attributes = await core.run(lambda tx: self._setattr_body(tx, state, changes))
-        while not done:
-            done = await core.run(lambda tx: self._cut_more(tx, state))
+        try:
+            while not done:
+                done = await core.run(lambda tx: self._cut_more(tx, state))
+        except FsError:
+            self.orphans.reap_soon(state.ino)
         return attributes
 
     def try_setattr(self, state: InodeState, changes: SetAttributes) -> Attributes:
@@ -157,10 +160,9 @@ class Inodes:
 
     def _cut_more(self, tx: Tx, state: InodeState) -> bool:
         """The next step of a cut that one transaction could not do."""
-        inode = tx.edit_inode(state)
-        done = self.files.cut(tx, state, inode, -(-inode.size // BLOCK_BYTES))
-        if done and inode.nlink:
-            self.orphans.remove(tx, inode.block)
+        done = self.files.cut_more(tx, state)
+        if done and tx.inode(state).nlink:
+            self.orphans.remove(tx, state.ino)
         return done
 
     # -- extended attributes ---------------------------------------------------------------------

@@ -37,3 +37,11 @@ def need_openable(flags: int, *, writes: bool, appends: bool) -> None:
     """open(2) of an inode with `flags`. `appends`: with O_APPEND and without O_TRUNC."""
     if writes and (flags & FLAG_IMMUTABLE or (flags & FLAG_APPEND and not appends)):
         raise FsError(errno.EPERM, "immutable or append only")
+
+
+def clear_privileges(inode: InodeNode) -> None:
+    """A file that is written or given away loses set-user-id and, if executable, set-group-id."""
+    if inode.mode & 0o4000:
+        inode.mode &= ~0o4000
+    if inode.mode & 0o2010 == 0o2010:
+        inode.mode &= ~0o2000

@@ -146,6 +146,7 @@ class FileRanges:
         size = seen.size if keep_size else max(seen.size, end_bytes)
         if seen.root is None and max(end_bytes, size) <= CONTENT_BYTES_MAX:
             return last, []  # the inode itself has the room
+        self.files.need_whole_cut(state, seen)
         inode = tx.edit_inode(state)
         changes = PageChanges()
         if inode.root is None:

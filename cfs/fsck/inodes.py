@@ -11,7 +11,7 @@ from collections.abc import Iterable
 
 import msgspec
 
-from cfs.attributes import BLOCK_BYTES, FILE_BYTES_MAX, FLAG_LINKABLE, FLAGS_SETTABLE
+from cfs.attributes import BLOCK_BYTES, FILE_BYTES_MAX, FLAG_CUTTING, FLAG_LINKABLE, FLAGS_SETTABLE
 from cfs.errors import CorruptionError
 from cfs.fsck.attributes import AttributeChecker
 from cfs.fsck.salvage import is_name, salvage_inode
@@ -259,7 +259,7 @@ class InodeWalk:
                 await self._correct(ino, f"inode {ino} has an impossible {name}", name, 0)
         if node.counter >= COUNTER_MAX:
             await self._correct(ino, f"inode {ino} has an impossible counter", "counter", 0)
-        unknown = node.flags & ~(FLAGS_SETTABLE | FLAG_LINKABLE)
+        unknown = node.flags & ~(FLAGS_SETTABLE | FLAG_LINKABLE | FLAG_CUTTING)
         if unknown:
             text = f"inode {ino} has unknown flags {unknown:#x}"
             await self._correct(ino, text, "flags", node.flags & ~unknown)
