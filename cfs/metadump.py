@@ -1,7 +1,8 @@
 """Dumps of metadata for support: structure without data (docs/formats/metadump.md).
 
 What is private is taken out before it is written: the bytes of small files, targets of symbolic
-links, values of extended attributes, and, if asked, names. Blocks that are whole get a checksum
+links, values of extended attributes (not access control lists, which fsck judges and which say no
+more than owners and modes do), and, if asked, names. Blocks that are whole get a checksum
 that fits again; damaged ones stay damaged, cut down to the part that holds no content.
 """
 
@@ -145,9 +146,8 @@ class Cleaner:
                 prefix, dot, rest = value.name.partition(b".")
                 known = prefix == b"system"
                 name = value.name if known else prefix + dot + self._hashed(rest)
-                tree.values[position] = Xattr(
-                    name, value.size, bytes(len(value.value)), value.blocks
-                )
+                kept = value.value if known else bytes(len(value.value))
+                tree.values[position] = Xattr(name, value.size, kept, value.blocks)
             elif is_name(value):
                 tree.values[position] = (value[0], value[1], self._hashed(value[2]))
 
