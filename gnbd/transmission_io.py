@@ -23,7 +23,12 @@ LATE_S = 300
 _WIRE_ERRORS = {p.EPERM, p.EIO, p.ENOMEM, p.EINVAL, p.ENOSPC, p.EOVERFLOW, p.ENOTSUP, p.ESHUTDOWN}
 _PLAIN_FLAGS = p.CMD_FLAG_FUA
 _ZERO_FLAGS = p.CMD_FLAG_FUA | p.CMD_FLAG_NO_HOLE | p.CMD_FLAG_FAST_ZERO
-_STATUS_FLAGS = p.CMD_FLAG_FUA | p.CMD_FLAG_REQ_ONE
+_FLAGS = {
+    p.CMD_READ: 0, p.CMD_WRITE: 0, p.CMD_FLUSH: _PLAIN_FLAGS, p.CMD_TRIM: _PLAIN_FLAGS,
+    p.CMD_CACHE: _PLAIN_FLAGS, p.CMD_WRITE_ZEROES: _ZERO_FLAGS,
+    p.CMD_BLOCK_STATUS: p.CMD_FLAG_FUA | p.CMD_FLAG_REQ_ONE,
+}  # fmt: skip
+"""That each command may have; C has checked READ and WRITE."""
 _PRIVATE = {p.CMD_DRAIN, p.CMD_SEQUENCE, p.CMD_PING, p.CMD_LOGOUT}
 _OPERATIONS = {
     p.CMD_READ: "read", p.CMD_WRITE: "write", p.CMD_FLUSH: "flush", p.CMD_TRIM: "trim",
@@ -48,6 +53,7 @@ class Transmission:
         self._contexts = entered.contexts
         self._style = entered.style
         self._flush_lost = False
+        self._why = ""
         self._nexus = connection.session.instance if connection.session else None
         self._native = nbd.Connection(
             connection.sock.fileno(),
@@ -90,12 +96,13 @@ class Transmission:
         operation = _OPERATIONS.get(kind, "")
         backend = self._export.backend
         lost = backend.loses_reply(operation, request.offset, request.length)
+        self._why = ""
         try:
             error = self._checked(request)
             if not error:
                 error = self._deed(request, lost)
         except OSError as problem:
-            error = _wire_error(problem)
+            error = self._no(_wire_error(problem), problem.strerror or "")
             if kind == p.CMD_WRITE and request.flags & p.CMD_FLAG_FUA:
                 self._durable_write_failed(error)
                 return
@@ -103,38 +110,38 @@ class Transmission:
                 self._answer_last(error)
                 return
         if not lost and (kind != p.CMD_BLOCK_STATUS or error):
-            self._native.done(error)
+            self._native.done(error, self._why)
         if owed_s := backend.owed_s(operation):
             self._native.send()
             self._connection.wait_shut(owed_s)
 
     def _checked(self, request: Request) -> int:
         """What the request may not ask, as an NBD error."""
+        known = _FLAGS.get(request.kind)
+        if known is None:
+            return self._no(p.EINVAL, "unknown command")
+        if request.kind in (p.CMD_READ, p.CMD_WRITE):
+            return 0
+        if request.flags & ~known:
+            return self._no(p.EINVAL, "unknown flags")
+        if request.kind == p.CMD_FLUSH:
+            return 0
         backend = self._export.backend
-        beyond = request.offset + request.length > backend.size_bytes
-        if request.kind != p.CMD_FLUSH and (
-            request.offset % backend.alignment or request.length % backend.alignment
-        ):
-            return p.EINVAL
-        match request.kind:
-            case p.CMD_READ | p.CMD_WRITE:
-                return 0
-            case p.CMD_FLUSH:
-                return p.EINVAL if request.flags & ~_PLAIN_FLAGS else 0
-            case p.CMD_TRIM | p.CMD_WRITE_ZEROES:
-                zeroes = request.kind == p.CMD_WRITE_ZEROES
-                if request.flags & ~(_ZERO_FLAGS if zeroes else _PLAIN_FLAGS):
-                    return p.EINVAL
-                if backend.read_only:
-                    return p.EPERM
-                return (p.ENOSPC if zeroes else p.EINVAL) if beyond else 0
-            case p.CMD_CACHE:
-                return p.EINVAL if beyond or request.flags & ~_PLAIN_FLAGS else 0
-            case p.CMD_BLOCK_STATUS:
-                bad = beyond or not request.length or request.flags & ~_STATUS_FLAGS
-                return p.EINVAL if bad or not self._contexts else 0
-            case _:
-                return p.EINVAL
+        if backend.read_only and request.kind in (p.CMD_TRIM, p.CMD_WRITE_ZEROES):
+            return self._no(p.EPERM, "the export is read-only")
+        if request.offset % backend.alignment or request.length % backend.alignment:
+            return self._no(p.EINVAL, "not a multiple of the minimum block size")
+        if request.offset + request.length > backend.size_bytes:
+            number = p.ENOSPC if request.kind == p.CMD_WRITE_ZEROES else p.EINVAL
+            return self._no(number, "beyond the end of the export")
+        if request.kind == p.CMD_BLOCK_STATUS and not (request.length and self._contexts):
+            why = "no length" if self._contexts else "no metadata context was agreed on"
+            return self._no(p.EINVAL, why)
+        return 0
+
+    def _no(self, number: int, why: str) -> int:
+        self._why = why
+        return number
 
     def _deed(self, request: Request, lost: bool) -> int:
         """Execute; raises OSError."""
@@ -198,7 +205,7 @@ class Transmission:
         session = self._connection.session
         native = self._native
         if session is None:
-            native.done(p.EINVAL)
+            native.done(p.EINVAL, "only after LOGIN")
             return
         native.leave()
         error = 0
@@ -212,7 +219,7 @@ class Transmission:
             self._service.logout(session)
         elif request.kind == p.CMD_PING and (request.length != p.SIZE.size or self._style):
             error = p.EINVAL
-        native.done(error)
+        native.done(error, "it makes no sense here")
         if request.kind == p.CMD_PING and not error:
             native.put(p.SIZE.pack(self._export.backend.size_bytes))
 
@@ -223,7 +230,7 @@ class Transmission:
 
     def _answer_last(self, error: int) -> None:
         """What others wrote may be lost with it, and they were cut off; we had to be told first."""
-        self._native.done(error)
+        self._native.done(error, self._why)
         self._native.send()
         self._connection.shut()
 

@@ -155,8 +155,10 @@ class Connection:
         """The payload of a WRITE, or what a READ has to fill; until the next `run`."""
         return memoryview(ffi.buffer(lib.native_nbd_data_of(self._nbd), length))
 
-    def done(self, error: int = 0) -> None:
-        """Answer the request: 0, or an NBD error."""
+    def done(self, error: int = 0, why: str = "") -> None:
+        """Answer the request: 0, or an NBD error; `why` for those who can be told."""
+        if error and why:
+            lib.native_nbd_why(self._nbd, why.encode("ascii", "replace"))
         lib.native_nbd_done(self._nbd, error)
 
     def chunk(self, kind: int, data: bytes, *, last: bool) -> None:

@@ -22,7 +22,8 @@
 #define NBD_ALIGNMENT_MAX 4096
 #define NBD_PARTS_MAX 512
 #define NBD_PARTS_OF_ONE 64 /* that the replies to one request may take */
-#define NBD_HEADER_BYTES 64 /* of one reply, at most */
+#define NBD_HEADER_BYTES 128 /* of one reply, at most */
+#define NBD_WHY_BYTES 80
 
 enum { NBD_READ, NBD_WRITE, NBD_DISC, NBD_FLUSH, NBD_TRIM, NBD_CACHE, NBD_ZERO, NBD_STATUS };
 enum { NBD_FLAG_FUA = 1, NBD_FLAG_DF = 4, NBD_FLAG_PAYLOAD = 32 };
@@ -70,6 +71,7 @@ struct native_nbd {
     struct native_nbd_export *export;
     struct native_access *access;
     struct native_nbd_request request;
+    char why[NBD_WHY_BYTES]; /* `request` fails; for people */
     void *data; /* of `request`: the payload of a WRITE, room for a READ */
 
     uint8_t *buffer; /* received, not yet executed: [start, end) */
@@ -108,6 +110,7 @@ void nbd_make_room(struct native_nbd *nbd);
 uint8_t *nbd_room(struct native_nbd *nbd, size_t length);
 /* Nothing waits to be sent any more: its memory may be used again. */
 void nbd_release(struct native_nbd *nbd);
+/* An error says why, where the client has agreed on replies that can. */
 void nbd_reply(struct native_nbd *nbd, uint64_t cookie, uint32_t error);
 void nbd_reply_read(struct native_nbd *nbd, uint64_t cookie, uint64_t offset, uint8_t *data,
                     size_t length);
@@ -126,6 +129,7 @@ int native_nbd_run(struct native_nbd *nbd);
 void native_nbd_count_late(struct native_nbd *nbd, uint32_t seconds);
 void *native_nbd_request_of(struct native_nbd *nbd);
 void *native_nbd_data_of(struct native_nbd *nbd);
+void native_nbd_why(struct native_nbd *nbd, const char *text);
 void native_nbd_done(struct native_nbd *nbd, uint32_t error);
 void native_nbd_chunk(struct native_nbd *nbd, int type, int last, const uint8_t *data,
                       size_t length);

@@ -9,6 +9,7 @@
 
 #include <endian.h>
 #include <errno.h>
+#include <stdio.h>
 #include <string.h>
 #include <sys/socket.h>
 
@@ -106,18 +107,28 @@ uint8_t *nbd_room(struct native_nbd *nbd, size_t length)
     return room;
 }
 
+void native_nbd_why(struct native_nbd *nbd, const char *text)
+{
+    snprintf(nbd->why, sizeof nbd->why, "%s", text);
+}
+
 void nbd_reply(struct native_nbd *nbd, uint64_t cookie, uint32_t error)
 {
     struct simple_reply reply = {htobe32(SIMPLE_MAGIC), htobe32(error), htobe64(cookie)};
     if (nbd->extended && !error)
         add_chunk(nbd, 1, CHUNK_NONE, cookie, NULL, 0, 0);
-    else if (nbd->extended || (nbd->structured && error && nbd->request.kind == NBD_READ)) {
-        uint8_t payload[6] = {0}; /* error, length of a text */
-        uint32_t wire = htobe32(error);
-        memcpy(payload, &wire, sizeof wire);
-        add_chunk(nbd, 1, CHUNK_ERROR, cookie, payload, sizeof payload, 0);
+    else if (nbd->structured && error) {
+        size_t length = strlen(nbd->why);
+        struct {
+            uint32_t error;
+            uint16_t length;
+            char text[NBD_WHY_BYTES];
+        } __attribute__((packed)) payload = {htobe32(error), htobe16((uint16_t)length), {0}};
+        memcpy(payload.text, nbd->why, length);
+        add_chunk(nbd, 1, CHUNK_ERROR, cookie, &payload, 6 + length, 0);
     } else
         add_header(nbd, &reply, sizeof reply);
+    nbd->why[0] = 0;
 }
 
 void nbd_reply_data(struct native_nbd *nbd, uint64_t cookie, uint64_t offset, uint8_t *data,

@@ -21,6 +21,7 @@
 #define HOLE_BYTES_MIN 4096 /* shorter ones are sent as data */
 #define RUNS_MAX 24 /* of holes and data in one reply; the rest is sent as data */
 #define GO_ON (-1)
+#define NO_MEMORY "too little memory"
 
 struct wire_request {
     uint32_t magic;
@@ -103,6 +104,12 @@ void native_nbd_close(struct native_nbd *nbd)
     atomic_store(&nbd->closing, 1);
 }
 
+static uint32_t because(struct native_nbd *nbd, uint32_t error, const char *why)
+{
+    native_nbd_why(nbd, why);
+    return error;
+}
+
 /* GO_ON with the access checked and *error set (0: it may), or what run returns. */
 static int check(struct native_nbd *nbd, uint32_t wanted, uint32_t *error)
 {
@@ -123,12 +130,15 @@ static int check(struct native_nbd *nbd, uint32_t wanted, uint32_t *error)
         nbd->refused = 1;
         return NBD_ENDED;
     }
-    *error = word & ACCESS_STALE ? WIRE_ESTALE : word & wanted ? 0 : WIRE_EPERM;
+    *error = word & wanted ? 0 : because(nbd, WIRE_EPERM, "reservation conflict");
+    if (word & ACCESS_STALE)
+        *error = because(nbd, WIRE_ESTALE, "the volume's map is too old");
     return GO_ON;
 }
 
-static uint32_t wire_error(int error)
+static uint32_t wire_error(struct native_nbd *nbd, int error)
 {
+    native_nbd_why(nbd, strerrordesc_np(error));
     switch (error) {
     case EPERM:
     case EIO:
@@ -252,19 +262,31 @@ static int read_plainly(struct native_nbd *nbd, int fd, uint8_t *room)
     return error;
 }
 
+/* The error of a READ or WRITE that may not be, or 0. */
+static uint32_t mistake(struct native_nbd *nbd, uint16_t known_flags, uint32_t beyond_error)
+{
+    struct native_nbd_request *request = &nbd->request;
+    if (request->flags & ~known_flags)
+        return because(nbd, WIRE_EINVAL, "unknown flags");
+    if (request->length > NBD_PAYLOAD_MAX)
+        return because(nbd, WIRE_EINVAL, "longer than 64 MiB");
+    if (!is_aligned(nbd, request))
+        return because(nbd, WIRE_EINVAL, "not a multiple of the minimum block size");
+    return beyond(nbd, request) ? because(nbd, beyond_error, "beyond the end of the export") : 0;
+}
+
 static int execute_read(struct native_nbd *nbd)
 {
     struct native_nbd_request *request = &nbd->request;
     uint16_t known = NBD_FLAG_FUA | (nbd->structured ? NBD_FLAG_DF : 0);
-    int good = !(request->flags & ~known) && request->length <= NBD_PAYLOAD_MAX &&
-               !beyond(nbd, request) && is_aligned(nbd, request);
-    uint8_t *room = good ? nbd_room(nbd, request->length) : NULL; /* may send */
+    uint32_t wrong = mistake(nbd, known, WIRE_EINVAL);
+    uint8_t *room = wrong ? NULL : nbd_room(nbd, request->length); /* may send */
     uint32_t error;
     int result = check(nbd, ACCESS_READ, &error);
     if (result != GO_ON)
         return result;
-    if (!error && !room)
-        error = good ? ENOMEM : WIRE_EINVAL;
+    if (!error)
+        error = wrong || room ? wrong : because(nbd, ENOMEM, NO_MEMORY);
     if (error) {
         nbd_reply(nbd, request->cookie, error);
         return GO_ON;
@@ -277,7 +299,7 @@ static int execute_read(struct native_nbd *nbd)
                  request->length >= HOLE_BYTES_MIN;
     int failed = sparse ? read_with_holes(nbd, fd, room) : read_plainly(nbd, fd, room);
     if (failed)
-        nbd_reply(nbd, request->cookie, wire_error(failed));
+        nbd_reply(nbd, request->cookie, wire_error(nbd, failed));
     else
         count_read(nbd);
     return GO_ON;
@@ -290,16 +312,12 @@ static int execute_write(struct native_nbd *nbd)
     int result = check(nbd, ACCESS_WRITE, &error);
     if (result != GO_ON)
         return result;
-    if (!error) {
-        if (request->flags & ~NBD_FLAG_FUA || !is_aligned(nbd, request))
-            error = WIRE_EINVAL;
-        else if (atomic_load(&nbd->export->read_only))
-            error = WIRE_EPERM;
-        else if (beyond(nbd, request))
-            error = WIRE_ENOSPC;
-        else if (!nbd->data || !align_data(nbd))
-            error = ENOMEM;
-    }
+    if (!error)
+        error = atomic_load(&nbd->export->read_only)
+                    ? because(nbd, WIRE_EPERM, "the export is read-only")
+                    : mistake(nbd, NBD_FLAG_FUA, WIRE_ENOSPC);
+    if (!error && !(nbd->data && align_data(nbd)))
+        error = because(nbd, ENOMEM, NO_MEMORY);
     if (error) {
         nbd_reply(nbd, request->cookie, error);
         return GO_ON;
@@ -311,10 +329,10 @@ static int execute_write(struct native_nbd *nbd)
     int failed = write_exactly(fd, nbd->data, request->length, request->offset,
                                durable ? RWF_DSYNC : 0);
     if (failed && durable) {
-        request->error = wire_error(failed);
+        request->error = wire_error(nbd, failed);
         return NBD_FAILED;
     }
-    native_nbd_done(nbd, failed ? wire_error(failed) : 0);
+    native_nbd_done(nbd, failed ? wire_error(nbd, failed) : 0);
     return GO_ON;
 }
 
@@ -490,6 +508,7 @@ static int execute(struct native_nbd *nbd)
 {
     if (has_payload(nbd)) {
         if (nbd->request.kind != NBD_WRITE) { /* none of ours has data: it was taken, no more */
+            native_nbd_why(nbd, "this command has no payload");
             nbd_reply(nbd, nbd->request.cookie, WIRE_EINVAL);
             return GO_ON;
         }

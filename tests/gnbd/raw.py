@@ -23,6 +23,7 @@ class RawClient:
         self.greeting = self.take(18)
         self.sock.sendall(struct.pack(">I", flags))
         self.cookie = 0
+        self.why = ""
         if export is not None:
             replies = self.option(p.OPT_GO, p.go_data(export))
             assert replies[-1][0] == p.REP_ACK, replies
@@ -75,7 +76,17 @@ class RawClient:
         return self.cookie
 
     def reply(self) -> tuple[int, int]:
-        magic, error, cookie = p.REPLY.unpack(self.take(16))
+        """Cookie and error; `why` is what an error chunk says."""
+        head = self.take(16)
+        magic, error, cookie = p.REPLY.unpack(head)
+        if magic == p.CHUNK_MAGIC:
+            _, _, kind, cookie, length = p.CHUNK.unpack(head + self.take(4))
+            payload = self.take(length)
+            assert kind == 0x8001
+            error, size = struct.unpack_from(">IH", payload)
+            assert len(payload) == 6 + size
+            self.why = payload[6:].decode()
+            return cookie, error
         assert magic == p.REPLY_MAGIC
         return cookie, error
 

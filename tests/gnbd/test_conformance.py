@@ -216,8 +216,8 @@ def test_structured_reads_tell_holes(server):
         assert len(found) == 3
         whole = chunks(client, client.send(p.CMD_READ, 0, length=1 << 20, flags=p.CMD_FLAG_DF))
         assert whole == [(p.CHUNK_DONE, 1, bytes(8) + content)]
-        failed = chunks(client, client.send(p.CMD_READ, SIZE, length=1))
-        assert failed == [(p.CHUNK_DONE, 0x8001, struct.pack(">IH", p.EINVAL, 0))]
+        assert client.request(p.CMD_READ, SIZE, length=1) == p.EINVAL
+        assert client.why == "beyond the end of the export"
         assert client.request(p.CMD_FLUSH) == 0
 
 
@@ -284,3 +284,27 @@ def test_cache_and_fast_zero(server):
         assert client.request(p.CMD_CACHE, SIZE, length=1) == p.EINVAL
         assert client.request(p.CMD_WRITE_ZEROES, 0, length=4096, flags=p.CMD_FLAG_FAST_ZERO) == 0
         assert client.read(0, 8192) == bytes(4096) + b"x" * 4096
+
+
+def test_errors_say_why(server):
+    """Who has agreed on structured replies is told in words, by C and by Python."""
+    with structured(server) as client:
+        for command, offset, length, flags, number, why in (
+            (p.CMD_READ, 0, 1, 1 << 9, p.EINVAL, "unknown flags"),
+            (p.CMD_READ, 0, (64 << 20) + 1, 0, p.EINVAL, "longer than 64 MiB"),
+            (p.CMD_WRITE, SIZE, 2, 0, p.ENOSPC, "beyond the end of the export"),
+            (p.CMD_WRITE_ZEROES, SIZE, 2, 0, p.ENOSPC, "beyond the end of the export"),
+            (p.CMD_FLUSH, 0, 0, 1 << 9, p.EINVAL, "unknown flags"),
+            (p.CMD_BLOCK_STATUS, 0, 512, 0, p.EINVAL, "no metadata context was agreed on"),
+            (99, 0, 0, 0, p.EINVAL, "unknown command"),
+        ):
+            data = b"ab" if command == p.CMD_WRITE else b""
+            assert client.request(command, offset, data, length, flags) == number
+            assert client.why == why
+    with RawClient(server) as client:
+        client.option(p.OPT_STRUCTURED_REPLY)
+        client.go("ro")
+        for command in (p.CMD_WRITE, p.CMD_TRIM):
+            data = b"x" * 512 if command == p.CMD_WRITE else b""
+            assert client.request(command, 0, data, 512) == p.EPERM
+            assert client.why == "the export is read-only"
