@@ -6,6 +6,7 @@ import secrets
 import socket
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TypeVar
 
 from cluster.errors import ForeignError, UnreachableError
@@ -13,6 +14,7 @@ from cluster.wire import Keys
 from gnbd import messages as m
 from gnbd.control_client import CONNECT_TIMEOUT_S, ControlProtocol, expect
 from gnbd.control_session import Peer
+from gnbd.unix_paths_io import unix_address
 
 A = TypeVar("A")
 T = TypeVar("T", bound=m.Answer)
@@ -77,7 +79,8 @@ def _connect(address: str, port: int) -> socket.socket:
         return socket.create_connection((address, port), CONNECT_TIMEOUT_S)
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
-        sock.connect(address)
+        with unix_address(Path(address)) as short:
+            sock.connect(short)
     except OSError:
         sock.close()
         raise

@@ -11,6 +11,7 @@ from pathlib import Path
 from cluster.errors import BusyError, os_failure
 from cluster.holders_io import bind
 from gnbd.exports import ServerConfig
+from gnbd.unix_paths_io import unix_address
 
 BACKLOG = 128
 
@@ -35,7 +36,8 @@ def listen_unix(path: Path, mode: int) -> socket.socket:
         path.parent.mkdir(parents=True, exist_ok=True)
         before = os.umask(0o777 & ~mode)  # never wider than wanted, not for a moment
         try:
-            sock.bind(str(path))
+            with unix_address(path) as short:
+                sock.bind(short)
         finally:
             os.umask(before)
         sock.listen(BACKLOG)
@@ -55,7 +57,8 @@ def _clear(path: Path) -> None:
         return
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         try:
-            probe.connect(str(path))
+            with unix_address(path) as short:
+                probe.connect(short)
         except ConnectionRefusedError:
             path.unlink(missing_ok=True)
 

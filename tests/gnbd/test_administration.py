@@ -205,6 +205,18 @@ def test_a_stop_answers_what_was_received(tmp_path):
     assert (tmp_path / "disk.img").read_bytes()[19 * 512 : 20 * 512] == bytes([19]) * 512
 
 
+def test_a_state_directory_may_be_far_away(tmp_path):
+    """Its socket is reached, also by the next server, though its path is no address."""
+    directory = tmp_path / ("d" * 200)
+    directory.mkdir()
+    exports = export_toml("disk", directory / "disk.img", size="1M")
+    with running(directory, exports, joined=False) as server:
+        assert [e["name"] for e in said(server, "exports")] == ["disk"]
+        server.kill()
+        server.start()
+        assert [e["name"] for e in said(server, "exports")] == ["disk"]
+
+
 def test_metrics(tmp_path):
     """A scrape shows exports, requests, connections and filters."""
     port = free_port()
