@@ -290,18 +290,20 @@ class Files:
         base: Buffer | None,
         block: int,
     ) -> Buffer:
-        """The page as it is after the write. `base`: its old content, None: as on the disk."""
+        """The page as it is after the write. `base`: its old content, None: as on the disk. What
+        lies behind the end of file stays as it is: it may be in the file that a crash brings back,
+        if the truncation that took it away is not durable yet."""
         start = index * BLOCK_BYTES - offset
         if start >= 0 and start + BLOCK_BYTES <= len(view):
             return view[start : start + BLOCK_BYTES]
         page = bytearray(self.old_page(state, index, block) if base is None else base)
+        low = max(-start, 0)
+        high = min(len(view) - start, BLOCK_BYTES)
         if base is None:
             node = state.node
             inside = 0 if node is None else max(node.size - index * BLOCK_BYTES, 0)
-            if inside < BLOCK_BYTES:
-                page[inside:] = bytes(BLOCK_BYTES - inside)
-        low = max(-start, 0)
-        high = min(len(view) - start, BLOCK_BYTES)
+            if inside < low:
+                page[inside:low] = bytes(low - inside)
         page[low:high] = view[start + low : start + high]
         return page
 

@@ -74,7 +74,7 @@ class AttributeFilter:
                 return f"uses block {block} for two attributes"
             if block not in data or not self._is_value(block, data[block]):
                 return f"has lost the value of attribute {value.name!r}: block {block} is damaged"
-        if value.name in (ACCESS_ACL, DEFAULT_ACL):
+        if value.name in (ACCESS_ACL, DEFAULT_ACL) and not self._volume.is_dump:
             return self._list_fault(value, data)
         return ""
 

@@ -76,9 +76,9 @@ class Volume:
         self.device = OverlayDevice(device)
         self.superblock = superblock
         self.fs = superblock.fs
-        self.names_hashed = not any(superblock.hash_seed) and bool(
-            superblock.features_incompatible & Feature.METADATA_ONLY
-        )
+        self.is_dump = bool(superblock.features_incompatible & Feature.METADATA_ONLY)
+        """From a dump: no data, no values of attributes."""
+        self.names_hashed = self.is_dump and not any(superblock.hash_seed)
         """From a dump with hashed names: cookies do not fit, short names may be the same."""
         self.session = session
         self.claims = Claims(superblock)

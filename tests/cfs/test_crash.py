@@ -259,6 +259,31 @@ async def test_a_size_is_never_durable_before_the_bytes() -> None:
             assert content in (b"a" * 5000, b"a" * 5000 + b"b" * 2000)
 
 
+async def test_an_append_after_a_cut_spoils_nothing_of_what_was_before_the_cut() -> None:
+    """Neither is durable, but the block of the append is on the disk: a crash brings the file as it
+    was before both, with all its bytes."""
+    device = await make_device(16)
+    old = bytes(range(1, 200)) * 100
+    async with mounted(device) as fs:
+        ino = (await fs.create(fs.root_ino, b"f", 0o644, 0, 0)).ino
+        await fs.write(ino, 0, old)
+        await fs.fsync(ino)
+        await fs.setattr(ino, SetAttributes(size=10_264))
+        await fs.write(ino, 0, old[10_264:10_274], append=True)
+        await fs.core.pages.flush_all()
+        crashed = device.snapshot()
+        # What lies behind the end is not to be seen when the file becomes longer.
+        await fs.setattr(ino, SetAttributes(size=12_000))
+        assert await fs.read(ino, 0, 20_000) == old[:10_274] + bytes(12_000 - 10_274)
+        await fs.setattr(ino, SetAttributes(size=11_000))
+        await fs.write(ino, 11_500, b"x")
+        assert await fs.read(ino, 0, 20_000) == old[:10_274] + bytes(11_500 - 10_274) + b"x"
+    async with mounted(crashed) as fs:
+        assert await fs.read(ino, 0, 20_000) == old
+    await fsck(crashed)
+    await fsck(device)
+
+
 async def test_fdatasync_keeps_content_and_size() -> None:
     """Of small files (in the inode), of grown ones, and of overwritten ones; times may be lost."""
     device = await make_device(8, group_blocks=512, log_writes=True)

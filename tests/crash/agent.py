@@ -7,15 +7,23 @@ module imports nothing of the project but the content of files.
 
 from __future__ import annotations
 
+import ctypes
 import json
 import mmap
 import os
 import sys
 import time
 
-from tests.crash.content import block_bytes, commit_bytes, stream
+from tests.crash.content import attribute_bytes, block_bytes, commit_bytes, stream
 
 BLOCK = 4096
+AT_FDCWD = -100
+AT_SYMLINK_FOLLOW = 0x400
+RENAME_EXCHANGE = 2
+RANGES = {"allocate": 0, "punch": 3, "zero": 16}
+"""Modes of fallocate(2)."""
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_long, ctypes.c_long)
 _held: list[int] = []
 
 
@@ -100,7 +108,52 @@ def hold(path: str, seed: int) -> None:
         os.close(_held.pop(0))
 
 
+def _checked(result: int) -> None:
+    if result:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+
+
+def change_range(path: str, kind: str, index: int, how: str) -> None:
+    """Allocate, punch out or zero one block of a file."""
+    handle = os.open(path, os.O_RDWR)
+    try:
+        _checked(_libc.fallocate(handle, RANGES[kind], index * BLOCK, BLOCK))
+        _sync(handle, how)
+    finally:
+        os.close(handle)
+
+
+def exchange(one: str, two: str) -> None:
+    names = (AT_FDCWD, one.encode(), AT_FDCWD, two.encode())
+    _checked(_libc.renameat2(*names, RENAME_EXCHANGE))
+
+
+def attribute(path: str, seed: int, version: int, how: str) -> None:
+    """Set an extended attribute; version 0 takes it away."""
+    if version:
+        os.setxattr(path, "user.v", attribute_bytes(seed, version))
+    else:
+        os.removexattr(path, "user.v")
+    sync(path, how)
+
+
+def nameless(path: str, seed: int, version: int) -> None:
+    """A file that gets its name when all of it is on the disk."""
+    handle = os.open(os.path.dirname(path) or ".", os.O_TMPFILE | os.O_RDWR, 0o644)
+    try:
+        os.write(handle, commit_bytes(seed, version))
+        os.fsync(handle)
+        place = (AT_FDCWD, f"/proc/self/fd/{handle}".encode(), AT_FDCWD, path.encode())
+        _checked(_libc.linkat(*place, AT_SYMLINK_FOLLOW))
+    finally:
+        os.close(handle)
+
+
 VERBS = {
+    "range": change_range,
+    "exchange": exchange,
+    "attribute": attribute,
+    "nameless": nameless,
     "append": append,
     "truncate": truncate,
     "sync": sync,

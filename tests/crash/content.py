@@ -44,11 +44,21 @@ def block_bytes(seed: int, index: int, version: int) -> bytes:
     return b"".join(sector_bytes(seed, index, s, version) for s in range(BLOCK // SECTOR))
 
 
+def attribute_bytes(seed: int, version: int) -> bytes:
+    """The value of an extended attribute: in the inode, in its tree, in blocks of its own."""
+    rng = random.Random(f"attribute {seed} {version}")
+    return rng.randbytes(rng.choice([1, 100, 900, 5000, 40_000]))
+
+
 def sector_versions(seed: int, index: int, block: bytes) -> list[int]:
-    """The version of each sector of a block; -1 where it is nothing that was ever written."""
+    """The version of each sector of a block; -1 where it is nothing that was ever written, 0 where
+    it is zeroes."""
     found = []
     for start in range(0, BLOCK, SECTOR):
         data = block[start : start + SECTOR]
+        if not any(data):
+            found.append(0)
+            continue
         magic, version, *_ = _HEAD.unpack_from(data)
         whole = magic == b"crsh" and version < VERSIONS_MAX
         wanted = block_bytes(seed, index, version)[start : start + SECTOR] if whole else b""

@@ -2,8 +2,9 @@
 
 `Timeline` walks through the merged log. At each moment it knows what is certainly on the disks and
 which writes of each server may or may not be: any of them, in pieces of a sector, for nothing but a
-flush orders them. `images` makes disks of that: all, nothing, one server behind, prefixes of each,
-any sectors, all but one write, only one write.
+flush orders them. A durable write (FUA) that the crash meets on its way may be there in part.
+`images` makes disks of that: all, nothing, one server behind, prefixes of each, any sectors, all
+but one write, only one write.
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ class RamVolume:
         self._size_bytes = size_bytes
         self._below = below
         self._own: dict[int, bytes] = {}
-        self.log: list[tuple[int, bytes] | None] = []
-        """Writes in order; None is a flush."""
+        self.log: list[tuple[int, bytes, bool] | None] = []
+        """Writes in order, and whether each is durable by itself; None is a flush."""
 
     @property
     def size_bytes(self) -> int:
@@ -72,10 +73,8 @@ class RamVolume:
     async def write(self, offset_bytes: int, data: Buffer, *, fua: bool = False) -> None:
         assert offset_bytes + len(data) <= self._size_bytes
         kept = bytes(data)
-        self.log.append((offset_bytes, kept))
+        self.log.append((offset_bytes, kept, fua))
         self.put(offset_bytes, kept)
-        if fua:
-            await self.flush()
 
     async def write_many(self, parts: Sequence[tuple[int, Buffer]], *, fua: bool = False) -> None:
         for offset, data in parts:
@@ -153,6 +152,9 @@ class Timeline:
         """Up to `count` different disks: the plain cases first, then chosen ones."""
         yield Image("all", self._image({s: len(w) for s, w in self.pending.items()}))
         made = 1
+        if self._next_is_durable and made < count:
+            yield self._torn(rng)
+            made += 1
         if not self.open_writes:
             return
         for how, keep in self._plain_cases():
@@ -162,6 +164,21 @@ class Timeline:
         while made < count:
             yield self._chosen(rng)
             made += 1
+
+    @property
+    def _next_is_durable(self) -> bool:
+        following = self.entries[self.position : self.position + 1]
+        return any(entry.operation == LOG_WRITE and entry.fua for entry in following)
+
+    def _torn(self, rng: random.Random) -> Image:
+        """Some sectors of the durable write that is under way, and a part of all others."""
+        keep = {s: rng.choice([0, len(w)]) for s, w in self.pending.items()}
+        volume = self._image(keep)
+        for offset, data in self.entries[self.position].pieces:
+            for start in range(0, len(data), SECTOR):
+                if rng.random() < 0.5:
+                    volume.put(offset + start, data[start : start + SECTOR])
+        return Image(f"torn, with {keep}", volume)
 
     def _plain_cases(self) -> Iterator[tuple[str, dict[int, int]]]:
         yield "nothing", dict.fromkeys(self.pending, 0)
@@ -217,8 +234,8 @@ def second_crash(volume: RamVolume, before: RamVolume, rng: random.Random) -> Ra
     for position, entry in enumerate(log[:stop]):
         if entry is None:
             continue
-        offset, data = entry
+        offset, data, fua = entry
         for start in range(0, len(data), SECTOR):
-            if position < covered or rng.random() < 0.5:
+            if fua or position < covered or rng.random() < 0.5:
                 again.put(offset + start, data[start : start + SECTOR])
     return again

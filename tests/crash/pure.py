@@ -13,15 +13,17 @@ from typing import Any
 import trio
 import trio.testing
 
-from cfs.attributes import BLOCK_BYTES, MountOptions, SetAttributes
+from cfs.attributes import BLOCK_BYTES, RENAME_EXCHANGE, MountOptions, SetAttributes
 from cfs.errors import FsError
 from cfs.filesystem import FileSystem
 from cfs.mkfs_plan import Choices, plan, write_plan
+from cfs.transaction import NotNow
 from cluster.device import Buffer
 from cluster.locks import Mode
 from gnbd.filters.log_io import LOG_FLUSH, LOG_WRITE
 from tests.cfs.harness import Cluster
-from tests.crash.content import block_bytes, commit_bytes, stream
+from tests.crash.agent import RANGES
+from tests.crash.content import attribute_bytes, block_bytes, commit_bytes, stream
 from tests.crash.disk import RamVolume
 from tests.crash.record import Recording, make_things
 from tests.crash.things import KINDS, Change, Thing
@@ -106,7 +108,8 @@ class Client:
             name: getattr(self, f"_{name}")
             for name in (
                 "append", "truncate", "sync", "fresh", "block", "hold", "touch", "unlink",
-                "rename", "link", "mkdir", "rmdir", "symlink",
+                "rename", "link", "mkdir", "rmdir", "symlink", "range", "exchange", "attribute",
+                "nameless",
             )
         }  # fmt: skip
 
@@ -153,8 +156,47 @@ class Client:
     async def _fresh(self, path: str, seed: int, version: int, how: str) -> None:
         ino = await self._make(path)
         await self.fs.setattr(ino, SetAttributes(size=0))
-        await self.fs.write(ino, 0, commit_bytes(seed, version), sync=how in ("dsync", "osync"))
+        await self._write(ino, commit_bytes(seed, version), sync=how in ("dsync", "osync"))
         await self._settle(ino, how)
+
+    async def _write(self, ino: int, data: bytes, *, sync: bool) -> None:
+        """From the start of a file; at once if that can be, as the mount process does it."""
+        lock = self.fs.inode_lock(ino)
+        if not sync and lock.try_hold(Mode.EX):
+            try:
+                self.fs.try_write_held(ino, 0, data, kill=True)
+                return
+            except NotNow:
+                pass
+            finally:
+                lock.release(Mode.EX)
+        await self.fs.write(ino, 0, data, sync=sync)
+
+    async def _range(self, path: str, kind: str, index: int, how: str) -> None:
+        ino = await self._find(path)
+        await self.fs.fallocate(ino, RANGES[kind], index * BLOCK_BYTES, BLOCK_BYTES)
+        await self._settle(ino, how)
+
+    async def _exchange(self, one: str, two: str) -> None:
+        await self.fs.rename(*await self._parent(one), *await self._parent(two), RENAME_EXCHANGE)
+
+    async def _attribute(self, path: str, seed: int, version: int, how: str) -> None:
+        ino = await self._find(path)
+        if version:
+            await self.fs.setxattr(ino, b"user.v", attribute_bytes(seed, version))
+        else:
+            await self.fs.removexattr(ino, b"user.v")
+        await self._settle(ino, how)
+
+    async def _nameless(self, path: str, seed: int, version: int) -> None:
+        parent, name = await self._parent(path)
+        ino = (await self.fs.tmpfile(parent, 0o644, 0, 0)).ino
+        try:
+            await self.fs.write(ino, 0, commit_bytes(seed, version))
+            await self.fs.fsync(ino)
+            await self.fs.link(ino, parent, name)
+        finally:
+            self.fs.close_ref(ino)
 
     async def _block(self, path: str, seed: int, index: int, version: int, how: str) -> None:
         ino = await self._find(path)
@@ -183,13 +225,25 @@ class Client:
             self.fs.close_ref(self._held.pop(0))
 
     async def _touch(self, path: str) -> None:
-        await self.fs.create(*await self._parent(path), 0o644, 0, 0)
+        place = await self._parent(path)
+        try:
+            self.fs.try_create(*place, 0o644, 0, 0, 0)
+        except NotNow:
+            await self.fs.create(*place, 0o644, 0, 0)
 
     async def _unlink(self, path: str) -> None:
-        await self.fs.unlink(*await self._parent(path))
+        place = await self._parent(path)
+        try:
+            self.fs.try_remove(*place, directory=False)
+        except NotNow:
+            await self.fs.unlink(*place)
 
     async def _rename(self, old: str, new: str) -> None:
-        await self.fs.rename(*await self._parent(old), *await self._parent(new))
+        places = (*await self._parent(old), *await self._parent(new))
+        try:
+            self.fs.try_rename(*places, 0)
+        except NotNow:
+            await self.fs.rename(*places)
 
     async def _link(self, old: str, new: str) -> None:
         await self.fs.link(await self._find(old), *await self._parent(new))

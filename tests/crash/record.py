@@ -21,7 +21,7 @@ from typing import Any
 import msgspec
 
 from tests.crash.agent import now_ns
-from tests.crash.things import KINDS, Block, Change, History, Mover, Thing
+from tests.crash.things import KINDS, Block, Change, History, Mover, Sparse, Thing
 from tests.fuse.cluster_mounts import harness, mount
 from tests.fuse.mounting import Mounted, enter_private_namespace
 
@@ -54,9 +54,9 @@ def make_things(
             build = KINDS[kind]
             seed = rng.randrange(1 << 30) * 2 + number % 2
             top = f"d{rng.randrange(folders)}"
-            if build is Block:
-                for index in range(Block.BLOCKS):
-                    name = f"{top}/block{number}:{index}"
+            if build in (Block, Sparse):
+                for index in range(build.BLOCKS):  # type: ignore[attr-defined]
+                    name = f"{top}/{kind}{number}:{index}"
                     things.append(build(History(kind, name, seed)))
             else:
                 things.append(build(History(kind, f"{top}/{kind}{number}", seed)))

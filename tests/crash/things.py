@@ -19,6 +19,7 @@ import msgspec
 from tests.crash.content import (
     BLOCK,
     STREAM_BYTES_MAX,
+    attribute_bytes,
     commit_bytes,
     sector_versions,
     stream,
@@ -202,6 +203,127 @@ class Block(Thing):
         return ""
 
 
+class Sparse(Thing):
+    """A block of a file that is a hole, allocated, written, punched out, zeroed. State: the
+    version, 0 for zeroes. Never what the disk held there before."""
+
+    kind = "sparse"
+    BLOCKS = 6
+
+    def __init__(self, history: History) -> None:
+        super().__init__(history)
+        self.file, _, index = self.name.rpartition(":")
+        self.index = int(index)
+
+    def prepare(self) -> Change:
+        commands: Command = []
+        if not self.index:
+            commands.append(["append", self.file, 0, 0, 0, "none"])
+            commands.append(["truncate", self.file, self.BLOCKS * BLOCK, "fsync"])
+            commands.append(["sync", _parent(self.file)])
+        return Change([*commands, ["sync", self.file]], 0, True)
+
+    def change(self, rng: random.Random) -> Change:
+        kind = rng.choice(["write", "write", "write", "punch", "zero", "allocate"])
+        how = rng.choice(["none", "none", "fsync", "fdatasync", "dsync", "direct", "msync"])
+        if kind == "write":
+            version = max(self.history.states) + 1
+            command = ["block", self.file, self.seed, self.index, version, how]
+            return Change([command], version, how != "none")
+        if how not in ("fsync", "fdatasync"):
+            how = "none"
+        state = None if kind == "allocate" else 0
+        return Change([["range", self.file, kind, self.index, how]], state, how != "none")
+
+    def wrong(self, tree: Tree, allowed: list[Any]) -> str:
+        content = _content(tree, self.file)
+        if content is None or len(content) != self.BLOCKS * BLOCK:
+            return f"its file has {len(content or b'')} bytes"
+        data = content[self.index * BLOCK : (self.index + 1) * BLOCK]
+        versions = sector_versions(self.seed, self.index, data)
+        if not set(versions) <= set(allowed):
+            return f"its sectors have the versions {versions}"
+        return ""
+
+
+class Attributed(Thing):
+    """An extended attribute. State: the version, 0 for none."""
+
+    kind = "attributed"
+
+    def prepare(self) -> Change:
+        commands: Command = [["touch", self.name], ["sync", _parent(self.name)]]
+        return Change(commands, 0, True)
+
+    def change(self, rng: random.Random) -> Change:
+        version = max(self.history.states) + 1
+        if self.state and rng.random() < 0.3:
+            version = 0
+        how = rng.choice(["none", "none", "fsync"])
+        return Change([["attribute", self.name, self.seed, version, how]], version, how != "none")
+
+    def wrong(self, tree: Tree, allowed: list[Any]) -> str:
+        value = tree.get(attribute_key(self.name), (b"",))[0]
+        wanted = [attribute_bytes(self.seed, version) if version else b"" for version in allowed]
+        return "" if value in wanted else f"its value has {len(value)} bytes"
+
+
+def attribute_key(name: str) -> bytes:
+    """Where `tests.crash.verify` puts the attribute of a file into the tree."""
+    return b"/" + name.encode() + b"\0user.v"
+
+
+class Swapped(Thing):
+    """Two files whose names are exchanged. State: how often, modulo 2."""
+
+    kind = "swapped"
+
+    def prepare(self) -> Change:
+        commands: Command = [
+            ["fresh", f"{self.name}.{number}", self.seed, number, "fsync"] for number in (0, 1)
+        ]
+        return Change([*commands, ["sync", _parent(self.name)]], 0, True)
+
+    def change(self, rng: random.Random) -> Change:
+        commands: Command = [["exchange", f"{self.name}.0", f"{self.name}.1"]]
+        durable = rng.random() < 0.4
+        if durable:
+            commands.append(["sync", _parent(self.name)])
+        return Change(commands, 1 - self.state, durable)
+
+    def wrong(self, tree: Tree, allowed: list[Any]) -> str:
+        found = [_content(tree, f"{self.name}.{number}") for number in (0, 1)]
+        both = [commit_bytes(self.seed, number) for number in (0, 1)]
+        states = [state for state, wanted in enumerate((both, both[::-1])) if found == wanted]
+        return "" if set(states) & set(allowed) else f"its names lead to {states}"
+
+
+class Nameless(Thing):
+    """A file that has no name until it is whole. State: the version that is there, -1 for none."""
+
+    kind = "nameless"
+
+    def prepare(self) -> Change:
+        commands: Command = [["nameless", self.name, self.seed, 0], ["sync", _parent(self.name)]]
+        return Change(commands, 0, True)
+
+    def change(self, rng: random.Random) -> Change:
+        durable = rng.random() < 0.3
+        sync: Command = [["sync", _parent(self.name)]] if durable else []
+        if self.state >= 0:
+            return Change([["unlink", self.name], *sync], -1, durable)
+        version = max(self.history.states) + 1
+        return Change([["nameless", self.name, self.seed, version], *sync], version, durable)
+
+    def wrong(self, tree: Tree, allowed: list[Any]) -> str:
+        content = _content(tree, self.name)
+        if content is None:
+            return "" if -1 in allowed else "it is gone"
+        if not any(v >= 0 and content == commit_bytes(self.seed, v) for v in allowed):
+            return f"{len(content)} bytes that are none of its versions"
+        return ""
+
+
 class Name(Thing):
     """A name in a directory that comes and goes. State: whether it is there."""
 
@@ -377,5 +499,8 @@ class Churn(Thing):
 
 KINDS: dict[str, Callable[[History], Thing]] = {
     kind.kind: kind
-    for kind in (Appended, Committed, Block, Name, Folder, Mover, Linked, Sequence, Churn)
+    for kind in (
+        Appended, Committed, Block, Name, Folder, Mover, Linked, Sequence, Churn, Sparse,
+        Attributed, Swapped, Nameless,
+    )
 }

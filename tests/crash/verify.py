@@ -9,11 +9,12 @@ from pathlib import Path
 import msgspec
 import trio
 
+from cfs.filesystem import FileSystem
 from cfs.fsck.checker import check
 from tests.cfs.harness import QUIET, mounted, tree_of
 from tests.crash.disk import RamVolume, Timeline, second_crash
 from tests.crash.record import Recording, load
-from tests.crash.things import KINDS, History, Thing
+from tests.crash.things import KINDS, Attributed, History, Thing
 from tests.crash.writelog import Entry, Translator, merged, read_map
 
 
@@ -84,6 +85,7 @@ class Verifier:
         try:
             async with mounted(volume, QUIET) as fs:  # type: ignore[arg-type]
                 tree = await tree_of(fs)
+                await self._add_attributes(fs, tree)
                 problems += self._wrong(tree, crash_ns)
                 problems += await self._fsck(volume, "after the replay")
                 made = await fs.create(fs.root_ino, b"after %d" % len(tree), 0o644, 0, 0)
@@ -91,6 +93,16 @@ class Verifier:
         except Exception as error:
             return [*problems, f"mounted and in use: {error!r}"]
         return problems or await self._fsck(volume, "at the end")
+
+    async def _add_attributes(self, fs: FileSystem, tree: dict[bytes, object]) -> None:
+        for thing in self.things:
+            if isinstance(thing, Attributed) and b"/" + thing.name.encode() in tree:
+                ino = fs.root_ino
+                for name in thing.name.encode().split(b"/"):
+                    ino = (await fs.lookup(ino, name)).ino
+                for name in await fs.listxattr(ino):
+                    value = await fs.getxattr(ino, name)
+                    tree[b"/" + thing.name.encode() + b"\0" + name] = (value,)
 
     async def _fsck(self, volume: RamVolume, when: str) -> list[str]:
         report = await check(volume)
