@@ -95,6 +95,20 @@ def test_accepted_value_survives_kill(server):
     assert ask(server, Query(7)) == [Current(7, ballot, state)]
 
 
+def test_a_witness_votes_without_exports(tmp_path):
+    """A server without exports keeps a value, a promise and a keep-list through kill -9."""
+    with running(tmp_path, "") as witness:
+        ballot, state = make_voter(witness)
+        witness.install(5, member(1, (0,), 1))
+        witness.kill()
+        witness.start()
+        assert ask(witness, Query(7)) == [Current(7, ballot, state)]
+        (refused,) = ask(witness, Prepare(8, Ballot(0, 1, INCARNATION), 0))
+        assert isinstance(refused, Refused)
+        with pytest.raises(StackError, match="older"):
+            witness.install(4, member(1, (0,), 1))
+
+
 def test_install_as_a_cluster_message(server):
     """`Installed.epoch` equals the asked one only on success."""
 
