@@ -58,6 +58,7 @@ class EventName(enum.StrEnum):
     MOUNT_BACK = "mount.back"
     MOUNT_FAILED = "mount.failed"
     FENCED = "fence.done"
+    FENCE_FAILED = "fence.failed"
     BARRED = "node.barred"
     NOTE = "note"
 

@@ -9,6 +9,7 @@ Invariants:
   stable for T_stable, by the lowest admitted id of the wish first, by others rank * 100 ms later;
 - a wish is compared with the decided view, never with an earlier wish (a node left behind in an old
   epoch with the same members must still move on);
+- a node that an operator holds out is in nobody's wish, nor in its own;
 - a life that was admitted and is not any more is barred for ever; its incarnation never comes back.
 
 Sits between the guard's `Sighting` and the `Proposer`; `core.ClusterCore` wires it.
@@ -111,6 +112,8 @@ class Membership:
         member = member_of(self.state.members, peer.node)
         if member is not None and member.incarnation == peer.incarnation:
             return not self._misses_server(now_ns, int(peer.node))
+        if peer.node in self.state.held:
+            return False
         fresh = peer.incarnation > highest_incarnation(self.state, peer.node)
         return fresh and node_of(self.state, peer.node) is not None
 
@@ -176,7 +179,7 @@ class Membership:
             for node, peer in sorted(peers.items())
             if clique >> node & 1
         }
-        if not self.leaving:
+        if not self.leaving and self.me not in self.state.held:
             members[self.me] = self.incarnation
         members = {node: members[node] for node in sorted(members)}
         return Wish(members, self._dead_instances(members))
@@ -229,6 +232,8 @@ class Membership:
         if self._wish is None or (self.was_admitted and not self.admitted):
             return None
         if self.admitted and not self.quorate:
+            return None
+        if self.me in self.state.held:
             return None
         present = {member.node: member.incarnation for member in self.state.members}
         dead = [Instance(self.me, self.incarnation, number) for number in sorted(self.dead_local)]

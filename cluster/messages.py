@@ -194,6 +194,12 @@ class PurgedNotice(Message, frozen=True, tag="purged"):
     instances: list[Instance]
 
 
+class FenceReport(Message, frozen=True, tag="fence"):
+    """How putting a node out went: a record of `fencing.records`, encoded. For people only."""
+
+    record: bytes
+
+
 class DeathReport(Message, frozen=True, tag="death"):
     """An instance of the sender died; any member may decide it out."""
 
@@ -309,7 +315,7 @@ class GroupSync(Message, frozen=True, tag="g_sync"):
 AnyMessage = (
     Prepare | Accept | Query | Initialise | Promised | Accepted | Refused | Uninitialised | Current
     | Heartbeat | Echo | DecidedNotice | Install | Installed | PurgedNotice | DeathReport
-    | GroupRequest | GroupOrder | GroupAck | GroupFlush | GroupSync
+    | GroupRequest | GroupOrder | GroupAck | GroupFlush | GroupSync | FenceReport
 )  # fmt: skip
 
 ACCEPTOR_MESSAGES = (Prepare, Accept, Query, Initialise)

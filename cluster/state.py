@@ -6,6 +6,7 @@ it proposes `new` with compare-and-swap on `old.version`. Every function here ch
 - the keep-list (`members`) changes only together with `epoch + 1`;
 - per incarnation the admitted set only shrinks and `next` only grows;
 - a removed node leaves a tombstone with its highest incarnation, and comes back only above it;
+- a node that an operator put out (`held`) does not come back before the operator lets it;
 - voters change one at a time, through a joint phase (`old_voters` not empty) in which both
   majorities are needed; `config_epoch` rises by one at the start of a change.
 
@@ -94,6 +95,7 @@ class ClusterState(msgspec.Struct, frozen=True):
     tombstones: list[Tombstone] = []
     volume_groups: list[VolumeGroup] = []
     fences: list[Fence] = []
+    held: list[NodeId] = []
 
 
 class StateError(StackError):
@@ -120,6 +122,14 @@ class ForgetNode(msgspec.Struct, frozen=True, tag="forget_node"):
     """Take a node that is neither member nor voter out of the configuration."""
 
     node: NodeId
+
+
+class HoldNode(msgspec.Struct, frozen=True, tag="hold"):
+    """By an operator's word: put a node out and keep it out, or let it come back. Idempotent."""
+
+    node: NodeId
+    hold: bool
+    reason: str = ""
 
 
 class AddServer(msgspec.Struct, frozen=True, tag="add_server"):
@@ -160,6 +170,7 @@ Change = (
     ViewChange
     | AddNode
     | ForgetNode
+    | HoldNode
     | AddServer
     | RemoveServer
     | StartVoterChange
@@ -261,6 +272,8 @@ def _changed_fields(state: ClusterState, change: Change) -> dict[str, Any]:
             return _add_node_fields(state, node)
         case ForgetNode(node_id):
             return _forget_node_fields(state, node_id)
+        case HoldNode():
+            return _hold_fields(state, change)
         case AddServer(server):
             return _add_server_fields(state, server)
         case RemoveServer(server_id):
@@ -311,6 +324,21 @@ def _view_fields(state: ClusterState, change: ViewChange) -> dict[str, Any]:
         "tombstones": [Tombstone(node, stones[node]) for node in sorted(stones)],
         "fences": [*state.fences, *fences][-FENCES_MAX:],
     }
+
+
+def _hold_fields(state: ClusterState, change: HoldNode) -> dict[str, Any]:
+    others = [node for node in state.held if node != change.node]
+    if not change.hold:
+        return {"held": others} if change.node in state.held else {}
+    if node_of(state, change.node) is None:
+        raise StateError(f"node {change.node} is not configured")
+    held = {} if change.node in state.held else {"held": sorted([*others, change.node])}
+    if member_of(state.members, change.node) is None:
+        return held
+    kept = {m.node: m.incarnation for m in state.members if m.node != change.node}
+    if not kept:
+        raise RefusedError("the last member of the cluster cannot be put out")
+    return {**held, **_view_fields(state, ViewChange(kept, reason=change.reason))}
 
 
 def _without_dead(
@@ -367,7 +395,8 @@ def _forget_node_fields(state: ClusterState, node: NodeId) -> dict[str, Any]:
     if VoterId(node) in all_voters(state):
         raise RefusedError(f"node {node} is a voter", hint="clusterctl voter remove first")
     nodes = [info for info in state.nodes if info.id != node]
-    return {"nodes": nodes} if len(nodes) != len(state.nodes) else {}
+    held = [other for other in state.held if other != node]
+    return {"nodes": nodes, "held": held} if len(nodes) != len(state.nodes) else {}
 
 
 def _add_server_fields(state: ClusterState, server: ServerInfo) -> dict[str, Any]:
@@ -462,6 +491,8 @@ def _check_members(old: ClusterState, new: ClusterState) -> None:
     for now in new.members:
         was_member = member_of(old.members, now.node)
         joined = was_member is None or was_member.incarnation != now.incarnation
+        if joined and now.node in new.held:
+            raise StateError(f"node {now.node} came back although an operator holds it out")
         if joined and now.incarnation <= highest_incarnation(old, now.node):
             raise StateError(f"node {now.node} came back with a used incarnation")
 

@@ -1,4 +1,4 @@
-"""The methods of clusterctl and fencectl: `cluster.*` and `fence.*`."""
+"""The methods of clusterctl: `cluster.*`."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ from cluster.wire import KEY_ID
 from gnbd.identity import ServerIdentity, encode_server_token
 from node.clusterd_io import FOLLOWERS_MAX, Clusterd, RestartNeeded
 from node.remount_io import Remounts
-from node.status import Local, build_status, fence_rows, node_rows
+from node.status import Local, build_status, node_rows
 from node.waiting_io import waiting_rows
 
 MEMBER_WAIT_S = 60.0
@@ -75,8 +75,6 @@ class Admin:
             "cluster.voter": self._voter,
             "cluster.server": self._server,
             "cluster.recover": self._recover,
-            "fence.status": self._fence_status,
-            "fence.history": self._fence_history,
         }
 
     def local(self) -> Local:
@@ -308,17 +306,3 @@ class Admin:
     async def _start_anew(self) -> None:
         await trio.sleep(self._daemon.timing.heartbeat_ms / 1000)
         raise RestartNeeded("recovered by the operator", self._daemon.guard)
-
-    # --- fencing
-
-    async def _fence_status(self, _params: dict[str, Any]) -> dict[str, Any]:
-        daemon = self._daemon
-        return {
-            "epoch": daemon.view.epoch,
-            "installed": list(daemon.view.installed),
-            "missing": [s.name for s in daemon.state.servers if s.id not in daemon.view.installed],
-            "last": fence_rows(daemon.state, 1),
-        }
-
-    async def _fence_history(self, _params: dict[str, Any]) -> list[dict[str, Any]]:
-        return fence_rows(self._daemon.state, len(self._daemon.state.fences) or 1)

@@ -44,6 +44,7 @@ from cluster.identity import Identity
 from cluster.ids import SERVER_ID_MIN, Epoch, Incarnation, Instance, InstanceNo, NodeId
 from cluster.messages import (
     ACCEPTOR_MESSAGES,
+    FenceReport,
     Message,
     decode_message_untrusted,
     encode_message,
@@ -55,6 +56,7 @@ from cluster.state import Change, ClusterState
 from cluster.timing import timing_of
 from cluster.transport_io import Transport
 from cluster.wire import KEY_ID, Keys, derived_key
+from fencing.records import LinkBook
 from gnbd.control_session import Peer
 from node.files_io import NodeFiles
 from node.guard_link_io import GuardLink
@@ -107,6 +109,7 @@ class Clusterd:
         self.view = ViewInfo(Epoch(0), [], [], quorate=False)
         self.admitted = False
         self.sighting: Sighting | None = None
+        self.links = LinkBook()
         self.log = EventLog(config.node.name)
         self.problems = Problems()
         self.followers: set[Session] = set()
@@ -114,6 +117,7 @@ class Clusterd:
         self.changed = trio.Event()
         self.group_sink: Callable[[GroupEvent], None] = lambda _event: None
         self.on_instance_over: Callable[[InstanceNo, bool], None] = lambda _number, _clean: None
+        self.on_fence_report: Callable[[FenceReport], None] = lambda _report: None
         self.nursery: trio.Nursery | None = None
         self._requests: dict[int, tuple[trio.Event, list[Reply]]] = {}
         self._request = 0
@@ -320,6 +324,9 @@ class Clusterd:
         self._route(node, incarnation, message)
 
     def _route(self, source: NodeId, incarnation: Incarnation, message: Message) -> None:
+        if isinstance(message, FenceReport):
+            self.on_fence_report(message)
+            return
         runner = self._acceptor if isinstance(message, ACCEPTOR_MESSAGES) else self._core
         runner.step(Received(source, message, incarnation))
 
@@ -448,6 +455,7 @@ class Clusterd:
         match message:
             case Sighting():
                 self.sighting = message
+                self.links.note(boottime_ns(), message)
                 self.step(message)
             case Vouched():
                 self._acceptor.step(message)

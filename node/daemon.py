@@ -24,6 +24,7 @@ from cluster.paths_io import control_socket, lock_directory, make_directory, run
 from cluster.tool_cli import ToolCommand, need_root
 from node.admin_io import Admin
 from node.clusterd_io import Clusterd, RestartNeeded, restart_process
+from node.fencer_io import Fencing
 from node.files_io import NodeFiles
 from node.instances_io import Instances
 from node.notify_io import notify
@@ -62,15 +63,18 @@ async def _serve(files: NodeFiles, config: NodeConfig) -> None:
     remounts = Remounts(daemon, files)
     instances = Instances(daemon, volumes, remounts)
     admin = Admin(daemon, remounts, stop)
+    fencing = Fencing(daemon)
 
     def attach(session: Session) -> Mapping[str, Handler]:
-        table = {**admin.handlers(session), **instances.handlers(session), **remounts.handlers()}
+        table = {**admin.handlers(session), **instances.handlers(session)}
+        table |= {**remounts.handlers(), **fencing.handlers()}
         return _Methods(table, instances, volumes)
 
     async with trio.open_nursery() as nursery:
         await nursery.start(daemon.run)
         nursery.start_soon(volumes.run)
         nursery.start_soon(instances.watch)
+        nursery.start_soon(fencing.run)
         await nursery.start(serve_sessions, control_socket(), attach, instances.detach)
         nursery.start_soon(remounts.run)
         nursery.start_soon(_report_status, daemon)

@@ -5,6 +5,8 @@
 | node.toml | cluster id, name, key, profile; this node's id, name, addresses (mode 0600) |
 | incarnation | the last incarnation used, decimal; raised durably before every start |
 | acceptor | the register's acceptor, if this node is or was a voter |
+| fencing.toml | fence methods and their levels (fencing/settings.py), if the site has any |
+| fences | how putting nodes out went (fencing/records.py) |
 | mounts | what is mounted here and is to be mounted again after a failure (node/wanted.py), JSON |
 | known | the newest value of the register seen: says where the voters are, nothing more |
 """
@@ -28,6 +30,8 @@ from cluster.ids import Incarnation
 from cluster.paths_io import read_store, state_dir, write_durable, write_store
 from cluster.register import decode_record_untrusted
 from cluster.state import ClusterState, decode_state_untrusted, encode_state
+from fencing.records import FenceBook, decode_book_untrusted
+from fencing.settings import FencingConfig, decode_fencing
 from node.wanted import WantedMount, decode_wanted_untrusted, encode_wanted
 
 
@@ -50,6 +54,8 @@ class NodeFiles:
         self._incarnation = self.directory / "incarnation"
         self._known = self.directory / "known"
         self._wanted = self.directory / "mounts"
+        self._fencing = self.directory / "fencing.toml"
+        self._fences = self.directory / "fences"
 
     def config(self) -> NodeConfig:
         """node.toml. Raises ConfigError."""
@@ -138,6 +144,21 @@ class NodeFiles:
         """Store the mounts to have."""
         with _writing(self._wanted):
             write_durable(self._wanted, encode_wanted(mounts))
+
+    def fencing(self) -> FencingConfig:
+        """fencing.toml; without one the block servers are the only method. Raises ConfigError."""
+        text = read_config_text(self._fencing) if self._fencing.exists() else b""
+        return decode_fencing(text, str(self._fencing))
+
+    def fences(self) -> FenceBook:
+        """The history of fences. Raises CorruptionError, ProtocolError."""
+        data = read_store(self._fences)
+        return FenceBook() if data is None else decode_book_untrusted(data)
+
+    def save_fences(self, book: FenceBook) -> None:
+        """Store the history of fences."""
+        with _writing(self._fences):
+            write_store(self._fences, book.encode())
 
     def save_acceptor(self, record: bytes) -> None:
         """Store what the acceptor shall begin with."""

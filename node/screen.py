@@ -121,7 +121,7 @@ def mounts_text(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def fences_text(rows: Sequence[dict[str, Any]]) -> str:
-    """Who was put out."""
+    """Who was put out (clusterctl status)."""
     if not rows:
         return "nobody was put out"
     cells = [

@@ -48,6 +48,7 @@ def node_rows(
             condition = "member" if here or (peer is not None and peer.alive) else "suspect"
         else:
             condition = "joining" if here or (peer is not None and peer.alive) else "down"
+            condition = "held out" if info.id in state.held else condition
         rows.append(
             {
                 "id": info.id,

@@ -13,6 +13,7 @@ from cluster.state import (
     AddServer,
     FinishVoterChange,
     ForgetNode,
+    HoldNode,
     NodeInfo,
     RemoveServer,
     SetVolumeGroup,
@@ -52,6 +53,33 @@ def test_birth_admits_nobody():
 
 def test_encoding_round_trip():
     assert decode_state_untrusted(encode_state(three())) == three()
+
+
+def test_an_operator_holds_a_node_out():
+    """Out in the same step, not back before the operator's word; repeats change nothing."""
+    state = apply_change(three(), HoldNode(2, hold=True, reason="operator"), "w")
+    assert (state.epoch, state.held) == (2, [2])
+    assert [m.node for m in state.members] == [1, 3]
+    assert (state.fences[-1].node, state.fences[-1].reason) == (2, "operator")
+    assert apply_change(state, HoldNode(2, hold=True), "x") is state
+    with pytest.raises(StateError, match="holds it out"):
+        apply_change(state, ViewChange({1: 1, 2: 2, 3: 1}), "x")
+    free = apply_change(state, HoldNode(2, hold=False), "x")
+    assert (free.epoch, free.held) == (2, [])
+    assert apply_change(free, HoldNode(2, hold=False), "y") is free
+    assert apply_change(free, ViewChange({1: 1, 2: 2, 3: 1}), "y").epoch == 3
+    gone = apply_change(state, ForgetNode(2), "x")
+    assert gone.held == []
+
+
+def test_holding_out_has_limits():
+    state = apply_change(three(), ViewChange({1: 1}), "w")
+    with pytest.raises(RefusedError, match="last member"):
+        apply_change(state, HoldNode(1, hold=True), "x")
+    with pytest.raises(StateError, match="not configured"):
+        apply_change(state, HoldNode(9, hold=True), "x")
+    away = apply_change(state, HoldNode(3, hold=True), "x")
+    assert (away.epoch, away.held) == (state.epoch, [3])
 
 
 def test_join_and_removal_leave_a_tombstone():
