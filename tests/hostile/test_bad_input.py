@@ -82,7 +82,7 @@ def changed(text: str, old: str, new: str) -> str:
 def cfs_image(blocks: int = 4096) -> bytes:
     image = bytearray(blocks * 4096)
     choices = Choices(bytes(16), bytes(16), 0, label="precious")
-    for block, data in plan(blocks, choices):
+    for block, data in plan(blocks, choices).writes:
         image[block * 4096 : block * 4096 + len(data)] = data
     return bytes(image)
 

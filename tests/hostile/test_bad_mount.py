@@ -40,7 +40,7 @@ ENTRY = {"mount.cfs": "cfs.mount", "umount.fuse.cfs": "cfs.umount_cli"}
 @pytest.fixture
 def place(tmp_path):
     image = bytearray(4096 * 4096)
-    for block, data in plan(4096, Choices(bytes(16), bytes(16), 0)):
+    for block, data in plan(4096, Choices(bytes(16), bytes(16), 0)).writes:
         image[block * 4096 : block * 4096 + len(data)] = data
     (tmp_path / "image").write_bytes(image)
     (tmp_path / "noise").write_bytes(os.urandom(4 << 20))

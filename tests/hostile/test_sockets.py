@@ -148,7 +148,9 @@ def test_a_recorded_login_is_worth_nothing(tmp_path):
 
 
 def negotiate(sock: socket.socket):
-    return server_io._Negotiation(SimpleNamespace(service=None), Connection(sock, "x"))
+    plain = SimpleNamespace(tls=None)
+    server = SimpleNamespace(service=plain, config=plain)
+    return server_io._Negotiation(server, Connection(sock, "x"))
 
 
 def test_a_half_open_connection_ends(monkeypatch):
