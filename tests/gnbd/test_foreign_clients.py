@@ -44,6 +44,16 @@ def test_nbdinfo_lists_what_it_may_see(server):
     assert plain["block_size_maximum"] >= 48 * MIB
 
 
+def test_qemu_nbd_lists_the_same(server):
+    """Another implementation of the negotiation: sizes, descriptions, contexts."""
+    port = ("-b", server.addresses[0], "-p", str(server.port))
+    done = run("qemu-nbd", "--list", *port)
+    assert done.returncode == 0, done.stderr
+    assert "exports available: 2" in done.stdout
+    for text in ("a disk for everybody", "base:allocation", "x-cfs:reservation", "fast-zero"):
+        assert text in done.stdout
+
+
 def test_nbdinfo_maps_holes_and_reservations(server):
     """Structured replies and metadata contexts as libnbd asks for them."""
     write = ("qemu-io", "-f", "raw", "-c", "write 1M 64k")
