@@ -51,6 +51,7 @@ class Connection:
         self.session: Session | None = None
         self.export: ExportRuntime | None = None
         self._closing = threading.Event()
+        self._hurry = threading.Event()
         self.barred = False
         self.transmission: g.Connection | None = None
         self.finished = threading.Event()
@@ -69,14 +70,15 @@ class Connection:
         self.tls = TlsLink(self.sock, context, timeout_s)
         self.sock = self.tls.inner
 
-    def wait_shut(self, seconds: float) -> None:
-        """Rest, unless the connection is shut."""
+    def rest(self, seconds: float) -> None:
+        """Until then, or until the connection comes to its end."""
         self.resting = True
-        self._closing.wait(seconds)
+        self._hurry.wait(seconds)
         self.resting = False
 
     def finish(self) -> None:
         """End in order: what has been received is executed and answered."""
+        self._hurry.set()
         try:
             self.sock.shutdown(socket.SHUT_RD)
         except OSError:
@@ -85,6 +87,7 @@ class Connection:
     def shut(self) -> None:
         """Stop it: requests not begun are discarded, blocked calls return."""
         self._closing.set()
+        self._hurry.set()
         if self.transmission is not None:
             self.transmission.close()
         try:
@@ -97,6 +100,7 @@ class Connection:
         that yet, and sends what it had in mind: that is read, counted and never executed (R2)."""
         self.barred = True
         self._closing.set()
+        self._hurry.set()
         if self.transmission is not None:
             self.transmission.close()
         try:

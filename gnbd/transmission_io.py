@@ -113,7 +113,7 @@ class Transmission:
             self._native.done(error, self._why)
         if owed_s := backend.owed_s(operation):
             self._native.send()
-            self._connection.wait_shut(owed_s)
+            self._connection.rest(owed_s)
 
     def _checked(self, request: Request) -> int:
         """What the request may not ask, as an NBD error."""

@@ -141,6 +141,18 @@ def test_a_limited_client_rests_and_holds_up_no_bar(server):
     wait_for(lambda: report(server, "shared").connections == 0, "the connections end")
 
 
+def test_a_limited_client_does_not_delay_a_stop(server):
+    """What it has sent is executed and answered at once when the server is asked to end."""
+    change(server, "add", "rate:write_bytes_s=1")
+    with RawClient(server, "disk") as client:
+        assert client.request(p.CMD_WRITE, 0, b"a" * 4096) == 0
+        cookie = client.send(p.CMD_WRITE, 0, b"b" * 4096)
+        server.process.send_signal(signal.SIGTERM)
+        assert client.reply() == (cookie, 0)
+        assert server.process.wait(20) == 0
+    assert (server.directory / "disk.img").read_bytes()[:4096] == b"b" * 4096
+
+
 def test_the_bucket_pays_its_debts():
     """Whatever is taken, over a long time no more than the rate passes."""
     bucket, now_ns = Bucket(1000, 100, 0), 0
