@@ -95,6 +95,7 @@ class Lane:
         self.generation = path.generation
         self.in_flight: dict[int, Request] = {}
         self.bytes_in_flight = 0
+        self.answered = 0
 
     def has_room(self) -> bool:
         return len(self.in_flight) < LANE_REQUESTS_MAX and self.bytes_in_flight < LANE_BYTES_MAX
@@ -237,6 +238,7 @@ class ClientCore:
     def completed(self, lane: Lane, cookie: int, number: int) -> None:
         """A reply. The result of a READ is already in the request."""
         request = lane.in_flight.pop(cookie)
+        lane.answered += 1
         lane.bytes_in_flight -= request.length + _HEADER_COST_BYTES
         if request is self._barrier:
             self._barrier = None

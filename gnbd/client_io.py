@@ -3,12 +3,14 @@
 One task per path keeps its connections (`link_io`) up; decisions are `client`'s. Storage that is
 away is waited for; only a bar (`BarredError`) or an error of the store (`DeviceError`) raise.
 
-A dead path is noticed by the kernel: PINGs keep unacknowledged bytes on the wire, and
-TCP_USER_TIMEOUT breaks the connection after `dead_ms`. A server that is merely slow is not dead.
+PINGs keep bytes on the wire. A path that acknowledges none of them for `path_ms` is given up if
+there is another one; the last path is left to TCP_USER_TIMEOUT, which breaks it after `dead_ms`. A
+server that is merely slow acknowledges, and is not dead.
 """
 
 from __future__ import annotations
 
+import itertools
 import os
 import secrets
 import socket
@@ -33,6 +35,9 @@ from gnbd.link_io import REQUEST_BYTES_MAX, Group, Link
 RETRY_FIRST_S = 0.02
 RETRY_MAX_S = 0.25
 DEAD_MS_DEFAULT = 1000
+PATH_MS_DEFAULT = 150
+PATH_CHECKS = 3
+"""Looks at a path in that time."""
 log = structlog.get_logger("gnbd.client")
 
 
@@ -41,6 +46,7 @@ class Options(msgspec.Struct, frozen=True):
 
     connections_per_path: int = 1
     dead_ms: int = DEAD_MS_DEFAULT
+    path_ms: int = PATH_MS_DEFAULT
     sequence: int = 0
 
 
@@ -194,6 +200,10 @@ class GnbdDevice:
         """A reply came (link_io.Owner)."""
         self.core.completed(lane, cookie, number)
 
+    def place(self, lane: Lane, request: Request) -> None:
+        """This very connection takes the request (link_io.Owner)."""
+        self.core.place_private(lane, request)
+
     async def _run(self, group: Group, requests: list[Request]) -> None:
         if self._closed:
             raise StackError("the device is closed")
@@ -340,15 +350,27 @@ class GnbdDevice:
             self.pump()
 
     async def _ping_loop(self, links: list[Link]) -> None:
-        """Keeps bytes on the wire, so that the kernel notices a dead path."""
-        while True:
-            await trio.sleep(self._options.dead_ms / 4000)
-            for link in links:
-                if not any(r.kind == p.CMD_PING for r in link.lane.in_flight.values()):
-                    request = Request(p.CMD_PING, length=p.SIZE.size)
-                    self.core.place_private(link.lane, request)
-                    link.post(request)
-                    link.kick()
+        """Ask where requests wait for an answer that does not come, and now and then elsewhere."""
+        options = self._options
+        path_ms = min(options.path_ms, options.dead_ms)
+        idle_rounds = max(1, PATH_CHECKS * options.dead_ms // (4 * path_ms))
+        answered = [-1] * len(links)
+        for number in itertools.count():
+            await trio.sleep(path_ms / PATH_CHECKS / 1000)
+            for index, link in enumerate(links):
+                lane = link.lane
+                silent = bool(lane.in_flight) and lane.answered == answered[index]
+                answered[index] = lane.answered
+                if link.pinged_ns and silent:
+                    if self._has_other_path(lane.path) and link.is_unheard(path_ms):
+                        log.info("path is silent", device=self.name, path=lane.path.index)
+                        link.give_up()
+                        return
+                elif silent or not number % idle_rounds:
+                    link.ping()
+
+    def _has_other_path(self, path: Path) -> bool:
+        return any(other.lanes for other in self.core.paths if other is not path)
 
     async def _connect(self, path: Path) -> socket.socket:
         address = self.server.addresses[path.index]

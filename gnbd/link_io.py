@@ -9,6 +9,7 @@ request takes the replies in its place (`lead`) until its own has come: one swit
 from __future__ import annotations
 
 import socket
+import struct
 from typing import Protocol
 
 import structlog
@@ -16,12 +17,15 @@ import trio
 
 from cluster.device import Buffer
 from cluster.errors import ProtocolError, StackError
+from cluster.paths_io import boottime_ns
 from gnbd import protocol as p
 from gnbd.client import WITH_DATA, Lane, Request
 
 RECEIVE_BYTES = 256 << 10
 SEND_PARTS_MAX = 512
 REQUEST_BYTES_MAX = 4 << 20
+_TCP_INFO = struct.Struct("=24xI28xI")
+"""Of linux/tcp.h: segments without an acknowledgement, and ms since the last one came."""
 log = structlog.get_logger("gnbd.client")
 
 
@@ -32,6 +36,8 @@ class Owner(Protocol):
     def name(self) -> str: ...
 
     def completed(self, lane: Lane, cookie: int, number: int) -> None: ...
+
+    def place(self, lane: Lane, request: Request) -> None: ...
 
     def pump(self) -> None: ...
 
@@ -73,6 +79,18 @@ class Group:
             raise self.error
 
 
+class _Pong:
+    """Waits for the answer to a PING."""
+
+    __slots__ = ("_link",)
+
+    def __init__(self, link: Link) -> None:
+        self._link = link
+
+    def done(self, error: StackError | None) -> None:
+        self._link.pinged_ns = 0
+
+
 class Link:
     """One connection in transmission: socket, sender, receiver."""
 
@@ -96,6 +114,34 @@ class Link:
         self._scratch = memoryview(bytearray(REQUEST_BYTES_MAX))
         self._start = 0
         self._end = 0
+        self.pinged_ns = 0
+        """When the PING that is under way was sent; 0: none is."""
+
+    # -- is it alive? ------------------------------------------------------------------------
+
+    def ping(self) -> None:
+        """Put something on the wire that has to be acknowledged, unless it is there already."""
+        if not self.pinged_ns:
+            self.pinged_ns = boottime_ns()
+            request = Request(p.CMD_PING, length=p.SIZE.size, waiter=_Pong(self))
+            self._owner.place(self.lane, request)
+            self.post(request)
+            self.kick()
+
+    def is_unheard(self, timeout_ms: int) -> bool:
+        """Whether nothing was acknowledged since a ping that is so old."""
+        if not self.pinged_ns or boottime_ns() - self.pinged_ns < timeout_ms * 1_000_000:
+            return False
+        try:
+            info = self._sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO.size)
+            unacknowledged, last_heard_ms = _TCP_INFO.unpack(info)
+        except OSError:
+            return True
+        return bool(unacknowledged) and last_heard_ms >= timeout_ms
+
+    def give_up(self) -> None:
+        """End the whole path."""
+        self._scope.cancel()
 
     # -- sending ---------------------------------------------------------------------------
 

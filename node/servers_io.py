@@ -1,9 +1,10 @@
 """Sessions of clusterd with the block servers: installs, the register's messages, administration.
 
 Two sessions per server, because a session answers one request at a time and an install may take
-long (it drains I/O): one for installs, one for everything else. A session goes over the first
-network that answers, the next attempt over the other one. What the cores send is repeated by the
-cores, so that a full queue or a broken session simply drops it.
+long (it drains I/O): one for installs, one for everything else. They keep to different networks if
+there are two, so that a server goes on hearing of its members when one is cut: it serves nobody
+when it does not (R3). What the cores send is repeated by the cores, so that a full queue or a
+broken session simply drops it.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ REGISTER_TIMEOUT_S = 2.0
 INSTALL_TIMEOUT_S = 20.0
 ADMIN_TIMEOUT_S = 10.0
 RETRY_S = 0.2
+APART_PINGS = 8
+"""Every so many pings a session that shares a network with the other one looks for another."""
 T = TypeVar("T")
 
 
@@ -49,6 +52,7 @@ class _Lane:
         self.send = send
         self.receive = receive
         self.control: Control | None = None
+        self.network = 0
 
     def push(self, message: Message) -> None:
         try:
@@ -143,19 +147,17 @@ class ServerLinks:
             raise UnreachableError(f"no server {server}", hint="see: clusterctl status")
         try:
             with trio.fail_after(ADMIN_TIMEOUT_S):
-                async with self._session(link.info, 0) as control:
+                async with self._session(link.info, None) as control:
                     return await work(control)
         except trio.TooSlowError:
             raise UnreachableError(f"server {link.info.name} does not answer {what}") from None
 
     @asynccontextmanager
-    async def _session(self, info: ServerInfo, attempt: int) -> AsyncIterator[Control]:
-        turned = info.addresses[attempt % len(info.addresses) :]
-        turned += info.addresses[: attempt % len(info.addresses)]
-        server = ServerInfo(info.id, info.name, turned, info.port)
-        async with open_control(server, self._keys, self._peer) as control:
+    async def _session(self, info: ServerInfo, network: int | None) -> AsyncIterator[Control]:
+        """Over one network, or the first that answers."""
+        async with open_control(info, self._keys, self._peer, network=network) as control:
             if control.server_id != info.id:
-                raise StackError(f"another server ({control.server_id}) answers at {turned[0]}")
+                raise StackError(f"another server ({control.server_id}) answers as {info.name}")
             yield control
 
     async def _serve(self, link: _Link) -> None:
@@ -178,24 +180,46 @@ class ServerLinks:
 
     async def _lane(self, link: _Link, lane: _Lane, timeout_s: float) -> None:
         attempt = 0
+        networks = len(link.info.addresses)
         while True:
+            first = 0 if lane is link.install else link.install.network + 1
+            lane.network = (first + attempt) % networks
             try:
-                async with self._session(link.info, attempt) as control:
+                async with self._session(link.info, lane.network) as control:
                     lane.control = control
                     if lane is link.install:
                         self._up(link)
                     await self._work(link, lane, control, timeout_s)
+                    attempt = 0
             except (StackError, OSError, trio.TooSlowError, trio.BrokenResourceError) as error:
                 link.problem = str(error) or "it does not answer in time"
+                attempt += 1
             finally:
                 lane.control = None
                 if lane is link.install:
                     self._down(link)
-            attempt += 1
             await trio.sleep(RETRY_S)
 
+    async def _should_move(self, link: _Link, lane: _Lane) -> bool:
+        """Whether a session for the register shares its network with the one for installs although
+        the server answers on another one."""
+        info = link.info
+        if lane is link.install or lane.network != link.install.network or len(info.addresses) < 2:
+            return False
+        other = info.addresses[(lane.network + 1) % len(info.addresses)]
+        with trio.move_on_after(RETRY_S):
+            try:
+                stream = await trio.open_tcp_stream(other, info.port)
+            except OSError:
+                return False
+            await stream.aclose()
+            return True
+        return False
+
     async def _work(self, link: _Link, lane: _Lane, control: Control, timeout_s: float) -> None:
-        """Pass messages and answers; ping when idle, as a sign of life both ways (R3)."""
+        """Pass messages and answers; ping when idle, as a sign of life both ways (R3). Returns when
+        the session should be made anew on another network."""
+        pings = 0
         while True:
             message: Message | None = None
             with trio.move_on_after(self._timing.dead_ms / 4000):
@@ -203,6 +227,9 @@ class ServerLinks:
             if message is None:
                 with trio.fail_after(REGISTER_TIMEOUT_S):
                     await control.ping()
+                pings += 1
+                if pings % APART_PINGS == 0 and await self._should_move(link, lane):
+                    return
                 continue
             with trio.fail_after(timeout_s):
                 answers = await control.cluster_call(message)
