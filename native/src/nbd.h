@@ -1,7 +1,8 @@
 /* The transmission phase of one NBD connection; what it is for stands in native/nbd.py.
  *
  * nbd_access.c  the access word of a nexus (rule R5)
- * nbd_serve.c   receives and executes requests
+ * nbd_receive.c takes requests from what was received
+ * nbd_serve.c   executes them
  * nbd_reply.c   gathers replies and sends them
  * nbd_memory.c  memory for long requests, bounded in total
  *
@@ -102,6 +103,17 @@ void nbd_memory_take(struct nbd_memory *memory, size_t length);
 void nbd_memory_free(struct nbd_memory *memory);
 void native_nbd_set_memory_max(uint64_t bytes, uint32_t wait_ms);
 uint64_t native_nbd_memory_used(void);
+
+/* nbd_receive.c */
+/* Take the next request into `request`: 1 taken, 0 more bytes are needed, -1 the connection is
+ * over. */
+int nbd_take(struct native_nbd *nbd);
+/* Its data was said to come by a flag of extended headers. */
+int nbd_has_payload(struct native_nbd *nbd);
+/* Answer what is done, wait for more bytes; 0 when the connection is over. */
+int nbd_receive(struct native_nbd *nbd);
+/* The same without answering. */
+int nbd_receive_more(struct native_nbd *nbd);
 
 /* nbd_reply.c */
 /* Send what is in the way of the replies to one more request. */

@@ -1,4 +1,4 @@
-/* Requests: many parsed per receive, executed in order under the access word (see nbd.h).
+/* Requests: executed in order under the access word (see nbd.h).
  *
  * The word is looked at before each request, so a revocation waits for one request and not for
  * what was received. READ and WRITE of a plain file are executed here; everything else, and every
@@ -16,25 +16,10 @@
 #include <sys/time.h>
 #include <unistd.h>
 
-#define REQUEST_MAGIC 0x25609513u
-#define EXTENDED_MAGIC 0x21e41c71u
 #define HOLE_BYTES_MIN 4096 /* shorter ones are sent as data */
 #define RUNS_MAX 24 /* of holes and data in one reply; the rest is sent as data */
 #define GO_ON (-1)
 #define NO_MEMORY "too little memory"
-
-struct wire_request {
-    uint32_t magic;
-    uint16_t flags, kind;
-    uint64_t cookie, offset;
-    uint32_t length;
-} __attribute__((packed));
-
-struct wire_extended {
-    uint32_t magic;
-    uint16_t flags, kind;
-    uint64_t cookie, offset, length;
-} __attribute__((packed));
 
 static uint8_t *map_memory(size_t length)
 {
@@ -375,138 +360,9 @@ void native_nbd_done(struct native_nbd *nbd, uint32_t error)
     nbd_reply(nbd, request->cookie, error);
 }
 
-/* `length` more bytes into `to`; 0 when the connection is over. */
-static int receive_exactly(struct native_nbd *nbd, uint8_t *to, size_t length)
-{
-    while (length) {
-        ssize_t count = recv(nbd->sock, to, length, 0);
-        if (count < 0 && errno == EINTR)
-            continue;
-        if (count <= 0)
-            return 0;
-        to += count;
-        length -= (size_t)count;
-    }
-    return 1;
-}
-
-/* Make room, wait for more bytes; 0 when the connection is over. */
-static int receive_more(struct native_nbd *nbd)
-{
-    size_t rest = nbd->end - nbd->start;
-    if (nbd->start && (!rest || nbd->end == NBD_RECEIVE_BYTES)) {
-        memmove(nbd->buffer, nbd->buffer + nbd->start, rest);
-        nbd->start = 0;
-        nbd->end = rest;
-    }
-    ssize_t count;
-    do
-        count = recv(nbd->sock, nbd->buffer + nbd->end, NBD_RECEIVE_BYTES - nbd->end, 0);
-    while (count < 0 && errno == EINTR);
-    if (count <= 0)
-        return 0;
-    nbd->end += (size_t)count;
-    return 1;
-}
-
-/* Answer what is done, wait for more bytes; 0 when the connection is over. */
-static int receive(struct native_nbd *nbd)
-{
-    native_nbd_send(nbd);
-    nbd_release(nbd);
-    if (nbd->broken || atomic_load(&nbd->closing))
-        return 0;
-    return receive_more(nbd);
-}
-
-static int receive_nothing(struct native_nbd *nbd, size_t length)
-{
-    while (length) {
-        size_t part = length < NBD_RECEIVE_BYTES ? length : NBD_RECEIVE_BYTES;
-        if (!receive_exactly(nbd, nbd->buffer, part))
-            return 0;
-        length -= part;
-    }
-    return 1;
-}
-
-/* A WRITE that is longer than the receive buffer gets a buffer of its own, if there is memory. */
-static int receive_long(struct native_nbd *nbd, size_t header)
-{
-    size_t length = nbd->request.length, have = nbd->end - nbd->start - header;
-    native_nbd_send(nbd);
-    nbd_release(nbd);
-    nbd_memory_take(&nbd->payload, length);
-    uint8_t *data = nbd->data = nbd->payload.data;
-    if (data)
-        memcpy(data, nbd->buffer + nbd->start + header, have);
-    nbd->start = nbd->end = 0;
-    return data ? receive_exactly(nbd, data + have, length - have)
-                : receive_nothing(nbd, length - have);
-}
-
-/* 0: out of step. */
-static int parse(struct native_nbd *nbd, const uint8_t *bytes)
-{
-    struct wire_request compact;
-    struct wire_extended wire;
-    if (nbd->extended)
-        memcpy(&wire, bytes, sizeof wire);
-    else {
-        memcpy(&compact, bytes, sizeof compact);
-        memcpy(&wire, &compact, offsetof(struct wire_extended, length));
-        wire.length = htobe64(be32toh(compact.length));
-    }
-    nbd->request = (struct native_nbd_request){
-        .cookie = be64toh(wire.cookie), .offset = be64toh(wire.offset),
-        .length = be64toh(wire.length), .kind = be16toh(wire.kind), .flags = be16toh(wire.flags),
-    };
-    return be32toh(wire.magic) == (nbd->extended ? EXTENDED_MAGIC : REQUEST_MAGIC);
-}
-
-/* Extended headers say it by a flag; a WRITE has data anyway. */
-static int has_payload(struct native_nbd *nbd)
-{
-    return nbd->extended && nbd->request.flags & NBD_FLAG_PAYLOAD;
-}
-
-/* Take the next request: 1 taken, 0 more bytes are needed, -1 the connection is over. */
-static int take(struct native_nbd *nbd)
-{
-    struct native_nbd_request *request = &nbd->request;
-    size_t have = nbd->end - nbd->start;
-    size_t header = nbd->extended ? sizeof(struct wire_extended) : sizeof(struct wire_request);
-    if (have < header)
-        return 0;
-    if (!parse(nbd, nbd->buffer + nbd->start))
-        return -1;
-    nbd->data = NULL;
-    if (request->kind != NBD_WRITE && !has_payload(nbd)) {
-        nbd->start += header;
-        return 1;
-    }
-    if (request->length > NBD_PAYLOAD_MAX)
-        return -1;
-    if (header + request->length > NBD_RECEIVE_BYTES) {
-        return receive_long(nbd, header) ? 1 : -1;
-    }
-    if (have < header + request->length) {
-        if (nbd->start + header + request->length > NBD_RECEIVE_BYTES) {
-            native_nbd_send(nbd);
-            memmove(nbd->buffer, nbd->buffer + nbd->start, have);
-            nbd->start = 0;
-            nbd->end = have;
-        }
-        return 0;
-    }
-    nbd->data = nbd->buffer + nbd->start + header;
-    nbd->start += header + request->length;
-    return 1;
-}
-
 static int execute(struct native_nbd *nbd)
 {
-    if (has_payload(nbd)) {
+    if (nbd_has_payload(nbd)) {
         if (nbd->request.kind != NBD_WRITE) { /* none of ours has data: it was taken, no more */
             native_nbd_why(nbd, "this command has no payload");
             nbd_reply(nbd, nbd->request.cookie, WIRE_EINVAL);
@@ -532,11 +388,11 @@ int native_nbd_run(struct native_nbd *nbd)
     for (;;) {
         if (!nbd->pending) {
             nbd_memory_free(&nbd->payload);
-            int taken = take(nbd);
+            int taken = nbd_take(nbd);
             if (taken < 0)
                 return NBD_ENDED;
             if (!taken) {
-                if (!receive(nbd))
+                if (!nbd_receive(nbd))
                     return NBD_ENDED;
                 continue;
             }
@@ -568,12 +424,12 @@ void native_nbd_count_late(struct native_nbd *nbd, uint32_t seconds)
         count_refused(nbd);
     for (;;) {
         nbd_memory_free(&nbd->payload);
-        int taken = take(nbd);
+        int taken = nbd_take(nbd);
         if (taken < 0)
             return;
         if (taken)
             count_refused(nbd);
-        else if (!receive_more(nbd))
+        else if (!nbd_receive_more(nbd))
             return;
     }
 }
