@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from pathlib import Path
 
@@ -101,17 +102,33 @@ class Catalogue:
             tls = server_context(wanted.tls) if wanted.tls else None
             kept = [e.config for n, e in self._service.exports.items() if n not in plan.remove]
             check_disks([*kept, *plan.add])
+            # What can still fail comes first: a disk that somebody else has.
+            gone = [e for e in self._config.exports if e.name in plan.remove]
+            freed = {os.path.realpath(e.path) for e in gone}
+            late = [e for e in plan.add if os.path.realpath(e.path) in freed]
+            self._add_all([e for e in plan.add if e not in late])
             self._service.tls = tls  # certificates that were renewed
             for name in plan.remove:
                 self._remove(name)
             for before, after in plan.change:
                 self._change(before, after)
-            for export in plan.add:
-                self._add(export)
+            self._add_all(late)
             self._config = wanted
             text = plan.summary()
             log.info("reloaded", what=text)
             return text
+
+    def _add_all(self, exports: list[Export]) -> None:
+        """All, or none and the reason."""
+        added = []
+        try:
+            for export in exports:
+                self._add(export)
+                added.append(export.name)
+        except BaseException:
+            for name in added:
+                self._remove(name)
+            raise
 
     def _change(self, before: Export, after: Export) -> None:
         service = self._service

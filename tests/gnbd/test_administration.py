@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import signal
 import socket
@@ -158,6 +159,25 @@ def test_reload_keeps_connections(server, tmp_path):
         assert server.ctl("reload").returncode == 2
         assert {e["name"] for e in said(server, "exports")} == {"disk", "new"}
         assert client.read(0, 6) == b"before"
+
+
+def test_a_reload_that_cannot_be_changes_nothing(server, tmp_path):
+    """A new disk is somebody else's: what stood before it in the file does not come either; an
+    export that takes over the disk of one that goes does."""
+    taken = tmp_path / "taken.img"
+    taken.write_bytes(bytes(MIB))
+    before = server.exports
+    new = export_toml("new", tmp_path / "new.img", size="1M")
+    with taken.open("rb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        server.exports = new + export_toml("taken", taken, size="1M")
+        server.write_config()
+        assert server.ctl("reload").returncode == 5
+        assert [e["name"] for e in said(server, "exports")] == ["disk"]
+    server.exports = before.replace('"disk"', '"renamed"')
+    server.write_config()
+    assert server.ctl("reload").returncode == 0
+    assert [e["name"] for e in said(server, "exports")] == ["renamed"]
 
 
 @pytest.mark.parametrize(
