@@ -128,8 +128,9 @@ class DirtyPages:
             await self._counter.device.write_many(
                 [(block * BLOCK_BYTES, data) for block, data in writes]
             )
-            state.written_at = self._counter.wrote()
         finally:
+            # Also after an error: what was written must be flushed before the lock leaves.
+            state.written_at = self._counter.wrote()
             state.direct_writes -= 1
             if not state.direct_writes and state.direct_done is not None:
                 state.direct_done.set()

@@ -180,9 +180,11 @@ class VolumeDevice:
                 await self._write_runs(layout, [(offset_bytes, data)], fua)
                 return
             state = self._order[place[0]]
-            await state.device.write(place[1], data, fua=fua)
-            if not fua:
-                state.written += 1
+            try:
+                await state.device.write(place[1], data, fua=fua)
+            finally:
+                if not fua:
+                    state.written += 1  # also after an error: a part may have been written
         except trio.Cancelled:
             self._in_doubt = True
             raise
@@ -249,12 +251,14 @@ class VolumeDevice:
 
             async def on_leg(number: int, runs: list[Run]) -> None:
                 state = self._order[number]
-                for start, length in runs:
-                    if kind == "discard":
-                        await state.device.discard(start, length)
-                    else:
-                        await state.device.write_zeroes(start, length)
-                state.written += 1
+                try:
+                    for start, length in runs:
+                        if kind == "discard":
+                            await state.device.discard(start, length)
+                        else:
+                            await state.device.write_zeroes(start, length)
+                finally:
+                    state.written += 1
 
             plan = layout.plan_ranges(offset_bytes, length_bytes)
             if plan:
@@ -416,9 +420,11 @@ async def _write_leg(state: _LegState, runs: list[WriteRun], fua: bool) -> None:
         (run.offset_bytes, run.buffers[0] if len(run.buffers) == 1 else b"".join(run.buffers))
         for run in runs
     ]
-    await state.device.write_many(parts, fua=fua)
-    if not fua:
-        state.written += 1
+    try:
+        await state.device.write_many(parts, fua=fua)
+    finally:
+        if not fua:
+            state.written += 1  # also after an error: some may have been written
 
 
 class VolumeClient:

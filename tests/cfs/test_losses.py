@@ -132,6 +132,26 @@ async def test_an_overwrite_that_is_refused_leaves_what_was_there() -> None:
     await fsck(device)
 
 
+async def test_what_a_failed_direct_write_has_written_is_flushed_before_the_lock_leaves() -> None:
+    device = await refusing_device()
+    async with cluster(device) as group:
+        fs, other = await group.mount(1), await group.mount(2)
+        ino = await make_file(fs, b"f", b"1" * BLOCK_BYTES)
+        between = await make_file(fs, b"g")
+        for number in range(1, 3):
+            await fs.write(between, number * BLOCK_BYTES, b"2" * BLOCK_BYTES)
+            await fs.write(ino, number * BLOCK_BYTES, b"1" * BLOCK_BYTES)
+        await fs.sync()
+        await fs.core.counter.flush()
+        with refused(errno.EIO):
+            await fs.write(ino, 0, blocks(b"3", b"3", BAD), direct=True)
+        written = fs.core.counter.written
+        assert not fs.core.counter.is_flushed(written)
+        assert (await other.read(ino, 0, 1)) == b"3"
+        assert fs.core.counter.is_flushed(written)
+    await fsck(device)
+
+
 async def test_synchronous_and_direct_writes_fail_themselves() -> None:
     device = await refusing_device()
     async with mounted(device) as fs:

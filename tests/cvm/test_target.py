@@ -115,6 +115,28 @@ async def test_flush_goes_to_dirty_legs_only() -> None:
     assert (first.flush_count, second.flush_count) == (3, 2)
 
 
+@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.trio
+async def test_what_a_failed_write_has_written_is_flushed(parts: int) -> None:
+    device, disks = await opened()
+    disk = next(iter(disks.by_pv.values()))
+    await device.flush()
+    flushes = disk.flush_count
+    calls = 0
+
+    async def hook(kind: str, _offset: int, _length: int) -> None:
+        nonlocal calls
+        calls += kind == "write"
+        if kind == "write" and calls == parts:
+            raise DeviceError("broken")
+
+    disk.hook = hook
+    with pytest.raises(DeviceError):
+        await device.write_many([(8192 * number, bytes(512)) for number in range(parts)])
+    await device.flush()
+    assert disk.flush_count == flushes + 1
+
+
 @pytest.mark.trio
 async def test_no_flush_answers_for_another_one_that_is_under_way() -> None:
     device, disks = await opened()
