@@ -74,7 +74,8 @@ class SetAttributes(msgspec.Struct, frozen=True, gc=False):
     """What setattr() changes; None leaves a field alone. `mode` holds permission bits only.
 
     `kill_privileges`: a new size takes set-user-id and set-group-id away, as the caller may not
-    keep them.
+    keep them. `generation` is that of the inode that is meant: ESTALE if its number is another's
+    by now.
     """
 
     size: int | None = None
@@ -85,6 +86,7 @@ class SetAttributes(msgspec.Struct, frozen=True, gc=False):
     mtime_ns: int | None = None
     ctime_ns: int | None = None
     kill_privileges: bool = True
+    generation: int | None = None
 
 
 class DirEntry(msgspec.Struct, frozen=True, gc=False):

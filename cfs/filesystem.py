@@ -381,8 +381,11 @@ class FileSystem(RangeCalls):
     ) -> Attributes:
         return await self.names.symlink(parent, name, target, uid, gid)
 
-    async def link(self, ino: int, parent: int, name: bytes) -> Attributes:
-        return await self.names.link(ino, parent, name)
+    async def link(
+        self, ino: int, parent: int, name: bytes, *, generation: int | None = None
+    ) -> Attributes:
+        """`generation` as of `SetAttributes`."""
+        return await self.names.link(ino, parent, name, generation)
 
     async def unlink(self, parent: int, name: bytes) -> Attributes | None:
         """The inode lives on while any node has it open (`open_ref`). Returns what was left of it

@@ -66,7 +66,10 @@ class Inodes:
     def _setattr_body(
         self, tx: Tx, state: InodeState, changes: SetAttributes
     ) -> tuple[bool, Attributes]:
-        self._need_settable(tx.inode(state), changes)
+        seen = tx.inode(state)
+        if changes.generation not in (None, seen.generation):
+            raise FsError(errno.ESTALE)
+        self._need_settable(seen, changes)
         inode = tx.edit_inode(state)
         done = True
         if changes.size is not None:

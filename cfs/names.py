@@ -371,7 +371,9 @@ class Names:
 
         return await self.make(parent, name, Birth(stat.S_IFLNK | 0o777, uid, gid, 0), content)
 
-    async def link(self, ino: int, parent: int, name: bytes) -> Attributes:
+    async def link(
+        self, ino: int, parent: int, name: bytes, generation: int | None = None
+    ) -> Attributes:
         need_new_name(name)
         core = self.core
         state, pstate = core.state(ino), core.state(parent)
@@ -380,13 +382,19 @@ class Names:
         both = [(pstate, Mode.EX), (state, Mode.EX)]
         await hold_all(both)
         try:
-            return await core.run(lambda tx: self._link_body(tx, state, pstate, name))
+            return await core.run(
+                lambda tx: self._link_body(tx, state, pstate, name, generation)
+            )
         finally:
             release_all(both)
 
-    def _link_body(self, tx: Tx, state: InodeState, pstate: InodeState, name: bytes) -> Attributes:
+    def _link_body(
+        self, tx: Tx, state: InodeState, pstate: InodeState, name: bytes, generation: int | None
+    ) -> Attributes:
         need_mutable(self.need_alive(tx, pstate))
         seen = tx.inode(state)
+        if generation not in (None, seen.generation):
+            raise FsError(errno.ESTALE)
         if seen.is_directory:
             raise FsError(errno.EPERM)
         need_unprotected(seen)

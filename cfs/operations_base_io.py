@@ -207,6 +207,12 @@ class OperationsBase(pyfuse3.Operations):  # type: ignore[misc]
         return attributes
 
     @staticmethod
+    def life_of(inode: KernelInode) -> int | None:
+        """The generation of the inode that the kernel means, if that is known. It asks for no
+        attributes before it changes or links a file that it has found long ago (O_PATH)."""
+        return inode.generation or None
+
+    @staticmethod
     def need_same_life(inode: KernelInode, attributes: Attributes) -> None:
         """The number may have been given to another inode since the kernel heard of it."""
         if inode.generation != attributes.generation and inode.node == inode.number:

@@ -77,8 +77,7 @@ class InodeOperations(DataOperations):
 
     # -- setattr ---------------------------------------------------------------------------------
 
-    @staticmethod
-    def _changes(request: Request, body: bytes) -> SetAttributes:
+    def _changes(self, account: KernelInode, request: Request, body: bytes) -> SetAttributes:
         (
             valid, _, size, _, atime_s, mtime_s, ctime_s, atime_ns, mtime_ns, ctime_ns,
             mode, uid, gid,
@@ -98,18 +97,19 @@ class InodeOperations(DataOperations):
             mtime_ns=time(SETATTR_MTIME, SETATTR_MTIME_NOW, mtime_s, mtime_ns),
             ctime_ns=time(SETATTR_CTIME, 0, ctime_s, ctime_ns),
             kill_privileges=request.kills_privileges,
+            generation=self.life_of(account),
         )
 
     def _try_setattr(self, request: Request, body: bytes) -> bytes | None:
-        changes = self._changes(request, body)
+        account = self.known(request.inode)
+        changes = self._changes(account, request, body)
         if changes.size is not None:
             return None
-        account = self.known(request.inode)
         return self._attributes_out(account, self.fs.try_setattr(account.number, changes))
 
     async def _setattr(self, request: Request, body: bytes) -> bytes:
-        changes = self._changes(request, body)
         account = self.known(request.inode)
+        changes = self._changes(account, request, body)
         if changes.size is not None:
             changed = await self.truncate(account, changes)
         else:

@@ -54,7 +54,10 @@ class NameOperations(LookupOperations, OpenOperations):
         except FsError as error:
             raise self._not_created(error, flags) from None
         inode = self.caches.know(made.ino, made.generation, directory=False)
-        handle = self.try_open_handle(inode, flags & ~os.O_TRUNC)
+        try:
+            handle = self.try_open_handle(inode, flags & ~os.O_TRUNC)
+        except FsError:
+            handle = None  # the waiting way meets it again, and knows what to do
         if handle is None:
             raise Later(lambda r, _: self._open_created(r, parent, revision, made, flags))
         entry = self.encode_named(parent, revision, made)
@@ -83,7 +86,13 @@ class NameOperations(LookupOperations, OpenOperations):
         self, request: Request, parent: KernelInode, revision: int, made: Attributes, flags: int
     ) -> bytes:
         # Two answers in one: nothing may come between the entry's and the handle's making.
-        handle = await self.open_made(made, flags)
+        try:
+            handle = await self.open_made(made, flags)
+        except FsError:
+            # The file is there although its caller is told of an error: the kernel may believe
+            # that the name is not.
+            self.caches.distrust()
+            raise
         self.stop_if_opened_in_vain(request, handle)
         return self.encode_named(parent, revision, made) + self.encode_opened(handle)
 
@@ -131,7 +140,10 @@ class NameOperations(LookupOperations, OpenOperations):
         parent = self.known(request.inode)
         revision = parent.revision
         name = body[fuse_layout.LINK_IN.size : -1]
-        made = await self.fs.link(self.ino(node), parent.number, name)
+        meant = self.known(node)
+        made = await self.fs.link(
+            meant.number, parent.number, name, generation=self.life_of(meant)
+        )
         return self._made(request, parent, revision, made)
 
     # -- names that go ---------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from cfs.operations_extension_io import Extension
 from cfs.operations_locks_io import LockOperations
 from cfs.protection import need_openable
 from cfs.transaction import NotNow
-from cluster.locks import Mode
+from cluster.locks import CachedLock, Mode
 from native.requests import Opcode, Request
 
 
@@ -94,15 +94,27 @@ class OpenOperations(LockOperations):
                 found = self.fs.try_getattr(number) or await self.fs.getattr(number)
                 appends = flags & (os.O_APPEND | os.O_TRUNC) == os.O_APPEND
                 need_openable(found.flags, writes=True, appends=appends)
-            if flags & os.O_TRUNC:
-                await self.truncate(inode, SetAttributes(size=0, kill_privileges=kill))
-                await self.caches.attributes_settled(inode)
             handle = self._new_handle(inode, flags)
         except BaseException:
             self.fs.close_ref(number)
             raise
-        if flags & os.O_ACCMODE == os.O_RDWR and self.mmap_coherent:
-            await self._start_shared_writing(handle)
+        try:
+            shared = flags & os.O_ACCMODE == os.O_RDWR and self.mmap_coherent
+            if shared:
+                handle.shared_writer = True
+                inode.writers += 1
+            if flags & os.O_TRUNC:
+                # No lock is waited for after this: the kernel drops its pages only if the open
+                # succeeds, and until the answer it writes no dirty page back, which a revocation
+                # may be waiting for.
+                await self.truncate(inode, SetAttributes(size=0, kill_privileges=kill))
+                await self.caches.attributes_settled(inode)
+            elif shared:
+                await self._start_shared_writing(inode, handle.lock)
+        except BaseException:
+            self.drop_handle(handle.number)
+            self.fs.close_ref(number)
+            raise
         return handle
 
     async def open_made(self, made: Attributes, flags: int) -> Handle:
@@ -125,28 +137,20 @@ class OpenOperations(LockOperations):
         handle.uncached = bool(flags & os.O_APPEND) or (shared and not self.mmap_coherent)
         return handle
 
-    async def _start_shared_writing(self, handle: Handle) -> None:
+    async def _start_shared_writing(self, inode: KernelInode, lock: CachedLock) -> None:
         """From now on the inode's pages are valid only under EX (rule G5). Those that are cached
         under PR stay valid if the lock goes up without having gone down; if it does go down
         first, the revocation drops them because `writers` is up. Pages of holes go in any case: a
         store into them would find no block reserved."""
-        inode, lock = handle.inode, handle.lock
-        handle.shared_writer = True
-        inode.writers += 1
+        if not lock.try_hold(Mode.EX):
+            await lock.hold(Mode.EX)
         try:
-            if not lock.try_hold(Mode.EX):
-                await lock.hold(Mode.EX)
-            try:
-                if inode.writers == 1 and inode.pages:
-                    start, end = inode.pages.spans[0][0], inode.pages.spans[-1][1]
-                    if await self.fs.has_holes_held(inode.number, start, end):
-                        await self.caches.drop_all_pages(inode.number)
-            finally:
-                lock.release(Mode.EX)
-        except BaseException:
-            self.drop_handle(handle.number)
-            self.fs.close_ref(inode.number)
-            raise
+            if inode.writers == 1 and inode.pages:
+                start, end = inode.pages.spans[0][0], inode.pages.spans[-1][1]
+                if await self.fs.has_holes_held(inode.number, start, end):
+                    await self.caches.drop_all_pages(inode.number)
+        finally:
+            lock.release(Mode.EX)
 
     def stop_if_opened_in_vain(self, request: Request, handle: Handle) -> None:
         """Raise if the caller was killed: the kernel will never release the handle."""

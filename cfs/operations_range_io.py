@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 
 from cfs import fuse_layout
+from cfs.errors import FsError
 from cfs.mount_capability_io import CAP_FSETID, has_capability
 from cfs.operations_data_io import DataOperations
 from cfs.operations_extension_io import Extension
@@ -35,11 +36,17 @@ class RangeOperations(DataOperations):
         number, offset, length, mode, _ = fuse_layout.FALLOCATE_IN.unpack_from(body)
         handle = self.handles[number]
         inode = handle.inode
-        await self.fs.fallocate(
-            inode.number, mode, offset, length,
-            kill=not has_capability(request, CAP_FSETID),
-            stopped=lambda: self.waits.is_killed(request),
-        )  # fmt: skip
+        try:
+            await self.fs.fallocate(
+                inode.number, mode, offset, length,
+                kill=not has_capability(request, CAP_FSETID),
+                stopped=lambda: self.waits.is_killed(request),
+            )  # fmt: skip
+        except FsError:
+            if mode & ~FALLOC_KEEP_SIZE:
+                # A part may be zero by now, and the kernel drops nothing after an error.
+                await self.caches.drop_all_pages(inode.number)
+            raise
         await self.caches.attributes_settled(inode)
         if mode & ~FALLOC_KEEP_SIZE:
             inode.note_write(offset, offset + length)
@@ -66,10 +73,14 @@ class RangeOperations(DataOperations):
     async def _copy_range(self, body: bytes, most: int, request: Request) -> int:
         source, offset, _, target, to, length, _ = fuse_layout.COPY_IN.unpack_from(body)
         handle = self.handles[target]
-        done = await self.fs.copy_range(
-            self.handles[source].inode.number, offset, handle.inode.number, to, min(length, most),
-            kill=not has_capability(request, CAP_FSETID),
-        )  # fmt: skip
+        try:
+            done = await self.fs.copy_range(
+                self.handles[source].inode.number, offset, handle.inode.number, to,
+                min(length, most), kill=not has_capability(request, CAP_FSETID),
+            )  # fmt: skip
+        except FsError:
+            await self.caches.drop_all_pages(handle.inode.number)  # as after a part of a punch
+            raise
         await self.caches.attributes_settled(handle.inode)
         handle.inode.note_write(to, to + done)
         if handle.flags & os.O_DSYNC:

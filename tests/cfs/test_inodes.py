@@ -39,6 +39,30 @@ async def make(fs: FileSystem, name: bytes, parent: int = 0) -> int:
     return (await fs.create(parent or fs.root_ino, name, 0o644, 0, 0)).ino
 
 
+# -- two lives of one number ------------------------------------------------------------------
+
+
+async def test_a_change_or_link_is_of_the_inode_that_is_meant() -> None:
+    device = await make_device()
+    async with mounted(device) as fs:
+        made = await fs.create(fs.root_ino, b"f", 0o644, 0, 0)
+        earlier = made.generation - 1
+        meant = SetAttributes(mode=0o777, generation=earlier)
+        for refusal in (
+            lambda: fs.setattr(made.ino, meant),
+            lambda: fs.setattr(made.ino, SetAttributes(size=5, generation=earlier)),
+            lambda: fs.link(made.ino, fs.root_ino, b"g", generation=earlier),
+        ):
+            with refused(errno.ESTALE):
+                await refusal()
+        with refused(errno.ESTALE):
+            fs.try_setattr(made.ino, meant)
+        assert await fs.getattr(made.ino) == made
+        await fs.setattr(made.ino, SetAttributes(size=5, generation=made.generation))
+        await fs.link(made.ino, fs.root_ino, b"g", generation=made.generation)
+    await fsck(device)
+
+
 # -- exchange ----------------------------------------------------------------------------------
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import re
@@ -154,6 +155,36 @@ def test_an_open_file_outlives_its_name_on_another_node(mounts):
     assert os.pread(fd, 100, 0) == b"still here!"
     assert os.fstat(fd).st_nlink == 0
     os.close(fd)
+
+
+def test_a_number_that_is_another_file_by_now(mounts):
+    """Who has found a file long ago changes and links that one, or none."""
+    _cluster, on = mounts
+    one, two = (on[n].path for n in (1, 2))
+    (one / "old").touch()
+    found = os.open(one / "old", os.O_PATH)
+    ino, handle = os.fstat(found).st_ino, f"/proc/self/fd/{found}"
+    os.unlink(two / "old")
+    (two / "new").mkdir()
+    deadline = time.monotonic() + 60
+    number = 0
+    while os.stat(two / "new" / str(number)).st_ino != ino if number else True:
+        assert time.monotonic() < deadline
+        number += 1
+        (two / "new" / str(number)).touch(0o600)
+    for change in (
+        lambda: os.chmod(handle, 0o777),
+        lambda: os.chown(handle, 1000, 1000),
+        lambda: os.utime(handle, (1, 1)),
+        lambda: link_descriptor(found, one / "linked"),
+    ):
+        with pytest.raises(OSError) as error:
+            change()
+        assert error.value.errno == errno.ESTALE
+    left = os.stat(two / "new" / str(number))
+    assert (left.st_ino, left.st_mode & 0o777, left.st_nlink, left.st_uid) == (ino, 0o600, 1, 0)
+    assert left.st_mtime > 1
+    os.close(found)
 
 
 def test_appends_of_all_nodes(mounts):

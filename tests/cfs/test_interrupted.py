@@ -1,0 +1,129 @@
+"""Requests whose caller is killed half-way: the kernel believes nothing that is not so any more."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import AsyncIterator
+
+import pytest
+
+from cfs import fuse_layout
+from cfs.errors import FsError
+from cfs.fuse_layout import CREATE_IN, FALLOCATE_IN
+from cfs.kernel_cache_io import KernelCaches
+from cfs.mount_interrupt_io import RequestWaits
+from cfs.operations_extension_io import Later
+from cfs.operations_io import CfsOperations
+from cfs.range_calls import FALLOC_KEEP_SIZE, FALLOC_PUNCH_HOLE
+from native.requests import Opcode, Request
+from tests.cfs.harness import make_device, mounted
+from tests.cfs.test_operations import make_file, refused
+
+pytestmark = pytest.mark.trio
+
+
+class Table:
+    def add(self, node: int) -> int:
+        return 0
+
+    def remove(self, slot: int) -> None:
+        """Nothing is kept."""
+
+
+class Caches(KernelCaches):
+    """What is taken back from a kernel that is not there."""
+
+    def __init__(self, root: int) -> None:
+        super().__init__(Table(), root)
+        self.dropped: list[int] = []
+        self.distrusted = 0
+
+    def distrust(self) -> None:
+        self.distrusted += 1
+
+    async def drop_all_pages(self, number: int) -> None:
+        self.dropped.append(number)
+
+
+@pytest.fixture
+async def operations() -> AsyncIterator[CfsOperations]:
+    async with mounted(await make_device()) as fs:
+        yield CfsOperations(fs, Caches(fs.root_ino), RequestWaits())
+
+
+async def killed(*_: object, **__: object) -> None:
+    raise FsError(errno.EINTR)
+
+
+def request(opcode: Opcode, inode: int) -> Request:
+    return Request(1, inode, 0, 0, 0, opcode, 0, 0, 0, 0, 0, os.getpid())
+
+
+async def test_an_open_that_truncates_waits_for_no_lock_afterwards(
+    operations: CfsOperations,
+) -> None:
+    fs = operations.fs
+    ino = await make_file(fs, b"f", b"x" * 9000)
+    made = await fs.getattr(ino)
+    inode = operations.caches.know(ino, made.generation, directory=False)
+    operations._start_shared_writing = killed  # type: ignore[method-assign, assignment]
+    handle = await operations.open_handle(inode, os.O_RDWR | os.O_TRUNC)
+    assert (await fs.getattr(ino)).size == 0
+    assert inode.writers == 1
+    operations._close(handle.number)
+    with refused(errno.EINTR):
+        await operations.open_handle(inode, os.O_RDWR)
+    assert (inode.writers, inode.handles, fs.core.state(ino).open_count) == (0, 0, 0)
+
+
+async def test_a_file_that_was_made_and_not_opened_is_seen(operations: CfsOperations) -> None:
+    fs = operations.fs
+    await make_file(fs, b"before")
+    operations.try_open_handle = lambda *_: None  # type: ignore[method-assign]
+    operations.open_handle = killed  # type: ignore[method-assign, assignment]
+    body = CREATE_IN.pack(os.O_RDWR | os.O_CREAT, 0o644, 0, 0) + b"f\0"
+    create = request(Opcode.CREATE, fs.root_ino)
+    with pytest.raises(Later) as later:
+        operations._try_create(create, body)
+    with refused(errno.EINTR):
+        await later.value.handle(create, body)
+    await fs.lookup(fs.root_ino, b"f")
+    caches = operations.caches
+    assert isinstance(caches, Caches)
+    assert caches.distrusted == 1
+
+
+@pytest.mark.parametrize("mode", [0, FALLOC_PUNCH_HOLE | FALLOC_KEEP_SIZE])
+async def test_what_may_be_zero_by_now_is_dropped(operations: CfsOperations, mode: int) -> None:
+    fs = operations.fs
+    ino = await make_file(fs, b"f", b"x" * 9000)
+    made = await fs.getattr(ino)
+    handle = await operations.open_handle(
+        operations.caches.know(ino, made.generation, directory=False), os.O_WRONLY
+    )
+    fs.fallocate = killed  # type: ignore[method-assign, assignment]
+    body = FALLOCATE_IN.pack(handle.number, 0, 9000, mode, 0)
+    with refused(errno.EINTR):
+        await operations._fallocate(request(Opcode.FALLOCATE, ino), body)
+    caches = operations.caches
+    assert isinstance(caches, Caches)
+    assert caches.dropped == ([ino] if mode else [])
+    operations._close(handle.number)
+
+
+async def test_what_may_be_copied_in_part_is_dropped(operations: CfsOperations) -> None:
+    fs = operations.fs
+    ino = await make_file(fs, b"f", b"x" * 9000)
+    made = await fs.getattr(ino)
+    handle = await operations.open_handle(
+        operations.caches.know(ino, made.generation, directory=False), os.O_WRONLY
+    )
+    fs.copy_range = killed  # type: ignore[method-assign, assignment]
+    body = fuse_layout.COPY_IN.pack(handle.number, 0, 0, handle.number, 9000, 9000, 0)
+    with refused(errno.EINTR):
+        await operations._copy(request(Opcode.COPY_FILE_RANGE, ino), body)
+    caches = operations.caches
+    assert isinstance(caches, Caches)
+    assert caches.dropped == [ino]
+    operations._close(handle.number)
