@@ -59,7 +59,9 @@ class Methods:
             if method.kind == "agent":
                 return await Agent(method).fence(record.name)
             me = (self._daemon.me, self._daemon.incarnation)
-            return await trio.to_thread.run_sync(fence_disks, method.devices, me, key_of(record))
+            return await trio.to_thread.run_sync(
+                fence_disks, method.devices, me, key_of(record), abandon_on_cancel=True
+            )
 
         return perform
 

@@ -150,7 +150,9 @@ class Fencing:
         for name, method in config.methods.items():
             if method.kind == "reservation":
                 me = (daemon.me, daemon.incarnation)
-                wrong = await trio.to_thread.run_sync(register_on_disks, method.devices, me)
+                wrong = await trio.to_thread.run_sync(
+                    register_on_disks, method.devices, me, abandon_on_cancel=True
+                )
                 daemon.problem(f"fence method {name}", wrong and f"fence method {name}: {wrong}")
 
     async def _try(self, record: FenceRecord) -> None:

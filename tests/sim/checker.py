@@ -3,6 +3,7 @@
 - The register is linearizable: one value per version, a legal chain, no read older than what was
   finished before it began, no two successful compare-and-swaps on one version of a volume group.
 - One view per epoch.
+- A node that an operator put out is no member before the operator lets it in.
 - No write executes under a lock grant that is older than a grant that a later holder got.
 - No data is used on a server that has not installed the epoch of the user.
 - No cached read shows anything but the newest value.
@@ -20,7 +21,13 @@ from cluster.actions import Reply
 from cluster.control import GroupEvent
 from cluster.core_events import StateChanged
 from cluster.ids import Instance
-from cluster.state import ClusterState, StateError, check_transition, encode_state
+from cluster.state import (
+    ClusterState,
+    StateError,
+    check_transition,
+    encode_state,
+    member_of,
+)
 from tests.sim.world import Violation, World
 
 if TYPE_CHECKING:
@@ -48,6 +55,8 @@ class Checker:
         self.reads = 0
         self.outcomes: dict[tuple[int, int, int], Reply] = {}
         self.shown: dict[tuple[int, int], int] = {}
+        self.held: dict[int, int] = {}
+        """Nodes that an operator put out, and the version that did it."""
 
     # --- register
 
@@ -64,6 +73,9 @@ class Checker:
                     check_transition(self.states[old], self.states[new])
                 except StateError as error:
                     raise Violation(f"{who}: illegal step to version {new}: {error}") from error
+        for node, version in self.held.items():
+            if state.version >= version and member_of(state.members, node) is not None:
+                raise Violation(f"{who}: n{node} is a member of version {state.version}, but held")
         members = msgspec.msgpack.encode([state.members, state.tombstones])
         if self.views.setdefault(state.epoch, members) != members:
             raise Violation(f"{who}: two views of epoch {state.epoch}")

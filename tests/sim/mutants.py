@@ -170,6 +170,30 @@ def _fresh_sync(self: Any, now_ns: int, sequencer: Any) -> Any:
     return _build(self, now_ns, sequencer)
 
 
+_hold_fields = cluster.state._hold_fields
+
+
+def _out_and_not_held(state: Any, change: Any) -> dict[str, Any]:
+    fields = _hold_fields(state, change)
+    fields.pop("held", None)
+    return fields
+
+
+def _eligible_though_held(self: Membership, now_ns: int, peer: Any) -> bool:
+    held, self.state = self.state, msgspec.structs.replace(self.state, held=[])
+    try:
+        return _eligible(self, now_ns, peer)
+    finally:
+        self.state = held
+
+
+_eligible = Membership.eligible
+
+
+def _any_transition(old: Any, new: Any) -> None:
+    """Nobody looks whether a value may follow another one."""
+
+
 MUTANTS: dict[str, list[Patch]] = {
     "acceptor-accept-not-durable": [
         (Acceptor, "_accept", _without_persist(Acceptor._accept)),
@@ -199,6 +223,11 @@ MUTANTS: dict[str, list[Patch]] = {
     "next-not-raised": [(cluster.state, "_without_dead", _numbers_above_next_live)],
     "install-once": [(Servers, "due", _install_once)],
     "circuits-do-not-count": [(Membership, "cut", lambda self, now_ns: [])],
+    "held-is-forgotten": [(cluster.state, "_hold_fields", _out_and_not_held)],
+    "held-is-let-in": [
+        (Membership, "eligible", _eligible_though_held),
+        (cluster.state, "check_transition", _any_transition),
+    ],
     "no-catching-up": [
         (Membership, "behind", lambda self: False),
         (cluster.core.ClusterCore, "_to_nodes", lambda *_: []),
@@ -210,6 +239,7 @@ MUTANTS: dict[str, list[Patch]] = {
 _LEASE = ("_isolate_reader", "_kill_reader", "_kill_reader", "_kill_mount")
 _ORDER = ("_lossy", "_crash_sequencer", "_crash_sequencer")
 _VOTE = ("_all_off", "_lossy", "_quick_restart", "_split", "_pause_node")
+_HOLD = ("_hold_node", "_hold_node", "_crash_node", "_lossy")
 
 FOCUS: dict[str, tuple[str, ...]] = {
     "circuits-do-not-count": ("_break_circuit",),
@@ -225,6 +255,8 @@ FOCUS: dict[str, tuple[str, ...]] = {
     "lease-from-one-echo": ("_isolate_reader",),
     "lease-too-long": _LEASE,
     "server-bars-nobody": ("_kill_holder",),
+    "held-is-forgotten": _HOLD,
+    "held-is-let-in": _HOLD,
     "groups-deliver-at-once": _ORDER,
     "groups-flush-forgets": _ORDER,
     "groups-flush-of-one": ("_lossy", "_quick_restart", "_crash_sequencer", "_kill_mount"),

@@ -13,6 +13,7 @@ from cluster.ids import NodeId, ServerId, VoterId
 from cluster.register import birth_record
 from cluster.state import (
     ClusterState,
+    HoldNode,
     NodeInfo,
     SetVolumeGroup,
     StartVoterChange,
@@ -61,6 +62,8 @@ class Scenario:
         self._disturbed = -1000 * SECOND
         """When the nemesis did something else than to break a circuit."""
         self._request = 0
+        self._holding = False
+        self.holds = 0
 
     def _first_state(self, nodes: int, servers: int) -> ClusterState:
         infos = [
@@ -196,6 +199,39 @@ class Scenario:
         if not state.old_voters:
             self.world.log("op", f"{change} on n{node.id}")
             node.core_step(Command(request, change, 5000))
+
+    def _hold_node(self) -> None:
+        """The operator puts a node out, and lets it in again later. A fault for `focus`."""
+        asked, out = self.rng.sample(self.nodes, 2)
+        if asked.core is None or asked.paused or self._holding:
+            return
+        self._holding = True
+        self._request += 1
+        request, life = self._request, asked.incarnation
+        self.world.log("op", f"n{asked.id} holds n{out.id} out")
+        asked.core_step(Command(request, HoldNode(NodeId(out.id), hold=True), 3000))
+        self.world.at(4 * SECOND, lambda: self._judge_hold(asked.id, life, request, out.id))
+        self.world.at(self.rng.randrange(5, 9) * SECOND, lambda: self._let_in(out.id))
+
+    def _judge_hold(self, node: int, life: int, request: int, out: int) -> None:
+        reply = self.checker.outcomes.get((node, life, request))
+        if isinstance(reply, Reply) and isinstance(reply.result, ClusterState):
+            self.checker.held[out] = reply.result.version
+            self.holds += 1
+
+    def _let_in(self, out: int) -> None:
+        """Asked again and again: an operation that was given up may still be decided."""
+        self.checker.held.pop(out, None)
+        self._holding = False
+        self.world.at(SECOND, lambda: self._let_in_again(out))
+
+    def _let_in_again(self, out: int) -> None:
+        for node in self.nodes:
+            if not self._holding and node.core is not None and out in node.core.state.held:
+                self._request += 1
+                change = HoldNode(NodeId(out), hold=False)
+                node.core_step(Command(self._request, change, 3000))
+        self.world.at(SECOND, lambda: self._let_in_again(out))
 
     # --- the nemesis
 

@@ -36,6 +36,15 @@ def test_one_node():
     assert run_one(1, 8.0, nodes=1, servers=1).checker.commits > 0
 
 
+@pytest.mark.parametrize("seed", range(1, 5))
+def test_an_operator_holds_nodes_out(seed):
+    """Whatever fails meanwhile; and everybody comes back when let in."""
+    focus = ("_hold_node", "_hold_node", "_crash_node", "_split", "_all_off", "_crash_sequencer")
+    scenario = Scenario(seed, focus=focus)
+    scenario.run(25.0)
+    assert scenario.holds > 0
+
+
 def test_a_seed_gives_the_same_run_in_another_process():
     command = [sys.executable, "-m", "tests.sim", "--seed", "3", "--until", "5"]
     runs = [
