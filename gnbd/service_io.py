@@ -18,7 +18,7 @@ from pathlib import Path
 import msgspec
 import structlog
 
-from cluster.errors import UsageError
+from cluster.errors import StackError, UsageError, os_failure
 from cluster.ids import Incarnation, Instance, NodeId
 from cluster.paths_io import boottime_ns
 from cluster.wire import instance_secret, login_proof
@@ -231,7 +231,7 @@ class Service:
             export = self.exports.get(offer.name)
             if connection.closing or export is None or export.life != offer.life:
                 return None
-            if export.is_full:
+            if export.is_full or self.stopping:
                 return None
             connection.export = export
             export.connections.add(connection)
@@ -558,7 +558,8 @@ class Service:
                     del self._paths[key]
 
     def stop(self) -> None:
-        """Let everybody have the answers to what was received, then flush everything."""
+        """Let everybody have the answers to what was received, then flush everything. Raises
+        StackError when an export could not be flushed; the others are."""
         with self._lock:
             self.stopping = True
             connections = [c for e in self.exports.values() for c in e.connections]
@@ -571,10 +572,16 @@ class Service:
             connection.shut()
         for connection in connections:
             connection.finished.wait(STOP_S)
-        for export in self.exports.values():
-            if not export.backend.read_only:
-                export.backend.flush()
+        failed: StackError | None = None
+        for export in list(self.exports.values()):
+            try:
+                if not export.backend.read_only:
+                    export.backend.flush()
+            except OSError as error:
+                failed = os_failure(error, f"cannot flush export {export.name!r}")
             export.backend.close()
+        if failed is not None:
+            raise failed
 
 
 def wait_finished(victims: list[Connection], own: Connection) -> bool:

@@ -225,6 +225,19 @@ def test_a_stop_answers_what_was_received(tmp_path):
     assert (tmp_path / "disk.img").read_bytes()[19 * 512 : 20 * 512] == bytes([19]) * 512
 
 
+def test_one_bad_disk_spoils_no_stop(tmp_path):
+    """What cannot be flushed is told by the exit code; the other exports are flushed."""
+    exports = export_toml("bad", tmp_path / "bad.img", size="1M",
+                          filters='"error:operation=flush"')  # fmt: skip
+    exports += export_toml("good", tmp_path / "good.img", size="1M", filters='"volatile"')
+    with running(tmp_path, exports, joined=False) as server:
+        with RawClient(server, "good") as client:
+            assert client.request(p.CMD_WRITE, 0, b"x" * 512) == 0
+            assert server.stop() == 1
+        assert "cannot flush export 'bad'" in server.log.read_text()
+    assert (tmp_path / "good.img").read_bytes()[:512] == b"x" * 512
+
+
 def test_a_state_directory_may_be_far_away(tmp_path):
     """Its socket is reached, also by the next server, though its path is no address."""
     directory = tmp_path / ("d" * 200)
