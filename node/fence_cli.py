@@ -20,7 +20,7 @@ from node.fence_screen import (
     reservation_text,
 )
 
-WAIT_S_DEFAULT = 60.0
+WAIT_S_MAX = 600
 MARGIN_S = 30.0
 EXIT_NOT_PROVEN = 1
 EXIT_NOT_INSTALLED = 3
@@ -62,28 +62,34 @@ def explain(node: str, as_json: bool) -> None:
 
 
 @main.command()
-@click.argument("export", default="")
+@click.option("--export", default="", help="Of this export alone.")
 @_json_option
 def keys(export: str, as_json: bool) -> None:
-    """Who is registered on the exports of the servers (on EXPORT alone)."""
+    """Who is registered on the exports of the servers."""
     _show(control_client_io.call("fence.keys", {"export": export}), as_json, keys_text)
 
 
 @main.command()
-@click.argument("export", default="")
+@click.option("--export", default="", help="Of this export alone.")
 @_json_option
 def reservation(export: str, as_json: bool) -> None:
-    """What is reserved on the exports of the servers (on EXPORT alone)."""
+    """What is reserved on the exports of the servers."""
     _show(control_client_io.call("fence.keys", {"export": export}), as_json, reservation_text)
 
 
 @main.command()
 @click.argument("node")
 @click.option("--reason", default="", help="Kept in the history.")
-@click.option("--wait", "wait_s", default=WAIT_S_DEFAULT, help="Seconds to wait for the proof.")
+@click.option(
+    "--wait",
+    "wait_s",
+    type=click.IntRange(0, WAIT_S_MAX),
+    default=60,
+    help="Seconds to wait for the proof.",
+)
 @click.option("--yes", is_flag=True, help="Really put it out.")
 @_json_option
-def fence(node: str, reason: str, wait_s: float, yes: bool, as_json: bool) -> None:
+def fence(node: str, reason: str, wait_s: int, yes: bool, as_json: bool) -> None:
     """Put NODE out and keep it out until `fencectl unfence`. Exit code 1 without a proof."""
     if not yes:
         raise RefusedError(f"this ends every mount on {node}", hint="say --yes")

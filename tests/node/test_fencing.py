@@ -103,8 +103,9 @@ def test_a_node_that_is_fenced_by_hand_stays_out_until_it_is_let_in(cluster):
     cluster.wait_view([1, 2, 3])
     assert fencectl(first, "unfence", "n3") == "n3 was not held out\n"
     assert "s1" in fencectl(first, "keys")
-    assert "disk0" in fencectl(first, "reservation", "disk0")
-    assert "no server has an export nothing" in fencectl(first, "keys", "nothing", code=7)
+    assert "disk0" in fencectl(first, "reservation", "--export", "disk0")
+    missing = fencectl(first, "keys", "--export", "nothing", code=7)
+    assert "no server has an export nothing" in missing
 
 
 def test_levels_retries_and_the_next_level(cluster, tmp_path):
