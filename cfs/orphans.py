@@ -39,6 +39,10 @@ from cluster.errors import BarredError
 from cluster.locks import CachedLock, Mode
 
 REAPERS_MAX = 64
+TRY_FIRST_S, TRY_MAX_S = 0.01, 1.0
+"""How long after each other it is tried whether others have closed a file; the longest time holds
+for up to TRIES_MAX files."""
+TRIES_MAX = 1000
 DROPS_MAX = 16384
 
 
@@ -58,6 +62,7 @@ class Orphans:
         self._pending: set[int] = set()
         """In the queue, with a worker, or waited for until other mounts have closed it."""
         self._workers = 0
+        self._trying = 0
         self._progress: Event | None = None
         self._listing = False
         self._drops: deque[int] = deque()
@@ -254,12 +259,24 @@ class Orphans:
             self.reap_soon(ino)
 
     async def _wait_for_others(self, ino: int, lock: CachedLock) -> None:
-        """Until every other mount has closed it."""
+        """Until every other mount has closed it. It is only tried: behind one who waits for EX
+        others would wait who open the file, and thereby those who have it open."""
+        core = self.core
+        pause_s = TRY_FIRST_S
+        self._trying += 1
         try:
-            await lock.hold(Mode.EX)
-            lock.release(Mode.EX)
+            while True:
+                await core.runtime.sleep(pause_s)
+                if self.stopped:
+                    return
+                if await core.locks.try_lock(lock.name, Mode.EX, poke=True) is not None:
+                    lock.release(Mode.EX)
+                    break
+                pause_s = min(2 * pause_s, TRY_MAX_S * max(1, self._trying / TRIES_MAX))
         except (FsError, BarredError):
             return
+        finally:
+            self._trying -= 1
         self._pending.discard(ino)
         self.reap_soon(ino)
 

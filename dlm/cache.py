@@ -204,8 +204,8 @@ class Glock:
             self._queue.remove(waiter)
             self._advance()
 
-    async def try_now(self, mode: Mode) -> bool:
-        """NOQUEUE: take a hold if nobody is in the way, here or elsewhere."""
+    async def try_now(self, mode: Mode, *, poke: bool = False) -> bool:
+        """NOQUEUE: take a hold if nobody is in the way, here or elsewhere. `poke`: or tell them."""
         if self.try_hold(mode):
             return True
         manager = self._manager
@@ -221,7 +221,7 @@ class Glock:
         waiter = _Waiter(mode, manager.runtime.wakeup())
         self._trier = waiter
         manager.keep(self)
-        self._ask(mode, Flags.NOQUEUE)
+        self._ask(mode, Flags.NOQUEUE | Flags.NOQUEUEBAST if poke else Flags.NOQUEUE)
         if not waiter.done:
             try:
                 await waiter.wakeup.wait()
@@ -523,9 +523,9 @@ class LockCache:
         """The lock if it exists here; for reports."""
         return self._all.get(name)
 
-    async def try_lock(self, name: bytes, mode: Mode) -> Glock | None:
+    async def try_lock(self, name: bytes, mode: Mode, *, poke: bool = False) -> Glock | None:
         lock = self.get(name)
-        return lock if await lock.try_now(mode) else None
+        return lock if await lock.try_now(mode, poke=poke) else None
 
     def is_home(self, name: bytes) -> bool:
         return self.engine.is_home(name)

@@ -72,8 +72,8 @@ class LockspaceMember:
     def get(self, name: bytes, hooks: LockHooks | None = None) -> Glock:
         return self.cache.get(name, hooks)
 
-    async def try_lock(self, name: bytes, mode: Mode) -> Glock | None:
-        return await self.cache.try_lock(name, mode)
+    async def try_lock(self, name: bytes, mode: Mode, *, poke: bool = False) -> Glock | None:
+        return await self.cache.try_lock(name, mode, poke=poke)
 
     def is_home(self, name: bytes) -> bool:
         return self.cache.is_home(name)

@@ -107,6 +107,14 @@ class LockTable:
                 highest = Mode(bits.bit_length() - 1)
                 self.call(lambda o=other, h=highest, b=bits: o.client.blocking(h, b))
 
+    def poke(self, resource: Resource, asker: Lock, mode: Mode) -> None:
+        """Tell those in the way of a lock that will not wait."""
+        for other in resource.locks:
+            held = other.mode
+            in_the_way = held is not None and not COMPATIBLE[held][mode]
+            if other is not asker and in_the_way and not other.member.dead:
+                self.call(lambda o=other: o.client.blocking(mode, 1 << mode))
+
     def release_dead(self, engine: MemberEngine) -> None:
         for resource in self.resources.values():
             resource.locks = [lock for lock in resource.locks if lock.member is not engine]
@@ -144,6 +152,8 @@ class MemberEngine:
                 resource.locks.remove(lock)
                 del self.locks[lock.number]
             table.answer(lock, Result.AGAIN, resource)
+            if flags & Flags.NOQUEUEBAST:
+                table.poke(resource, lock, mode)
         else:
             lock.wanted = mode
             if lock.mode is None:

@@ -158,3 +158,25 @@ async def test_the_list_of_a_dead_mount_may_be_more_than_ours_takes() -> None:
         await emptied(three, [one])
         assert await free_blocks(three) == before
     await fsck(device)
+
+
+async def test_who_waits_to_free_a_file_keeps_nobody_from_it() -> None:
+    """It was opened in the moment in which it was removed."""
+    device = await make_device()
+    async with cluster(device) as group:
+        one, two, three = [await group.mount(number) for number in (1, 2, 3)]
+        ino = await make_file(one, b"f", b"x")
+        await two.open_ref(ino)
+        await one.unlink(one.root_ino, b"f")
+        with trio.fail_after(20):
+            while not one.orphans._trying:  # noqa: ASYNC110
+                await trio.sleep(0.001)
+        await three.open_ref(ino)
+        with trio.fail_after(20):
+            await two.write(ino, 0, b"two")
+            await three.write(ino, 0, b"three")
+            assert await two.read(ino, 0, 10) == b"three"
+        two.close_ref(ino)
+        three.close_ref(ino)
+        await emptied(one, [])
+    await fsck(device)

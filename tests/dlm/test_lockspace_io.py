@@ -185,6 +185,21 @@ async def test_try_lock():
         assert (await two.try_lock(NAME, Mode.PR)).mode == Mode.PR
 
 
+async def test_a_try_may_tell_who_is_in_the_way():
+    """Nobody waits behind it, and the lock comes when it is free."""
+    async with cluster(3) as (_hub, (one, two, three)):
+        held = await one.try_lock(NAME, Mode.PR)
+        assert await two.try_lock(NAME, Mode.EX, poke=True) is None
+        await until(lambda: held.wanted)
+        assert await three.try_lock(NAME, Mode.PR) is not None
+        three.get(NAME).release(Mode.PR)
+        assert await two.try_lock(NAME, Mode.EX, poke=True) is None
+        held.release(Mode.PR)
+        await until(lambda: held.mode == Mode.NL)
+        await until(lambda: three.get(NAME).mode == Mode.NL)
+        assert await two.try_lock(NAME, Mode.EX) is not None
+
+
 async def test_pr_to_cw_goes_through_nothing():
     async with cluster(1) as (_hub, (one,)):
         hooks = Hooks()
