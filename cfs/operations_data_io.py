@@ -131,19 +131,20 @@ class DataOperations(OpenOperations):
             if inode.revoking or not lock.try_hold(mode):
                 waiter = Waiter(off, off + size, mode, writes=False, cached=True)
                 await self.caches.hold(inode, lock, waiter)
-            if mode == Mode.EX or not inode.writers:
-                break
-            lock.release(mode)  # a shared writer came while this waited
-        inode.serving += 1
-        try:
-            if inode.writers:
-                # Stores into these pages will ask nobody: they get their blocks now.
-                await self.fs.reserve_held(inode.number, off, size)
-            return await self._read_current(inode, off, size)
-        finally:
-            inode.answered_read(off, off + size)
-            lock.release(mode)
-            self.caches.served_one(inode)
+            inode.serving += 1
+            try:
+                if inode.writers and mode == Mode.EX:
+                    # Stores into these pages will ask nobody: they get their blocks now.
+                    await self.fs.reserve_held(inode.number, off, size)
+                if mode == Mode.EX or not inode.writers:
+                    data = await self._read_current(inode, off, size)
+                if mode == Mode.EX or not inode.writers:
+                    return data
+            finally:
+                inode.answered_read(off, off + size)
+                lock.release(mode)
+                self.caches.served_one(inode)
+            # A shared writer came while this waited, or read: again, under EX.
 
     async def _read_current(self, inode: KernelInode, off: int, size: int) -> bytes:
         """Read under the lock; again if a write overtook it, because its page would be believed."""

@@ -1,4 +1,4 @@
-"""Requests whose caller is killed half-way: the kernel believes nothing that is not so any more."""
+"""Requests that end or are overtaken half-way: the kernel believes nothing that is not so."""
 
 from __future__ import annotations
 
@@ -7,12 +7,15 @@ import os
 from collections.abc import AsyncIterator
 
 import pytest
+import trio
 
 from cfs import fuse_layout
+from cfs.attributes import SetAttributes
 from cfs.errors import FsError
 from cfs.fuse_layout import CREATE_IN, FALLOCATE_IN
 from cfs.kernel_cache_io import KernelCaches
 from cfs.mount_interrupt_io import RequestWaits
+from cfs.operations_base_io import Handle
 from cfs.operations_extension_io import Later
 from cfs.operations_io import CfsOperations
 from cfs.range_calls import FALLOC_KEEP_SIZE, FALLOC_PUNCH_HOLE
@@ -50,6 +53,12 @@ class Caches(KernelCaches):
 async def operations() -> AsyncIterator[CfsOperations]:
     async with mounted(await make_device()) as fs:
         yield CfsOperations(fs, Caches(fs.root_ino), RequestWaits())
+
+
+async def opened(operations: CfsOperations, ino: int, flags: int) -> Handle:
+    made = await operations.fs.getattr(ino)
+    inode = operations.caches.know(ino, made.generation, directory=False)
+    return await operations.open_handle(inode, flags)
 
 
 async def killed(*_: object, **__: object) -> None:
@@ -98,10 +107,7 @@ async def test_a_file_that_was_made_and_not_opened_is_seen(operations: CfsOperat
 async def test_what_may_be_zero_by_now_is_dropped(operations: CfsOperations, mode: int) -> None:
     fs = operations.fs
     ino = await make_file(fs, b"f", b"x" * 9000)
-    made = await fs.getattr(ino)
-    handle = await operations.open_handle(
-        operations.caches.know(ino, made.generation, directory=False), os.O_WRONLY
-    )
+    handle = await opened(operations, ino, os.O_WRONLY)
     fs.fallocate = killed  # type: ignore[method-assign, assignment]
     body = FALLOCATE_IN.pack(handle.number, 0, 9000, mode, 0)
     with refused(errno.EINTR):
@@ -115,10 +121,7 @@ async def test_what_may_be_zero_by_now_is_dropped(operations: CfsOperations, mod
 async def test_what_may_be_copied_in_part_is_dropped(operations: CfsOperations) -> None:
     fs = operations.fs
     ino = await make_file(fs, b"f", b"x" * 9000)
-    made = await fs.getattr(ino)
-    handle = await operations.open_handle(
-        operations.caches.know(ino, made.generation, directory=False), os.O_WRONLY
-    )
+    handle = await opened(operations, ino, os.O_WRONLY)
     fs.copy_range = killed  # type: ignore[method-assign, assignment]
     body = fuse_layout.COPY_IN.pack(handle.number, 0, 0, handle.number, 9000, 9000, 0)
     with refused(errno.EINTR):
@@ -127,3 +130,30 @@ async def test_what_may_be_copied_in_part_is_dropped(operations: CfsOperations) 
     assert isinstance(caches, Caches)
     assert caches.dropped == [ino]
     operations._close(handle.number)
+
+
+async def test_a_page_of_a_hole_has_its_block_if_a_shared_writer_came_while_it_was_read(
+    operations: CfsOperations,
+) -> None:
+    fs = operations.fs
+    ino = await make_file(fs, b"f")
+    await fs.setattr(ino, SetAttributes(size=1 << 20))
+    handle = await opened(operations, ino, os.O_RDONLY)
+    read_held, reads, go_on = fs.read_held, trio.Event(), trio.Event()
+
+    async def slow(*what: int) -> bytes:
+        reads.set()
+        await go_on.wait()
+        return await read_held(*what)
+
+    fs.read_held = slow  # type: ignore[method-assign, assignment]
+    async with trio.open_nursery() as nursery:
+        read = request(Opcode.READ, ino)
+        nursery.start_soon(operations._read, handle, read, 0, 8192)
+        await reads.wait()
+        writer = await opened(operations, ino, os.O_RDWR)
+        go_on.set()
+    assert not await fs.has_holes_held(ino, 0, 8192)
+    assert await fs.has_holes_held(ino, 0, 1 << 20)
+    for each in (handle, writer):
+        operations._close(each.number)
