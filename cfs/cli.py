@@ -12,18 +12,20 @@ from typing import Any
 import click
 import msgspec
 
+from cfs.mount_system_io import fuse_mounts
 from cluster.control_client_io import call
-from cluster.errors import RefusedError
+from cluster.errors import RefusedError, UsageError
 from cluster.tool_cli import ToolGroup
 
 TIMEOUT_S = 120.0
+OFFSET_MAX = (1 << 63) - 1
 _UNITS = ("KiB", "MiB", "GiB", "TiB", "PiB")
 
 
-def ask(verb: str, mount: str) -> Any:
+def ask(verb: str, mount: str, **params: int) -> Any:
     """One query of the mount process."""
     where = os.path.abspath(mount) if mount.startswith((".", "/")) else mount
-    return call(f"cfs.{verb}", {"mountpoint": where}, timeout_s=TIMEOUT_S)
+    return call(f"cfs.{verb}", {"mountpoint": where, **params}, timeout_s=TIMEOUT_S)
 
 
 def show_json(found: Any) -> None:
@@ -155,6 +157,37 @@ def waiting(mount: str, as_json: bool) -> None:
     ]
     table(["operation", "inode", "thread", "waits"], rows)
     show_losses(found["losses"])
+
+
+def lock_row(lock: dict[str, Any]) -> list[str]:
+    """One line about a lock of a file."""
+    if lock["kind"] == "flock":
+        mode, span = {"PR": "shared", "EX": "exclusive"}.get(lock["mode"], "-"), "whole file"
+    else:
+        last = "end" if lock["end"] == OFFSET_MAX else str(lock["end"])
+        mode, span = lock["mode"], f"{lock['start']}-{last}"
+    state = "waits" if lock["waits"] else "holds"
+    return [lock["kind"], mode, span, state, lock["node"], str(lock["pid"])]
+
+
+@main.command()
+@click.argument("file", metavar="FILE", type=click.Path())
+@json_option
+def locks(file: str, as_json: bool) -> None:
+    """Show who holds and who waits for locks of FILE, on all nodes."""
+    status = os.stat(file)
+    minor = os.minor(status.st_dev)
+    places = [place for _source, place, other in fuse_mounts() if other == minor]
+    if os.major(status.st_dev) or not places:
+        raise UsageError(f"{file} is on no FUSE mount of this node")
+    found = ask("locks", places[0], ino=status.st_ino)
+    if as_json:
+        show_json({"file": file, "ino": status.st_ino, **found})
+        return
+    rows = [lock_row(lock) for lock in found["locks"]]
+    table(["lock", "mode", "bytes", "state", "node", "pid"], rows)
+    for instance in found["no_answer"]:
+        click.echo(f"{instance} does not answer")
 
 
 @main.command()

@@ -24,6 +24,7 @@ from cfs import stage
 from cfs.errors import CorruptionError, FsError
 from cfs.file_locks import FileLocks
 from cfs.guard_client_io import GuardSession, SharedInodeTable, attach
+from cfs.lock_names import flock_lock_name, range_lock_name
 from cfs.mount_fuse_io import fuse
 from cfs.mount_interrupt_io import InterruptibleRuntime, RequestWaits
 from cfs.mount_options import MountArguments
@@ -102,6 +103,20 @@ class ClusterBackend:
             found[f"cfs.{verb}"] = self._cfs_query(verb)
         for verb in ("spaces", "locks", "waiters", "why", "dump"):
             found[f"dlm.{verb}"] = self._dlm_query(verb)
+        found["cfs.locks"] = self._file_locks
+        return found
+
+    async def _file_locks(self, params: dict[str, Any]) -> Any:
+        """Locks of the file `ino` on all nodes."""
+        if not self._arguments.cluster_locks:
+            raise StackError(
+                f"{self._arguments.mountpoint} is mounted with locks=local", hint="see lslocks(8)"
+            )
+        ino = int(params["ino"])
+        found = await self.locks.file_locks([flock_lock_name(ino), range_lock_name(ino)])
+        names = {row["id"]: row["name"] for row in await self.session.call("cluster.nodes", {})}
+        for row in found["locks"]:
+            row["node"] = names.get(int(row["instance"].split(".")[0][1:]), "?")
         return found
 
     def _cfs_query(self, verb: str) -> Callable[[dict[str, Any]], Awaitable[Any]]:

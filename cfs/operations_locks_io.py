@@ -160,8 +160,7 @@ class _FlockCall(_Call):
     def begin(self) -> None:
         flocks, wanted = self.locks.flocks, self.wanted
         if wanted.unlocks:
-            flocks.unlock(self.name, wanted.owner)
-            self.result = Result.GRANTED
+            flocks.unlock(self.name, wanted.owner, self.done)
             return
         mode = Mode.EX if wanted.kind == WRITE else Mode.PR
         self.flock = flocks.lock(
@@ -169,6 +168,8 @@ class _FlockCall(_Call):
         )
 
     def done(self, result: Result) -> None:
+        if self.result is not None:
+            return  # an unlock whose caller was killed
         if result != Result.BUSY:
             self.ended(result)
         elif self.waits:  # for another thread that waits for a lock of the same open file
@@ -190,6 +191,10 @@ class _FlockCall(_Call):
             self.operations.answer(self.request, self.operations.errno_of("setlkw", error), b"")
 
     def signalled(self, killed: bool) -> None:
+        if self.wanted.unlocks:
+            if killed:
+                self.ended(Result.CANCELLED)
+            return
         if self.flock is not None:
             self.locks.flocks.cancel(self.flock)
         else:

@@ -35,10 +35,32 @@ class _Keeper:
 _KEEPER = _Keeper()
 
 
+class _Barrier:
+    """The client of a lock in NL that is granted when its master has seen all that we told it."""
+
+    __slots__ = ("_done", "_engine")
+
+    def __init__(self, engine: Engine, done: Done) -> None:
+        self._engine = engine
+        self._done: Done | None = done
+
+    def completed(self, completion: Completion) -> None:
+        done, self._done = self._done, None
+        if completion.result == Result.GRANTED:
+            self._engine.unlock(completion.lock, Flags.NONE)
+        if done is not None:
+            done(Result.GRANTED)
+
+    def blocking(self, mode: Mode, waiting: int) -> None:
+        """NL is in nobody's way."""
+
+
 class Flock:
     """The lock of one open file, or the wish for it; the client of its lock."""
 
-    __slots__ = ("_done", "_flocks", "_unlocks", "_wait", "key", "mode", "name", "number", "pid")
+    __slots__ = (
+        "_done", "_flocks", "_unlocks", "_wait", "key", "mode", "name", "number", "pid", "wanted",
+    )  # fmt: skip
 
     def __init__(self, flocks: Flocks, name: bytes, key: int, pid: int) -> None:
         self._flocks = flocks
@@ -46,6 +68,7 @@ class Flock:
         self.key = key
         self.pid = pid
         self.mode = Mode.NL
+        self.wanted = Mode.NL
         self.number = 0
         self._wait = False
         self._done: Done | None = None
@@ -57,7 +80,7 @@ class Flock:
 
     def ask(self, mode: Mode, done: Done, *, wait: bool) -> None:
         """Get this lock into a mode; `done` may be called before this returns."""
-        self._done, self._wait = done, wait
+        self._done, self._wait, self.wanted = done, wait, mode
         flags = Flags.NONE if wait else Flags.NOQUEUE
         if self.mode == Mode.NL:
             self.number = self._flocks.engine.lock(self.name, mode, flags, self)
@@ -136,13 +159,19 @@ class Flocks:
             raise
         return lock if lock.waiting else None
 
-    def unlock(self, name: bytes, key: int) -> None:
-        """Give the lock of an open file back, if there is one. Never waits. Another thread that
-        waits for a lock of the same open file goes on waiting."""
+    def unlock(self, name: bytes, key: int, done: Done | None = None) -> None:
+        """Give the lock of an open file back, if there is one. Never waits; `done` is called when
+        the master has heard of it, so that whoever is told then finds the lock free. Another
+        thread that waits for a lock of the same open file goes on waiting."""
         lock = self._locks.get((name, key))
-        if lock is not None and not lock.waiting:
-            del self._locks[name, key]
-            lock.give_back()
+        if lock is None or lock.waiting:
+            if done is not None:
+                done(Result.GRANTED)
+            return
+        del self._locks[name, key]
+        lock.give_back()
+        if done is not None:
+            self.engine.lock(name, Mode.NL, Flags.EXPEDITE, _Barrier(self.engine, done))
 
     def cancel(self, lock: Flock) -> None:
         """Wait no longer; `done` is not called any more. If the lock was granted in the same moment
@@ -167,7 +196,7 @@ class Flocks:
     def describe(self, name: bytes) -> list[dict[str, object]]:
         """The locks and wishes of this member on a name, for people."""
         return [
-            {"kind": "flock", "mode": lock.mode.name, "waits": lock.waiting, "pid": lock.pid}
+            {"kind": "flock", "mode": lock.wanted.name, "waits": lock.waiting, "pid": lock.pid}
             for (other, _key), lock in self._locks.items()
             if other == name
         ]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
 import msgspec
@@ -141,6 +141,7 @@ class LockspaceMember:
             self._left.set()
         elif isinstance(action, Asked):
             row = report.about(self.space, self.cache, action.name)
+            row["file_locks"] = self._file_locks_here(action.name)
             self.api.answer(action.source, action.id, msgspec.json.encode(row))
         elif action.id in self._answers:
             self._answers[action.id][str(action.source)] = msgspec.json.decode(action.text)
@@ -165,6 +166,22 @@ class LockspaceMember:
         if verb == "why":
             return await self._why(str(params["name"]))
         raise UsageError(f"no such question: {verb}")
+
+    async def file_locks(self, names: Sequence[bytes]) -> dict[str, Any]:
+        """Who holds and waits for locks of files under these names, over all members: `locks`, rows
+        of `describe` with the member's `instance`; `no_answer`, the members that said nothing."""
+        found: list[report.Row] = []
+        silent: set[Instance] = set()
+        for name in names:
+            answers, missing = await self._ask(name)
+            silent.update(missing)
+            for instance in sorted(answers):
+                found += [{**row, "instance": instance} for row in answers[instance]["file_locks"]]
+        return {"locks": found, "no_answer": [str(one) for one in sorted(silent)]}
+
+    def _file_locks_here(self, name: bytes) -> list[report.Row]:
+        rows = [*self.flocks.describe(name), *self.ranges.describe(name)]
+        return rows[: report.ROWS_MAX]
 
     async def _why(self, name: str) -> list[report.Row]:
         chain: list[report.Row] = []

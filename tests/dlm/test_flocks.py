@@ -1,5 +1,7 @@
 """flock on the lock manager: modes, changes, waiting, giving up, deaths; where it is answered."""
 
+import pytest
+
 from cluster.locks import Mode
 from dlm.modes import Result
 from tests.dlm.services import ServiceNet
@@ -102,6 +104,23 @@ def test_a_grant_that_crosses_the_cancellation_is_given_back():
     net.settle()
     assert b.results == []
     assert c.lock(EX, wait=False) == GRANTED
+
+
+@pytest.mark.parametrize("master", [1, 2, 3])
+def test_who_is_told_of_an_unlock_finds_it_free(master):
+    """It is done when the master has heard of it."""
+    net, a, b, first = callers(1, 2, master)
+    assert first.lock(PR) == GRANTED
+    first.unlock()
+    assert a.lock(EX) == GRANTED
+    told = []
+    a.flocks.unlock(NAME, a.key, told.append)
+    assert bool(told) == (master == 1)
+    while not told:
+        net.deliver(1, master)
+        net.deliver(master, 1)
+    assert told == [GRANTED]
+    assert b.lock(EX, wait=False) == GRANTED
 
 
 def test_repeated_unlocks_and_locks_in_the_same_mode_are_nothing():

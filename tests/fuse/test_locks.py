@@ -250,6 +250,38 @@ def test_readers_through_mappings_see_each_transaction_of_a_writer(places, role,
         assert result["transactions"] > 2
 
 
+def test_cfsctl_locks_shows_all_nodes(mounts, places):
+    cluster, _on = mounts
+    with clients(*places) as (a, b, c):
+        fa, fb, fc = (one.do("open", "f") for one in (a, b, c))
+        assert a.do("flock", fa, "r") is None
+        assert b.do("posix", fb, "w", start=10, length=5) is None
+        assert c.do("ofd", fc, "r", start=20) is None
+        c.start("flock", fc, "w")
+        a.start("posix", fa, "r", start=12, length=1)
+        assert not a.answered(0.1)
+        assert not c.answered(0.1)
+
+        def shown(node, *options):
+            path = str(places[node - 1] / "f")
+            return cluster.node(node).tool("cfs.cli", "locks", path, *options)
+
+        for node in (1, 3):
+            text = shown(node)
+            lines = {tuple(line.split()) for line in text.splitlines()[1:]}
+            assert lines == {
+                ("flock", "shared", "whole", "file", "holds", "n1", str(a.pid)),
+                ("flock", "exclusive", "whole", "file", "waits", "n3", str(c.pid)),
+                ("range", "write", "10-14", "holds", "n2", str(b.pid)),
+                ("range", "read", "12-12", "waits", "n1", str(a.pid)),
+                ("range", "read", "20-end", "holds", "n3", str(c.pid)),
+            }, text
+        found = json.loads(shown(2, "--json"))
+        assert found["no_answer"] == []
+        assert {row["node"] for row in found["locks"] if row["waits"]} == {"n1", "n3"}
+        assert found["ino"] == (places[0] / "f").stat().st_ino
+
+
 # Byte ranges.
 
 
