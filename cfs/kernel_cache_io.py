@@ -10,6 +10,13 @@ Gate first, serve on stall. When the lock of an inode has to go down:
 3. waiting requests that the held lock does not cover (a WRITE that needs EX while PR is held) keep
    at most pages without valid data locked: the invalidation goes around them;
 4. until nothing is recorded.
+
+An answer that makes the kernel know an inode may have been sent, and its caller has not run since:
+then the kernel does not find the inode, and would believe the answer when it comes to it. So a
+notification that finds nothing is repeated until it does, or the kernel has forgotten the inode.
+After `UNSEEN_S` the lock goes all the same, and that is done on the side: the caller may be a
+READDIRPLUS that waits for a LOOKUP of a name, which waits for this lock.
+
 No lock of the daemon is held while a notification is outstanding except the cluster lock itself.
 Without this order one pass of invalidation leaves stale pages behind under hot readers (measured).
 """
@@ -46,6 +53,9 @@ from cfs.kernel_cache_notify_io import (
 )
 from cluster.locks import CachedLock, Mode
 
+UNSEEN_S = 1.0
+PURSUIT_S = 60.0
+UNSEEN_PAUSE_MIN_S, UNSEEN_PAUSE_MAX_S = 0.0005, 0.02
 STALL_S = 0.002
 STUCK_AFTER_STALLS = 5
 TIMEOUT_LONG_S = 86400.0 * 365
@@ -94,6 +104,11 @@ class KernelCaches:
     def connect(self, notifier: Notifier) -> None:
         """The mount is there; no request has been answered yet."""
         self._notifier = notifier
+
+    @property
+    def notifications(self) -> int:
+        """What the kernel has been told, in all."""
+        return self._notifier.sent
 
     # -- the account -------------------------------------------------------------------------
 
@@ -206,11 +221,11 @@ class KernelCaches:
                 if plan.names:
                     self._drop_names(inode)
                 if plan.pages:
-                    inode.attributes_out = False  # an invalidation of pages drops them as well
-                    await self._drop_pages(inode)
+                    # An invalidation of pages drops the attributes as well, if it finds the inode.
+                    inode.attributes_out = await self._drop_pages(inode) and inode.attributes_out
                 elif plan.attributes:
                     inode.attributes_out = False
-                    await self._run([encode_attributes(inode.node)])
+                    await self._drop_attributes(inode)
                 else:
                     break
         finally:
@@ -315,21 +330,42 @@ class KernelCaches:
         self._epoch += 1
         self._notifier.bump_epoch()
 
-    async def _drop_pages(self, inode: KernelInode) -> None:
+    async def _drop_attributes(self, inode: KernelInode) -> None:
+        now = time.monotonic()
+        if not await self._pursue(inode, now + UNSEEN_S):
+            trio.lowlevel.spawn_system_task(self._pursue, inode, now + PURSUIT_S)
+
+    async def _pursue(self, inode: KernelInode, until_s: float) -> bool:
+        """Drop attributes until the kernel knows the inode or has forgotten it."""
+        pause_s = UNSEEN_PAUSE_MIN_S
+        while True:
+            job = await self._run([encode_attributes(inode.node)])
+            if not (job.missed and inode.lookups):
+                return True
+            if time.monotonic() > until_s:
+                return False
+            await trio.sleep(pause_s)
+            pause_s = min(2 * pause_s, UNSEEN_PAUSE_MAX_S)
+
+    async def _drop_pages(self, inode: KernelInode) -> bool:
+        """Returns whether the kernel may not have found the inode."""
+        missed = False
         lock = self._dropping.setdefault(inode.number, trio.Lock())
         rounds = 0
         async with lock:
             todo = inode.take_pages(time.monotonic_ns())
             while todo:
                 rounds += 1
-                await self._invalidate(inode, todo)
+                missed = await self._invalidate(inode, todo) or missed
                 await self._until_idle(inode)
                 pages = inode.take_pages(time.monotonic_ns())
                 todo = without_waiting_reads(pages, inode.waiting.values())
         self.rounds_max = max(self.rounds_max, rounds)
+        return missed or not rounds
 
-    async def _invalidate(self, inode: KernelInode, todo: list[Span]) -> None:
-        """Invalidate `todo`, answering or going around what stands in the way."""
+    async def _invalidate(self, inode: KernelInode, todo: list[Span]) -> bool:
+        """Invalidate `todo`, answering or going around what stands in the way. Returns whether the
+        kernel did not know the inode."""
         wake = trio.Event()
 
         def woken() -> None:
@@ -352,7 +388,7 @@ class KernelCaches:
             if all(job.done for job in jobs) and (
                 not edges or (stalls > STUCK_AFTER_STALLS and all(job.stuck() for job in edges))
             ):
-                return
+                return not jobs or any(job.missed for job in jobs)
             stalls += 1
             self.stalls += 1
             blocked = self._serve_waiting(inode)
@@ -375,7 +411,8 @@ class KernelCaches:
                 blocked[number] = waiter
         return blocked
 
-    async def _run(self, messages: list[bytes]) -> None:
+    async def _run(self, messages: list[bytes]) -> Job:
         done = trio.Event()
-        self._notifier.submit(messages, done.set)
+        job = self._notifier.submit(messages, done.set)
         await done.wait()
+        return job

@@ -60,11 +60,13 @@ def encode_epoch() -> bytes:
 class Job:
     """Some notifications that one thread writes one after another."""
 
-    __slots__ = ("_wake", "done", "messages", "thread_id")
+    __slots__ = ("_wake", "done", "messages", "missed", "thread_id")
 
     def __init__(self, messages: list[bytes], wake: Callable[[], None] | None) -> None:
         self.messages = messages
         self.done = False
+        self.missed = False
+        """The kernel did not know an inode."""
         self.thread_id = 0
         self._wake = wake
 
@@ -152,7 +154,8 @@ class Notifier:
         while (job := self._queue.get()) is not None:
             job.thread_id = identity
             for message in job.messages:
-                self._write(message)
+                if not self._write(message):
+                    job.missed = True
             job.thread_id = 0
             with self._lock:
                 self._busy -= 1
@@ -168,11 +171,15 @@ class Notifier:
             return error.errno in IGNORED
         return True
 
-    def _write(self, message: bytes) -> None:
+    def _write(self, message: bytes) -> bool:
+        """False if the kernel did not know the inode."""
         self.sent += 1
         try:
             os.write(self._descriptor, message)
         except OSError as error:
+            if error.errno == errno.ENOENT:
+                return False
             if error.errno not in IGNORED and error.errno not in GONE:
                 self.failures += 1
                 log.error("notification %d failed: %s", message[4], error)
+        return True

@@ -193,6 +193,7 @@ class Mount:
             "launder_waits": self.operations.launder_waits,
             "errors": self.operations.errors,
             "revocations": caches.revocations,
+            "notifications": caches.notifications,
             "revoke_stalls": caches.stalls,
             "revoke_served": caches.served,
             "revoke_rounds_max": caches.rounds_max,

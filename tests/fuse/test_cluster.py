@@ -27,6 +27,21 @@ def mounts():
         yield cluster, mounts
 
 
+def test_a_change_is_announced_only_where_something_of_it_is_cached(mounts):
+    """The kernel of a node that caches nothing of a file is told nothing of its changes."""
+    _cluster, on = mounts
+    one, two = on[1].path / "unseen", on[2].path / "unseen"
+    one.write_bytes(b"0")
+    two.read_bytes()
+    before = [on[number].counters()["notifications"] for number in (1, 2, 3)]
+    for number in range(20):
+        one.write_bytes(b"%d" % number)
+        assert two.read_bytes() == b"%d" % number
+    after = [on[number].counters()["notifications"] for number in (1, 2, 3)]
+    assert after[1] >= before[1] + 20
+    assert after[2] == before[2]
+
+
 def judge(mounted, board, node, seed, *extra):
     """A judge of coherence on a mount."""
     words = [sys.executable, "-m", "lab.judge", mounted.path / "judge", "--board", board]

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
+import trio
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cfs import kernel_cache_io
 from cfs.kernel_cache import (
     EPOCH_NEVER,
     PAGE_BYTES,
@@ -20,6 +23,8 @@ from cfs.kernel_cache import (
     subtract,
     without_waiting_reads,
 )
+from cfs.kernel_cache_io import KernelCaches
+from cfs.kernel_cache_notify_io import Job
 from cluster.locks import Mode
 
 ranges = st.tuples(st.integers(0, 400_000), st.integers(1, 60_000)).map(lambda p: (p[0], sum(p)))
@@ -156,3 +161,101 @@ def test_overtaken_reads_are_noticed():
     for _ in range(1000):
         inode.note_write(5000, 5001)
     assert inode.written_since(number, 0, 100), "too many to remember: assume the worst"
+
+
+class Kernel:
+    """In place of the notifier: a kernel that does not know an inode until it was told `unseen`
+    times."""
+
+    has_epoch = True
+
+    def __init__(self, unseen):
+        self.unseen = unseen
+        self.told = []
+
+    def submit(self, messages, wake=None):
+        job = Job(messages, wake)
+        job.missed = self.unseen > 0
+        self.unseen -= 1
+        self.told += messages
+        job.finish()
+        return job
+
+
+class Table:
+    def add(self, node):
+        return node
+
+    def remove(self, slot):
+        """Nothing to forget."""
+
+
+class Lock:
+    mode = Mode.PR
+    demoting = False
+
+
+def known_inode(kernel):
+    caches = KernelCaches(Table(), 1)
+    caches.connect(kernel)
+    inode = caches.know(7, 1, directory=False)
+    inode.lookups = 1
+    return caches, inode
+
+
+@pytest.mark.trio
+@pytest.mark.parametrize("pages", [False, True])
+async def test_an_answer_that_the_kernel_has_not_taken_in_is_taken_back_all_the_same(pages):
+    """A LOOKUP was answered, and its caller has not run since: the first notifications find no
+    inode; the last one does."""
+    kernel = Kernel(unseen=5)
+    caches, inode = known_inode(kernel)
+    assert caches.attribute_timeout(inode, Lock(), inode.revision) > 0
+    if pages:
+        inode.answered_read(0, 4096)
+    await caches.revoke(7, Mode.NL)
+    assert kernel.unseen < 0
+    assert not inode.attributes_out
+
+
+@pytest.mark.trio
+async def test_an_inode_that_the_kernel_forgets_is_not_waited_for():
+    kernel = Kernel(unseen=1 << 30)
+    caches, inode = known_inode(kernel)
+    caches.attribute_timeout(inode, Lock(), inode.revision)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(caches.revoke, 7, Mode.NL)
+        while len(kernel.told) < 3:
+            await trio.lowlevel.checkpoint()
+        inode.lookups = 0
+    assert 7 not in caches.inodes
+
+
+@pytest.mark.trio
+async def test_a_caller_that_does_not_run_keeps_the_lock_for_a_bounded_time(monkeypatch):
+    """After that its answer is taken back on the side."""
+    monkeypatch.setattr(kernel_cache_io, "UNSEEN_S", 0.0)
+    kernel = Kernel(unseen=6)
+    caches, inode = known_inode(kernel)
+    caches.attribute_timeout(inode, Lock(), inode.revision)
+    await caches.revoke(7, Mode.NL)
+    assert kernel.unseen > 0
+    with trio.fail_after(30):
+        while kernel.unseen >= 0:
+            await trio.lowlevel.checkpoint()
+
+
+@pytest.mark.trio
+async def test_a_change_is_announced_only_where_something_is_cached():
+    kernel = Kernel(unseen=0)
+    caches, inode = known_inode(kernel)
+    await caches.revoke(7, Mode.NL)
+    await caches.revoke(8, Mode.NL)
+    assert kernel.told == []
+    caches.attribute_timeout(inode, Lock(), inode.revision)
+    await caches.revoke(7, Mode.PR)
+    assert kernel.told == []
+    await caches.revoke(7, Mode.NL)
+    assert len(kernel.told) == 1
+    await caches.revoke(7, Mode.NL)
+    assert len(kernel.told) == 1
