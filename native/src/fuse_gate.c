@@ -10,11 +10,12 @@
 
 #include <errno.h>
 #include <pthread.h>
+#include <stddef.h>
 #include <stdlib.h>
 #include <string.h>
 
 /* Newer than some headers. */
-enum { OPCODE_SYNCFS = 50, OPCODE_STATX = 52 };
+enum { OPCODE_SYNCFS = 50, OPCODE_TMPFILE = 51, OPCODE_STATX = 52 };
 
 struct kept {
     struct kept *next;
@@ -140,6 +141,62 @@ static void flush_kept(void)
     }
 }
 
+static void distrust_entry(char *at)
+{
+    struct fuse_entry_out entry;
+    memcpy(&entry, at, sizeof entry);
+    entry.entry_valid = entry.attr_valid = 0;
+    entry.entry_valid_nsec = entry.attr_valid_nsec = 0;
+    memcpy(at, &entry, sizeof entry);
+}
+
+static void distrust_listing(char *at, size_t length)
+{
+    struct fuse_dirent name;
+    size_t head = sizeof(struct fuse_entry_out) + offsetof(struct fuse_dirent, name);
+    while (length >= head) {
+        memcpy(&name, at + sizeof(struct fuse_entry_out), offsetof(struct fuse_dirent, name));
+        distrust_entry(at);
+        size_t size = FUSE_DIRENT_ALIGN(head + name.namelen);
+        if (size >= length)
+            return;
+        at += size;
+        length -= size;
+    }
+}
+
+/* Names and attributes may change elsewhere while their answer is kept, and the kernel cannot be
+ * told of an inode that it does not know yet. So a kept answer is good for its caller only. */
+static void distrust(char *data, size_t length)
+{
+    struct fuse_out_header header;
+    uint32_t operation_flags;
+    memcpy(&header, data, sizeof header);
+    char *body = data + sizeof header;
+    length -= sizeof header;
+    switch (requests_opcode(header.unique, &operation_flags)) {
+    case FUSE_LOOKUP:
+    case FUSE_CREATE:
+    case FUSE_MKNOD:
+    case FUSE_MKDIR:
+    case FUSE_SYMLINK:
+    case FUSE_LINK:
+    case OPCODE_TMPFILE:
+        if (length >= sizeof(struct fuse_entry_out))
+            distrust_entry(body);
+        return;
+    case FUSE_GETATTR:
+    case FUSE_SETATTR:
+    case OPCODE_STATX: /* begins as the others do: seconds, nanoseconds */
+        if (length >= offsetof(struct fuse_attr_out, dummy))
+            memset(body, 0, offsetof(struct fuse_attr_out, dummy));
+        return;
+    case FUSE_READDIRPLUS:
+        distrust_listing(body, length);
+        return;
+    }
+}
+
 /* Copy an answer to the queue (locked); 0 if there is no room. */
 static int keep(int fd, const struct iovec *iov, int count, size_t length)
 {
@@ -152,6 +209,7 @@ static int keep(int fd, const struct iovec *iov, int count, size_t length)
     size_t at = 0;
     for (int i = 0; i < count; at += iov[i++].iov_len)
         memcpy(entry->data + at, iov[i].iov_base, iov[i].iov_len);
+    distrust(entry->data, length);
     *last = entry;
     last = &entry->next;
     kept_count++;

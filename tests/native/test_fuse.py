@@ -313,6 +313,22 @@ def test_a_closed_gate_keeps_answers_until_it_opens(gated):
     assert gated.do("state")["queue"]["sent_total"] == 1
 
 
+@pytest.mark.parametrize("look", ["os.stat('f')", "list(os.scandir('.'))"])
+def test_a_kept_answer_is_not_believed_afterwards(gated, look):
+    """The kernel could not be told of a change meanwhile, because it knew nothing of the inode."""
+    gated.run("os.stat('.')")
+    inode = gated.do("put", "f", "x" * PAGE)
+    gated.gate.set_word(2)
+    client = gated.client(look)
+    wait_for(lambda: gated.do("state")["queue"]["answers"], "a kept answer")
+    gated.do("poke", inode, PAGE, "longer")
+    gated.do("notify", "invalidate_inode", inode, -1, 0)
+    gated.gate.set_word(1)
+    assert gated.do("flush") == 0
+    client.wait(timeout=10)
+    assert gated.run("print(os.stat('f').st_size)").strip() == str(PAGE + 6)
+
+
 def test_the_next_answer_flushes_the_kept_ones(gated):
     gated.do("put", "f", "x" * PAGE)
     gated.run("os.stat('f')")
