@@ -68,8 +68,8 @@ class Fencing:
         self._methods = Methods(daemon)
         try:
             self.book = daemon.files.fences()
-        except (CorruptionError, ProtocolError) as error:
-            daemon.problem("fences", f"{error.message}; the history of fences begins anew")
+        except (CorruptionError, ProtocolError, OSError) as error:
+            daemon.problem("fences", f"{error}; the history of fences begins anew")
             self.book = FenceBook()
         daemon.on_fence_report = self._reported
 
@@ -110,6 +110,10 @@ class Fencing:
 
     def _look(self, nursery: trio.Nursery) -> None:
         daemon = self._daemon
+        name = daemon.config.node.name
+        held = daemon.me in daemon.state.held
+        text = f"an operator holds {name} out of the cluster until: fencectl unfence {name}"
+        daemon.problem("held", text if held else "")
         if not daemon.admitted:
             return
         if self._since is None:
@@ -121,9 +125,7 @@ class Fencing:
             if ours and fence.reason != CLEAN and self.book.find(key) is None:
                 seen = self._seen(key)
                 wall_ms = time.time_ns() // 1_000_000
-                self.book.put(
-                    record_of(daemon.state, fence, wall_ms, daemon.config.node.name, **seen)
-                )
+                self.book.put(record_of(daemon.state, fence, wall_ms, name, **seen))
                 self._unsaved = True
         if min(member.node for member in daemon.view.members) != daemon.me:
             return

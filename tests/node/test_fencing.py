@@ -74,22 +74,36 @@ def test_a_power_cut_is_explained_on_every_survivor(cluster):
     third.start()
     cluster.wait_view([1, 2, 3])
     assert json.loads(fencectl(third, "explain", "n2", "--json"))["verdict"] == "proven"
+    # A damaged history is told, and is no reason not to serve.
+    third.kill()
+    path = third.base / "state" / "fences"
+    path.write_bytes(path.read_bytes()[:-1])
+    third.start()
+    cluster.wait_view([1, 2, 3])
+    assert any("history of fences begins anew" in text for text in third.status()["problems"])
+    assert "no fence of n2" in fencectl(third, "explain", "n2", code=7)
 
 
 def test_a_node_that_is_fenced_by_hand_stays_out_until_it_is_let_in(cluster):
     first, _second, third = cluster.up(3)
     (server,) = serve(cluster, 1)
+    configure(first, 'levels = [["servers", "self"]]\n')
     assert "--yes" in fencectl(first, "fence", "n3", code=4)
     assert "itself" in fencectl(first, "fence", "n1", "--yes", code=4)
     assert "no node is called n9" in fencectl(first, "fence", "n9", "--yes", code=7)
     text = fencectl(first, "fence", "n3", "--yes", "--reason", "smoke")
-    assert "n3 is fenced: s1 installed view" in text
+    assert "n3 is fenced: n3 runs life 2, begun after its guard had ended life 1" in text
+    attempts = explained(first, "n3")["attempts"]
+    assert [one["method"] for one in attempts] == ["servers", "self"]
+    assert "s1 installed view" in attempts[0]["text"]
     cluster.wait_view([1, 2])
     wait_until(lambda: third.status()["node"]["incarnation"] == 2, "n3 has begun a new life")
     wait_until(
         lambda: {n["name"]: n["state"] for n in first.status()["nodes"]}["n3"] == "held out",
         "n3 is shown as held out",
     )
+    told = "an operator holds n3 out of the cluster until: fencectl unfence n3"
+    wait_until(lambda: told in third.status()["problems"], "n3 says why it is out")
     # It is heard, and would be let in at once if nobody held it out: another change goes by.
     wait_until(lambda: first.call("cluster.nodes")[2]["networks"] == ["up", "up"], "n3 is heard")
     first.ctl("voter", "add", server.name)
@@ -102,6 +116,7 @@ def test_a_node_that_is_fenced_by_hand_stays_out_until_it_is_let_in(cluster):
     assert fencectl(first, "unfence", "n3") == "n3 may come back\n"
     cluster.wait_view([1, 2, 3])
     assert fencectl(first, "unfence", "n3") == "n3 was not held out\n"
+    wait_until(lambda: not third.status()["problems"], "that is over")
     assert "s1" in fencectl(first, "keys")
     assert "disk0" in fencectl(first, "reservation", "--export", "disk0")
     missing = fencectl(first, "keys", "--export", "nothing", code=7)
