@@ -1,6 +1,7 @@
 """fencectl on real nodes: methods and levels, history, explanations, fences by hand."""
 
 import json
+import signal
 import subprocess
 import sys
 
@@ -154,6 +155,29 @@ def test_levels_retries_and_the_next_level(cluster, tmp_path):
     assert "nothing waits here" in fencectl(second, "confirm", "n3", "--typed", "n3", code=7)
     fencectl(first, "confirm", "n3", "--typed", "n3")
     assert explained(second, "n3")["attempts"][0]["text"] == "an operator has typed its name"
+
+
+def test_a_server_that_is_away_holds_the_proof_back(cluster):
+    """No proof while one server may still let the dead node's requests through; then both."""
+    first, second, third = cluster.up(3)
+    one, two = serve(cluster, 2)
+    wait_until(lambda: first.status()["installed"] == [129, 130], "both have installed")
+    for server in (one, two):
+        first.ctl("voter", "add", server.name)
+    two.process.send_signal(signal.SIGSTOP)
+    wait_until(lambda: not first.status()["servers"][1]["up"], "s2 is seen down")
+    second.kill()
+    cluster.wait_view([1, 3])
+    wait_until(lambda: third.status()["installed"] == [129], "s1 has installed")
+    assert "n2" in fencectl(first, "status", code=3)
+    assert first.call("fence.status")["under_way"] == ["n2"]
+    assert first.call("fence.status")["missing"] == [two.name]
+    assert first.call("fence.explain", {"name": "n2"})["verdict"] == ""
+    assert "being tried" in fencectl(third, "explain", "n2")
+    two.process.send_signal(signal.SIGCONT)
+    record = explained(third, "n2")
+    assert record["verdict"] == "proven"
+    assert f"{one.name}, {two.name} installed view" in record["attempts"][-1]["text"]
 
 
 def test_a_wrong_configuration_is_told_and_the_servers_go_on(cluster):
