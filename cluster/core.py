@@ -16,7 +16,7 @@ from cluster.commands import Commands
 from cluster.control import Timing, ViewInfo
 from cluster.core_events import (
     Barred,
-    CircuitsDown,
+    Circuits,
     Command,
     GroupJoin,
     GroupLeave,
@@ -66,7 +66,7 @@ from cluster.timing import MS, RANK_MS
 
 CoreEvent = (
     Tick | Received | Sighting | InstanceStarted | InstanceEnded | InstancesPurged | ServerUp
-    | ServerDown | CircuitsDown | Command | ReadState | Leave | GroupJoin | GroupLeave
+    | ServerDown | Circuits | Command | ReadState | Leave | GroupJoin | GroupLeave
     | GroupReleased
 )  # fmt: skip
 
@@ -197,8 +197,8 @@ class ClusterCore:
                 self.servers.up(now_ns, server)
             case ServerDown(server):
                 self.servers.down(server)
-            case CircuitsDown(nodes):
-                self.membership.circuits_down = set(nodes)
+            case Circuits(up):
+                self.membership.circuits = dict(up)
             case Command():
                 return self.commands.add(now_ns, event)
             case ReadState(request, timeout_ms):

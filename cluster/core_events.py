@@ -46,11 +46,11 @@ class ServerDown(msgspec.Struct, frozen=True):
     server: ServerId
 
 
-class CircuitsDown(msgspec.Struct, frozen=True):
-    """The other nodes to which there is no circuit of the control mesh now; all of them, whenever
-    that changes (rule R9)."""
+class Circuits(msgspec.Struct, frozen=True):
+    """The other nodes to which a circuit of the control mesh leads now, and their lives; all of
+    them, whenever that changes."""
 
-    nodes: list[NodeId]
+    up: list[tuple[NodeId, Incarnation]]
 
 
 class Command(msgspec.Struct, frozen=True):

@@ -4,7 +4,8 @@ Invariants:
 - a node acts on decided values only; it proposes only on the newest one that it knows, and only
   while that value admits it. A node that is not admitted waits for a member to let it in; it
   proposes its own entry only when no admitted life can be alive: each is replaced by a newer one,
-  or neither this node nor any voter nor peer that it hears has heard it for T_dead;
+  or neither this node nor any voter nor peer that it hears has heard it for T_dead, and no circuit
+  leads to it;
 - the death of an instance of this node is proposed at once; everything else when the wish has been
   stable for T_stable, by the lowest admitted id of the wish first, by others rank * 100 ms later;
 - a wish is compared with the decided view, never with an earlier wish (a node left behind in an old
@@ -66,7 +67,8 @@ class Membership:
         self._wish: Wish | None = None
         self._wish_ns = start_ns
         self._missing_ns: dict[tuple[int, int], int] = {}
-        self.circuits_down: set[NodeId] = set()
+        self.circuits: dict[NodeId, Incarnation] | None = None
+        """The lives that a circuit of the control mesh leads to; None: not told yet."""
         self._cut_ns: dict[NodeId, int] = {}
 
     # --- facts
@@ -142,8 +144,11 @@ class Membership:
     def note_circuits(self, now_ns: int) -> None:
         """Rule R9: since when a peer is heard although no circuit leads to it. Without a quorum
         nobody can be put out, so no time passes."""
-        heard = {peer.node for peer in self.sighting.peers if peer.alive}
-        down = self.circuits_down & heard if self.quorate else set()
+        down = {peer.node for peer in self.sighting.peers if peer.alive}
+        if self.circuits is None or not self.quorate:
+            down = set()
+        else:
+            down -= self.circuits.keys()
         self._cut_ns = {node: self._cut_ns.get(node, now_ns) for node in sorted(down)}
 
     def cut(self, now_ns: int) -> list[NodeId]:
@@ -301,6 +306,8 @@ class Membership:
                 continue
             if peer is not None and peer.incarnation == member.incarnation and peer.alive:
                 return False
+            if self.circuits is not None and self.circuits.get(member.node) == member.incarnation:
+                return False  # its heartbeats are late (a starved guard), but it answers
             witnessed = (int(member.node), int(member.incarnation)) in self.sighting.witnessed
             if witnessed or not waited:
                 return False

@@ -112,9 +112,9 @@ class Transport:
         """A peer, at one of its own addresses, has another key (or somebody forges that)."""
         self.on_refused: Callable[[NodeId], None] = lambda _node: None
         """A peer hangs up at our hello again and again."""
-        self.on_circuits: Callable[[list[NodeId]], None] = lambda _down: None
-        """The peers without any connection, whenever that changes."""
-        self._down: list[NodeId] = []
+        self.on_circuits: Callable[[dict[NodeId, Incarnation]], None] = lambda _up: None
+        """The lives of the peers with a connection, whenever that changes."""
+        self._up: dict[NodeId, Incarnation] | None = None
         self.epochs: Callable[[], tuple[int, int]] = lambda: (0, 0)
         self._peers: dict[NodeId, list[str]] = {}
         self._dialers: dict[NodeId, list[trio.CancelScope]] = {}
@@ -160,11 +160,12 @@ class Transport:
         self._tell_circuits()
 
     def _tell_circuits(self) -> None:
-        up = self.nodes()
-        down = [node for node in sorted(self._peers) if node not in up]
-        if down != self._down:
-            self._down = down
-            self.on_circuits(down)
+        up: dict[NodeId, Incarnation] = {}
+        for (node, _path), channel in self._channels.items():
+            up[node] = max(up.get(node, Incarnation(0)), channel.peer_incarnation)
+        if up != self._up:
+            self._up = up
+            self.on_circuits(up)
 
     def _start_dialers(self, node: NodeId) -> None:
         assert self._nursery is not None

@@ -27,7 +27,7 @@ from cluster.control_io import Session
 from cluster.core import ClusterCore
 from cluster.core_events import (
     Barred,
-    CircuitsDown,
+    Circuits,
     Command,
     GroupDelivery,
     InstanceEnded,
@@ -132,7 +132,7 @@ class Clusterd:
         self.transport = Transport(
             identity, config.node.addresses, config.ports.control, self.timing, self._received
         )
-        self.transport.on_circuits = lambda down: self.step(CircuitsDown(down))
+        self.transport.on_circuits = lambda up: self.step(Circuits(sorted(up.items())))
         self.transport.on_wrong_key = self._wrong_key
         self.transport.on_refused = lambda node: self._repeated(
             node, "hangs up on this node; it may use another cluster key"

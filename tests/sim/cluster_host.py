@@ -19,7 +19,7 @@ from cluster.control import GroupEvent, Timing
 from cluster.core import ClusterCore
 from cluster.core_events import (
     Barred,
-    CircuitsDown,
+    Circuits,
     GroupDelivery,
     Report,
     StateChanged,
@@ -37,7 +37,7 @@ from cluster.guard_events import (
     Vouch,
     Vouched,
 )
-from cluster.ids import NODE_ID_MAX, Incarnation, InstanceNo, NodeId
+from cluster.ids import Incarnation, InstanceNo, NodeId
 from cluster.messages import (
     ACCEPTOR_MESSAGES,
     Message,
@@ -158,7 +158,7 @@ class NodeHost(Host):
         self._guard_ns: int | None = None
         self._stuck: list[Callable[[], None]] | None = None
         self._stamp = 0
-        self._circuits: list[NodeId] = []
+        self._circuits: list[tuple[NodeId, Incarnation]] | None = None
         self.restart_delay = 300 * MS
 
     # --- life
@@ -173,7 +173,7 @@ class NodeHost(Host):
         self.view = None
         self._stuck = None
         self._stamp = now
-        self._circuits = []
+        self._circuits = None
         self.barred_life = False
         self._core_ns = self._guard_ns = None
         self.guard = GuardCore(me, life, self.timing, now)
@@ -285,15 +285,20 @@ class NodeHost(Host):
             self.guard_step(Tick())
 
     def _look_at_circuits(self) -> None:
-        network = self.world.network
-        down = [
-            NodeId(other)
-            for other in sorted(self.world.hosts)
-            if other != self.id and other <= NODE_ID_MAX and network.is_broken(self.id, other)
+        up = [
+            (NodeId(other.id), Incarnation(other.incarnation))
+            for _, other in sorted(self.world.hosts.items())
+            if isinstance(other, NodeHost) and other is not self and self._connected(other)
         ]
-        if down != self._circuits:
-            self._circuits = down
-            self.core_step(CircuitsDown(down))
+        if up != self._circuits:
+            self._circuits = up
+            self.core_step(Circuits(up))
+
+    def _connected(self, other: NodeHost) -> bool:
+        network = self.world.network
+        lives = other.up and not other.paused and other.core is not None and other._stuck is None
+        cut = network.is_cut(self.id, other.id) or network.is_cut(other.id, self.id)
+        return lives and not cut and not network.is_broken(self.id, other.id)
 
     def receive(self, source: int, channel: str, data: bytes) -> None:
         if channel == "app":

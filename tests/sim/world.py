@@ -159,6 +159,8 @@ class Network:
         self.cuts: set[tuple[int, int, int]] = set()
         self.broken: set[tuple[int, int]] = set()
         """Pairs without sessions although datagrams pass (a firewall, a stuck stack)."""
+        self.muted: set[int] = set()
+        """Hosts whose datagrams do not come out (a starved guard); their sessions work."""
         self.loss = 0.01
         self.duplicate = 0.01
         self.late = 0.004
@@ -169,6 +171,7 @@ class Network:
         """All links work."""
         self.cuts.clear()
         self.broken.clear()
+        self.muted.clear()
         self.loss = 0.0
         self.late = 0.0
 
@@ -190,7 +193,7 @@ class Network:
 
     def datagram(self, source: int, target: int, network: int, channel: str, data: bytes) -> None:
         """One packet on one network."""
-        if (source, target, network) not in self.cuts:
+        if (source, target, network) not in self.cuts and source not in self.muted:
             self._deliver(source, target, channel, data)
 
     def session(self, source: int, target: int, channel: str, data: bytes) -> None:
