@@ -36,7 +36,7 @@ def test_fence_dummy_off_and_on(tmp_path):
 def test_fence_dummy_that_fails(tmp_path):
     """It takes `type=fail` as its metadata says; the node stays on."""
     (tmp_path / "status").write_text("on")
-    outcome = trio.run(Agent(dummy(tmp_path, type="fail")).fence, "n2")
+    outcome = trio.run(Agent(dummy(tmp_path, type="fail", power_timeout=1)).fence, "n2")
     assert outcome.verdict is Verdict.FAILED
     assert outcome.text.startswith("fence_dummy off")
 
