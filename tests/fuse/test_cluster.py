@@ -22,8 +22,10 @@ from tests.fuse.test_names import rename2
 
 @pytest.fixture(scope="module")
 def mounts():
-    """The mounts of a module, by node number, and their cluster."""
-    with scratch() as base, cluster_mounts(base) as (cluster, mounts):
+    """The mounts of a module, by node number, and their cluster. Groups are small, so that inode
+    numbers come again soon."""
+    small = ("--group-blocks", "1024")
+    with scratch() as base, cluster_mounts(base, mkfs=small) as (cluster, mounts):
         yield cluster, mounts
 
 
@@ -38,6 +40,7 @@ def test_a_change_is_announced_only_where_something_of_it_is_cached(mounts):
         one.write_bytes(b"%d" % number)
         assert two.read_bytes() == b"%d" % number
     after = [on[number].counters()["notifications"] for number in (1, 2, 3)]
+    one.unlink()
     assert after[1] >= before[1] + 20
     assert after[2] == before[2]
 
@@ -172,12 +175,13 @@ def test_an_open_file_outlives_its_name_on_another_node(mounts):
     os.close(fd)
 
 
-def test_a_number_that_is_another_file_by_now(mounts):
+def test_a_number_that_is_another_file_by_now(mounts, request):
     """Who has found a file long ago changes and links that one, or none."""
     _cluster, on = mounts
     one, two = (on[n].path for n in (1, 2))
     (one / "old").touch()
     found = os.open(one / "old", os.O_PATH)
+    request.addfinalizer(lambda: os.close(found))
     ino, handle = os.fstat(found).st_ino, f"/proc/self/fd/{found}"
     os.unlink(two / "old")
     (two / "new").mkdir()
@@ -199,7 +203,6 @@ def test_a_number_that_is_another_file_by_now(mounts):
     left = os.stat(two / "new" / str(number))
     assert (left.st_ino, left.st_mode & 0o777, left.st_nlink, left.st_uid) == (ino, 0o600, 1, 0)
     assert left.st_mtime > 1
-    os.close(found)
 
 
 def test_appends_of_all_nodes(mounts):
