@@ -198,7 +198,7 @@ class MemoryFileSystem:
     async def symlink(self, parent, name, target, uid, gid):
         return await self.mknod(parent, name, stat.S_IFLNK | 0o777, uid, gid, 0, 0, target)
 
-    async def link(self, ino, parent, name):
+    async def link(self, ino, parent, name, generation=None):
         async with self.held(Mode.EX, parent, ino):
             directory, node = self.node(parent), self.node(ino)
             if name in directory.names:
