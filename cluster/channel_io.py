@@ -145,6 +145,8 @@ class Channel:
                     data = bytes(memoryview(self._buffer)[:need])
                     del self._buffer[:need]
                     return self._open(data)
+            if self.closed:  # what the last frame brought about found the connection broken
+                return None
             try:
                 if self._drained:
                     await trio.lowlevel.wait_readable(self._socket)

@@ -253,9 +253,13 @@ def kill_all(group: Path) -> None:
     """SIGKILL every process of a control group and wait until they are gone."""
     if not group.exists():
         return
-    (group / "cgroup.kill").write_text("1")
-    events = group / "cgroup.events"
-    wait_for(lambda: "populated 0" in events.read_text().splitlines(), 30.0, f"{group} empty")
+
+    def empty() -> bool:
+        # Again and again: a process that is just being started enters its group by itself.
+        (group / "cgroup.kill").write_text("1")
+        return "populated 0" in (group / "cgroup.events").read_text().splitlines()
+
+    wait_for(empty, 30.0, f"{group} empty")
 
 
 def remove_group(tag: str) -> None:

@@ -1,15 +1,19 @@
 """The mesh over real sockets: delivery, parking of early hellos, a broken network."""
 
 import contextlib
+import socket
 
 import pytest
 import trio
 import trio.lowlevel
 
+from cluster.channel_io import Channel
 from cluster.control import GroupEvent, GroupMember
-from cluster.ids import Instance
+from cluster.identity import Identity
+from cluster.ids import Incarnation, Instance, NodeId
 from cluster.mesh import Message, View
 from cluster.mesh_io import open_mesh
+from cluster.wire import Keys
 
 A, B = Instance(1, 1, 1), Instance(2, 1, 1)
 KEY = b"k" * 32
@@ -100,3 +104,14 @@ async def test_wrong_key_is_not_heard():
                 await log.until(lambda items: any(isinstance(e, Message) for e in items))
             assert log.payloads() == []
             assert a.paths(B) == []
+
+
+@pytest.mark.trio
+async def test_a_channel_that_broke_while_it_answered_has_ended() -> None:
+    """The answer to a frame found the connection broken: there is no next frame, and no socket."""
+    near, far = socket.socketpair()
+    with far:
+        channel = Channel(near, Identity(NodeId(1), bytes(16), Incarnation(1), Keys(0, {0: KEY})))
+        channel._drained = True
+        channel.close()
+        assert await channel.receive() is None

@@ -75,8 +75,8 @@ def test_a_node_paused_past_its_lease_is_put_out_and_comes_back(ready: Lab) -> N
         demo_faults.check_writers(ready, node, writers)
     log = mount_log(ready, victim)[lines:]
     said = [line for line in log if "cfs.mount ERROR" in line]
-    assert len(said) == 1, log
-    assert "put out of the cluster" in said[0], log
+    assert len(said) == 1, "\n".join(log)
+    assert "put out of the cluster" in said[0], "\n".join(log)
     assert [e["event"] for _, e in demo_faults.events_since(ready, victim, resumed)].count(
         "mount.back"
     ) == 1
