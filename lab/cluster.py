@@ -206,9 +206,10 @@ def is_mounted(lab: Lab, node: Host) -> bool:
     """True when the file system is mounted on a node and answers."""
     if not hosts.mount_point_in_use(lab, node):
         return False
-    return (
-        hosts.run(lab, node, "stat", "-f", MOUNT_POINT, check=False, timeout_s=60).returncode == 0
-    )
+    # The type, too: a dead mount may go in between, and the directory below it answers.
+    words = ("stat", "-f", "-c", "%T", MOUNT_POINT)
+    answer = hosts.run(lab, node, *words, check=False, timeout_s=60)
+    return answer.returncode == 0 and answer.stdout.startswith("fuse")
 
 
 def is_remembered(lab: Lab, node: Host) -> bool:
