@@ -104,8 +104,11 @@ class LogChecker:
             header = msgspec.structs.replace(header, slot=slot, blocks=place[1])
             self._write_headers(place, header)
         if header.in_use:
-            await self._replay(slot, place, header)
-            return
+            if not await self._replay(slot, place, header):
+                return
+            # The replay has written one copy; the other one may be the damaged one.
+            data = await volume.device.read(place[0] * BLOCK_BYTES, HEADER_BLOCKS * BLOCK_BYTES)
+            header = decode_header_untrusted(volume.fs, place[0], data)
         faults = self._copies(place, data)
         if faults and await session.fix(f"journal {slot}: {faults}", "Write its headers anew"):
             self._write_headers(place, header)
@@ -115,8 +118,8 @@ class LogChecker:
         rotten = unreadable_copies(self.volume.fs, place[0], data)
         return f"a copy of its header is damaged, in block {rotten[0]}" if rotten else ""
 
-    async def _replay(self, slot: int, place: Place, header: JournalHeader) -> None:
-        """The journal of somebody who is gone."""
+    async def _replay(self, slot: int, place: Place, header: JournalHeader) -> bool:
+        """The journal of somebody who is gone. False: it is to be salvaged."""
         volume, session = self.volume, self.session
         repairing = session.repairing
         replayer = Replayer(volume.base if repairing else volume.device, volume.superblock)
@@ -126,7 +129,7 @@ class LogChecker:
             text = f"journal {slot}: {error}"
             if await session.fix(text, "Replay what can be read and lose the rest", lossy=True):
                 self._damaged.append((slot, place, header))
-            return
+            return False
         if repairing:
             await replayer.finish(place, header)
         session.report.note(
@@ -134,6 +137,7 @@ class LogChecker:
             f"{'replayed' if repairing else 'checked as after the replay of'} "
             f"{done.transactions} transactions"
         )
+        return True
 
     async def _salvage(self, slot: int, place: Place, header: JournalHeader | None) -> None:
         """Take every image that is whole; the journal is new when the repair has been written."""
