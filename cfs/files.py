@@ -98,16 +98,13 @@ class Files:
             if not laundered:
                 core.pages.settled(len(data))
 
-    def try_write(
-        self, state: InodeState, offset: int, data: Buffer, *, laundered: bool, kill: bool
-    ) -> int:
+    def try_write(self, state: InodeState, offset: int, data: Buffer, *, kill: bool) -> int:
         """As `write`, at once; the length. Raises NotNow."""
-        core = self.core
-        if not (laundered or core.pages.has_room(len(data))):
+        if not self.core.pages.has_room(len(data)):
             raise NotNow
         view = lasting(data)
-        return core.try_run(
-            lambda tx: self._write_body(tx, state, offset, view, laundered=laundered, kill=kill)
+        return self.core.try_run(
+            lambda tx: self._write_body(tx, state, offset, view, laundered=False, kill=kill)
         )[1]
 
     async def _has_unwritten(self, state: InodeState, offset: int | None, view: memoryview) -> bool:

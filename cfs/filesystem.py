@@ -235,7 +235,7 @@ class FileSystem(RangeCalls):
 
     def try_write_held(self, ino: int, offset: int, data: Buffer, *, kill: bool) -> int:
         """As `write_held`."""
-        return self.files.try_write(self.core.state(ino), offset, data, laundered=False, kill=kill)
+        return self.files.try_write(self.core.state(ino), offset, data, kill=kill)
 
     def try_getxattr(self, ino: int, name: bytes) -> bytes | None:
         """As `getxattr`, if it needs neither a message nor the disk. Raises ENODATA."""

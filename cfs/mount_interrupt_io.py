@@ -105,13 +105,6 @@ class RequestWaits:
         half-way."""
         return request.unique in self._signalled and fatal_signal_pending(request.pid)
 
-    def abandoned_now(self) -> bool:
-        """`is_abandoned` of the request that the current task handles."""
-        if not self._abandoned:
-            return False
-        request = self.requests.get(trio.lowlevel.current_task())
-        return request is not None and request.unique in self._abandoned
-
     def finished(self, unique: int) -> None:
         """The handler has returned."""
         self._signalled.discard(unique)

@@ -107,11 +107,6 @@ class OperationsBase(pyfuse3.Operations):  # type: ignore[misc]
         if self.waits.is_abandoned(unique):
             raise FsError(errno.EINTR, "the caller was killed")
 
-    def stop_if_abandoned_now(self) -> None:
-        """The same for the request that this task handles."""
-        if self.waits.abandoned_now():
-            raise FsError(errno.EINTR, "the caller was killed")
-
     async def settle_abandoned(self, request: Request) -> None:
         """The kernel was told that this request ended, but it was carried out after that: what the
         kernel learnt in between may be wrong."""

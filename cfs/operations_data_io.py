@@ -168,8 +168,8 @@ class DataOperations(OpenOperations):
         """The common case: through the page cache, under a lock that is here."""
         if request.laundered or request.past_cache or request.flags & WAITING_FLAGS:
             return None
-        inode = self.handles[request.handle].inode
-        lock = self.fs.inode_lock(inode.number)
+        handle = self.handles[request.handle]
+        inode, lock = handle.inode, handle.lock
         # `filled`: pages were invalidated, and this WRITE may be near that.
         if inode.revoking or inode.filled or not lock.try_hold(Mode.EX):
             return None
@@ -179,9 +179,10 @@ class DataOperations(OpenOperations):
             if kill and (seen := self.fs.try_getattr(inode.number)) and seen.mode & 0o6000:
                 return None  # the kernel has to be told before the answer
             written = self.fs.try_write_held(inode.number, off, buf, kill=kill)
+        finally:
+            # Whatever becomes of it: the kernel has filled its pages before it asked.
             inode.note_write(off, off + len(buf))
             inode.pages.add(off, off + len(buf))
-        finally:
             lock.release(Mode.EX)
         return fuse_layout.WRITE_OUT.pack(written, 0)
 

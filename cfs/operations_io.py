@@ -23,6 +23,7 @@ from cfs.operations_xattr_io import XattrOperations
 from native.requests import Opcode
 
 READDIR_BATCH = 128
+PREFETCH_S = 0.5
 Context = pyfuse3.RequestContext
 
 
@@ -99,9 +100,11 @@ class CfsOperations(NameOperations, InodeOperations, XattrOperations, RangeOpera
             if item.name not in (b".", b"..") and not self.fs.has_attributes(item.ino)
         ]
         if absent:
-            async with trio.open_nursery() as nursery:
-                for ino in absent:
-                    nursery.start_soon(self.fs.prefetch, ino, patient)
+            # The names are what was asked for; they do not wait for what nobody may get soon.
+            with trio.move_on_after(PREFETCH_S):
+                async with trio.open_nursery() as nursery:
+                    for ino in absent:
+                        nursery.start_soon(self.fs.prefetch, ino, patient)
 
     def _reply_name(self, token: pyfuse3.ReaddirToken, item: DirEntry, timeout_s: float) -> bool:
         """Add a name to the answer, with attributes if they are here, as a LOOKUP would."""

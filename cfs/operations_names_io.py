@@ -16,6 +16,7 @@ from cfs.kernel_cache import KernelInode
 from cfs.operations_extension_io import Extension, Later
 from cfs.operations_lookup_io import LookupOperations
 from cfs.operations_open_io import OpenOperations
+from cfs.transaction import NotNow
 from native.requests import Opcode, Request
 
 
@@ -56,10 +57,10 @@ class NameOperations(LookupOperations, OpenOperations):
         inode = self.caches.know(made.ino, made.generation, directory=False)
         try:
             handle = self.try_open_handle(inode, flags & ~os.O_TRUNC)
-        except FsError:
-            handle = None  # the waiting way meets it again, and knows what to do
-        if handle is None:
-            raise Later(lambda r, _: self._open_created(r, parent, revision, made, flags))
+        except (NotNow, FsError):  # the waiting way meets an error again, and knows what to do
+            raise Later(
+                lambda r, _: self._open_created(r, parent, revision, made, flags)
+            ) from None
         entry = self.encode_named(parent, revision, made)
         return entry + self.encode_opened(handle)
 

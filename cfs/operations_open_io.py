@@ -11,6 +11,7 @@ import os
 from cfs import fuse_layout
 from cfs.attributes import Attributes, SetAttributes
 from cfs.errors import FsError
+from cfs.immediate import Attempt
 from cfs.kernel_cache import KernelInode
 from cfs.operations_base_io import Handle
 from cfs.operations_extension_io import Extension
@@ -43,9 +44,9 @@ class OpenOperations(LockOperations):
 
     # -- files -------------------------------------------------------------------------------------
 
-    def _try_open(self, request: Request, body: bytes) -> bytes | None:
+    def _try_open(self, request: Request, body: bytes) -> bytes:
         handle = self.try_open_handle(self.known(request.inode), request.flags)
-        return None if handle is None else self.encode_opened(handle)
+        return self.encode_opened(handle)
 
     async def _open(self, request: Request, body: bytes) -> bytes:
         account = self.known(request.inode)
@@ -53,34 +54,31 @@ class OpenOperations(LockOperations):
         self.stop_if_opened_in_vain(request, handle)
         return self.encode_opened(handle)
 
-    def try_open_handle(self, inode: KernelInode, flags: int) -> Handle | None:
-        """`open_handle` if nothing has to be waited for: no message, no page to drop."""
+    def try_open_handle(self, inode: KernelInode, flags: int) -> Handle:
+        """`open_handle` if nothing has to be waited for: no message, no page to drop. Raises NotNow
+        else."""
         number = inode.number
         shared = flags & os.O_ACCMODE == os.O_RDWR and self.mmap_coherent
         if flags & os.O_TRUNC or (shared and not inode.writers and inode.pages):
-            return None
+            raise NotNow
         if not self.fs.try_open_ref(number):
-            return None
-        lock = self.fs.inode_lock(number)
+            raise NotNow
         try:
-            if flags & os.O_ACCMODE:
-                found = self.fs.try_getattr(number)
-                if found is None:
-                    raise NotNow
-                need_openable(found.flags, writes=True, appends=bool(flags & os.O_APPEND))
-            if shared and not lock.try_hold(Mode.EX):
-                raise NotNow
-            handle = self._new_handle(inode, flags)
-        except NotNow:
-            self.fs.close_ref(number)
-            return None
+            with Attempt() as attempt:
+                if flags & os.O_ACCMODE:
+                    found = self.fs.try_getattr(number)
+                    if found is None:
+                        raise NotNow
+                    need_openable(found.flags, writes=True, appends=bool(flags & os.O_APPEND))
+                if shared:
+                    attempt.hold(self.fs.inode_lock(number), Mode.EX)
+                handle = self._new_handle(inode, flags)
+                if shared:
+                    handle.shared_writer = True
+                    inode.writers += 1
         except BaseException:
             self.fs.close_ref(number)
             raise
-        if shared:
-            handle.shared_writer = True
-            inode.writers += 1
-            lock.release(Mode.EX)
         return handle
 
     async def open_handle(self, inode: KernelInode, flags: int, *, kill: bool = False) -> Handle:

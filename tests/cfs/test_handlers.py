@@ -10,7 +10,7 @@ import pytest
 import trio
 
 from cfs import fuse_layout
-from cfs.attributes import SetAttributes
+from cfs.attributes import FLAG_IMMUTABLE, SetAttributes
 from cfs.errors import FsError
 from cfs.fuse_layout import CREATE_IN, FALLOCATE_IN
 from cfs.kernel_cache_io import KernelCaches
@@ -19,6 +19,8 @@ from cfs.operations_base_io import Handle
 from cfs.operations_extension_io import Later
 from cfs.operations_io import CfsOperations
 from cfs.range_calls import FALLOC_KEEP_SIZE, FALLOC_PUNCH_HOLE
+from cfs.transaction import NotNow
+from dlm.cache import Glock
 from native.requests import Opcode, Request
 from tests.cfs.harness import make_device, mounted
 from tests.cfs.test_operations import make_file, refused
@@ -65,6 +67,10 @@ async def killed(*_: object, **__: object) -> None:
     raise FsError(errno.EINTR)
 
 
+def not_now(*_: object) -> Handle:
+    raise NotNow
+
+
 def request(opcode: Opcode, inode: int) -> Request:
     return Request(1, inode, 0, 0, 0, opcode, 0, 0, 0, 0, 0, os.getpid())
 
@@ -86,10 +92,12 @@ async def test_an_open_that_truncates_waits_for_no_lock_afterwards(
     assert (inode.writers, inode.handles, fs.core.state(ino).open_count) == (0, 0, 0)
 
 
-async def test_a_file_that_was_made_and_not_opened_is_seen(operations: CfsOperations) -> None:
+async def test_a_file_that_was_made_and_not_opened_is_seen(
+    operations: CfsOperations, monkeypatch: pytest.MonkeyPatch
+) -> None:
     fs = operations.fs
     await make_file(fs, b"before")
-    operations.try_open_handle = lambda *_: None  # type: ignore[method-assign]
+    monkeypatch.setattr(operations, "try_open_handle", not_now)
     operations.open_handle = killed  # type: ignore[method-assign, assignment]
     body = CREATE_IN.pack(os.O_RDWR | os.O_CREAT, 0o644, 0, 0) + b"f\0"
     create = request(Opcode.CREATE, fs.root_ino)
@@ -157,3 +165,49 @@ async def test_a_page_of_a_hole_has_its_block_if_a_shared_writer_came_while_it_w
     assert await fs.has_holes_held(ino, 0, 1 << 20)
     for each in (handle, writer):
         operations._close(each.number)
+
+
+async def test_an_open_that_is_refused_at_last_keeps_no_lock(
+    operations: CfsOperations, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fs = operations.fs
+    made = await fs.create(fs.root_ino, b"f", 0o644, 0, 0)
+    inode = operations.caches.know(made.ino, made.generation, directory=False)
+    monkeypatch.setattr("cfs.operations_base_io.HANDLES_MAX", 0)
+    with refused(errno.ENFILE):
+        operations.try_open_handle(inode, os.O_RDWR)
+    state = fs.core.state(made.ino)
+    assert (inode.writers, inode.handles, state.open_count) == (0, 0, 0)
+    assert isinstance(state.lock, Glock)
+    assert state.lock.describe()["holders"] == 0
+
+
+async def test_a_refused_write_has_still_been_in_pages(operations: CfsOperations) -> None:
+    """The kernel fills its pages before it asks: they are dropped when the lock goes."""
+    fs = operations.fs
+    ino = await make_file(fs, b"f", b"x" * 9000)
+    handle = await opened(operations, ino, os.O_WRONLY)
+    await fs.set_flags(ino, FLAG_IMMUTABLE, FLAG_IMMUTABLE)
+    body = bytes(fuse_layout.WRITE_IN_BYTES) + b"y" * 10
+    write = request(Opcode.WRITE, ino)._replace(handle=handle.number, offset=5000)
+    with refused(errno.EPERM):
+        operations._try_write(write, body)
+    assert handle.inode.pages.overlaps(5000, 5010)
+    assert handle.inode.write_number == 1
+
+
+async def test_a_listing_waits_only_so_long_for_what_it_does_not_need(
+    operations: CfsOperations, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fs = operations.fs
+    ino = await make_file(fs, b"f")
+    monkeypatch.setattr(fs, "has_attributes", lambda _: False)
+    monkeypatch.setattr(fs, "prefetch", never)
+    found = await fs.readdir(fs.root_ino, 0, 10)
+    assert ino in [item.ino for item in found]
+    with trio.fail_after(10):
+        await operations._prefetch(found, patient=True)
+
+
+async def never(*_: object) -> None:
+    await trio.sleep_forever()
