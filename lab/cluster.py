@@ -324,8 +324,10 @@ def down(directory: Path) -> bool:
     """Remove a lab: processes, mounts, namespaces, directory. False when there was none."""
     lab = Lab(directory, LabState(0, 0, "", ""))
     existed = bool((directory / STATE_FILE).exists() or network.namespaces(lab.tag))
-    hosts.remove_group(lab.tag)
-    network.destroy(lab.tag)
+    try:
+        hosts.remove_group(lab.tag)
+    finally:  # what is left of a lab must not keep the rest of it
+        network.destroy(lab.tag)
     if (directory / STATE_FILE).exists():
         shutil.rmtree(directory)
     return existed
