@@ -63,14 +63,17 @@ class FlushCounter:
 
     async def write(self, *batches: list[tuple[int, Buffer]]) -> None:
         """Write each batch of (block, bytes) after the one before, durable when this returns, with
-        everything else that was written."""
+        everything else that was written before it."""
         runs = [joined(batch) for batch in batches if batch]
-        alone = self.flushed == self.written and all(are_few(run) for run in runs)
+        alone = bool(runs) and self.flushed == self.written
+        durable = alone and all(are_few(run) for run in runs)
         for run in runs:
-            await self.device.write_many(run, fua=alone)
-        if not alone:
+            await self.device.write_many(run, fua=durable)
+        if durable:
+            return
+        if runs:
             self.wrote()
-            await self.flush()
+        await self.flush()
 
     async def flush(self) -> None:
         covered = self.written
@@ -256,7 +259,7 @@ class Journal:
         writes: list[tuple[int, Buffer]] = list(zip(places, commits, strict=True))
         for index, image in enumerate(images):
             writes.append((self._place(self._head + parts + index), image))
-        await self._write(writes)
+        await self._flush(writes)
         self._head += parts + len(images)
         self.sequence += 1
         self.durable_id = sealed_id
@@ -267,16 +270,10 @@ class Journal:
     def _place(self, position: int) -> int:
         return self.first_block + LOG_OFFSET + position % self.log_blocks
 
-    async def _flush(self) -> None:
-        await self._write()
-
-    async def _write(self, *batches: list[tuple[int, Buffer]]) -> None:
-        """Durable when it returns, with all that was written before."""
+    async def _flush(self, *batches: list[tuple[int, Buffer]]) -> None:
+        """Write (`FlushCounter.write`) and flush; a header that was written before counts now."""
         tail, change = self._pending_tail
-        if any(batches):
-            await self._counter.write(*batches)
-        else:
-            await self._counter.flush()
+        await self._counter.write(*batches)
         if change == self._header.change:
             self._durable_tail = max(self._durable_tail, tail)
 
@@ -301,7 +298,7 @@ class Journal:
         for block, (node, image) in batch.items():
             (maps if isinstance(node, GroupNode) else others).append((block, image))
         if batch:
-            await self._write(others, maps)
+            await self._flush(others, maps)
         else:
             await self._counter.ensure(self._counter.written)
         for block, entry in batch.items():
