@@ -44,7 +44,6 @@ def _pull_cable(lab: Lab, number: int) -> float:
         set_cable(lab, server, network, up=False)
         for writer in writers:
             writer.wait_beyond(moment + CABLE_OUT_S, demo_faults.WARM_RECORDS)
-        set_cable(lab, server, network, up=True)
         stalls = [w.stall_around(moment) for w in writers]
     finally:
         set_cable(lab, server, network, up=True)

@@ -36,6 +36,8 @@ RETRY_FIRST_S = 0.02
 RETRY_MAX_S = 0.25
 DEAD_MS_DEFAULT = 1000
 PATH_MS_DEFAULT = 150
+"""Well above what TCP may put an acknowledgement off when the server does not read: 40 ms and the
+round-trip time."""
 PATH_CHECKS = 3
 """Looks at a path in that time."""
 log = structlog.get_logger("gnbd.client")

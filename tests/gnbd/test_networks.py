@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 
 import pytest
 import trio
 
+from cluster.paths_io import boottime_ns
 from tests.gnbd.harness import GnbdServer, export_toml
 from tests.gnbd.test_client_io import MEMBERS, eventually, opened
 
@@ -75,5 +77,51 @@ def test_silent_network(far_server):
                     )
                     await eventually(lambda: device.status()["paths"] == [1, 1])
                 stop.set()
+
+    trio.run(body)
+
+
+def test_a_path_that_acknowledges_nothing_is_given_up_soon(far_server):
+    """Long before TCP would: what was under way on it ends on the other path."""
+    server, namespace = far_server
+
+    async def body():
+        async with opened(server, dead_ms=100_000) as device:
+            await eventually(lambda: device.status()["paths"] == [1, 1])
+            await trio.to_thread.run_sync(
+                lambda: ip("-n", namespace, "link", "set", "far1", "down")
+            )
+            with trio.fail_after(20):
+                await device.write(0, b"x" * 4096)
+                await eventually(lambda: device.status()["paths"] == [0, 1])
+            assert await device.read(0, 4096) == b"x" * 4096
+
+    trio.run(body)
+
+
+@pytest.mark.parametrize("requests", [0, 16])
+def test_a_server_that_is_slow_is_not_given_up(far_server, requests):
+    """It answers no ping, but its kernel acknowledges them: nothing is known to be wrong, also when
+    nothing more fits into the connections."""
+    server, _namespace = far_server
+
+    async def body():
+        async with opened(server, dead_ms=100_000) as device:
+            await eventually(lambda: device.status()["paths"] == [1, 1])
+            links = list(device._links.values())
+            async with trio.open_nursery() as nursery:
+                os.kill(server.process.pid, signal.SIGSTOP)
+                try:
+                    for number in range(requests):
+                        nursery.start_soon(device.write, number << 20, b"x" * (1 << 20))
+                    await eventually(
+                        lambda: all(
+                            link.pinged_ns and boottime_ns() - link.pinged_ns > 1_000_000_000
+                            for link in links
+                        )
+                    )
+                finally:
+                    os.kill(server.process.pid, signal.SIGCONT)
+            assert list(device._links.values()) == links
 
     trio.run(body)
