@@ -134,10 +134,12 @@ class FenceBook:
         return [record for record in self._records.values() if not record.verdict]
 
     def put(self, record: FenceRecord) -> None:
-        """A new record, or a newer state of one."""
+        """A new record, or a newer state of one. The oldest view goes first, as in the register's
+        history: no life that stands there is missing here, and is taken for a new one."""
         self._records[key_of(record)] = record
-        while len(self._records) > RECORDS_MAX:
-            del self._records[next(iter(self._records))]
+        if len(self._records) > RECORDS_MAX:
+            oldest = min(self._records.values(), key=lambda one: (one.epoch, one.node))
+            del self._records[key_of(oldest)]
 
     def reported(self, told: FenceRecord) -> bool:
         """Another member tells how it went. What was seen here stays. True if that is news."""

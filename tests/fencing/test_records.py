@@ -53,6 +53,16 @@ def test_bounded_and_durable():
     assert again.find((2, 1)) is None
 
 
+def test_a_late_report_about_an_old_life_displaces_no_newer_one():
+    """Else that one would be new again when the register is looked at, and be fenced again."""
+    book = FenceBook()
+    newer = [record(2, incarnation) for incarnation in range(11, RECORDS_MAX + 11)]
+    for one in newer:
+        book.put(one)
+    book.reported(record(3, 1, verdict="proven", level=1))
+    assert book.records() == newer
+
+
 def test_bytes_of_strangers():
     good = msgspec.msgpack.encode(record(2))
     assert decode_record_untrusted(good) == record(2)
