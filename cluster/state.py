@@ -501,7 +501,8 @@ def recovered_state(
     state: ClusterState, voters: list[VoterId], sequences: dict[str, int], writer: str
 ) -> ClusterState:
     """After a lost majority (typed by the operator): a far higher epoch, nobody admitted, all
-    incarnations dead, the given voters, volume-group sequences as found on the disks."""
+    incarnations dead, the given voters (none of them held out any more: there may be nobody else
+    to let them in), volume-group sequences as found on the disks."""
     stones = {stone.node: stone.incarnation for stone in state.tombstones}
     for member in state.members:
         stones[member.node] = max(stones.get(member.node, Incarnation(0)), member.incarnation)
@@ -514,7 +515,7 @@ def recovered_state(
         config_epoch=state.config_epoch + RECOVER_EPOCHS, voters=sorted(voters), old_voters=[],
         epoch=Epoch(state.epoch + RECOVER_EPOCHS), members=[],
         tombstones=[Tombstone(node, stones[node]) for node in sorted(stones)],
-        volume_groups=groups,
+        volume_groups=groups, held=[node for node in state.held if VoterId(node) not in voters],
     )  # fmt: skip
 
 

@@ -211,6 +211,14 @@ def test_recovery_bars_every_life():
     assert all(bars(state, Instance(n, 1, 0)) for n in (1, 2, 3))
 
 
+def test_recovery_lets_in_whom_it_makes_a_voter():
+    """Nobody else could: who is held out decides nothing, not even that it may come back."""
+    state = three()
+    for number in (2, 3):
+        state = apply_change(state, HoldNode(number, hold=True), f"w{number}")
+    assert recovered_state(state, [3], {}, "w").held == [2]
+
+
 def test_a_value_that_is_too_large_is_refused():
     data = {"x": "y" * 70_000}
     with pytest.raises(StateError, match="too large"):
