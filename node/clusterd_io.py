@@ -15,7 +15,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 import trio
@@ -51,7 +51,7 @@ from cluster.messages import (
 )
 from cluster.paths_io import boottime_ns, run_dir
 from cluster.register import Acceptor
-from cluster.runner_io import Runner
+from cluster.runner_io import STORE_RETRY_S, Runner
 from cluster.state import Change, ClusterState
 from cluster.timing import timing_of
 from cluster.transport_io import Transport
@@ -79,6 +79,7 @@ from node.reports import describe_report
 from node.screen import events_line
 from node.servers_io import ServerLinks
 
+T = TypeVar("T")
 CLUSTERD = InstanceNo(0)
 FOLLOWERS_MAX = 64
 GROUPS_NOTED_MAX = 256
@@ -201,14 +202,23 @@ class Clusterd:
     async def _save_loop(self) -> None:
         """Keep the newest value on disk; a hint, so it need not be ordered with anything."""
         while True:
-            await self.wait_changed()
-            state, self._unsaved = self._unsaved, None
-            if state is not None:
-                try:
-                    await trio.to_thread.run_sync(self.files.save_known, state)
-                    self.problem("known", "")
-                except StackError as error:
-                    self.problem("known", error.message)
+            while (state := self._unsaved) is None:
+                await self.wait_changed()
+            self._unsaved = None
+            await self.store("known", self.files.save_known, state)
+
+    async def store(self, key: str, save: Callable[[T], None], what: T) -> None:
+        """Write one of this node's files, in a thread; tells why it cannot, and tries again until
+        it can."""
+        while True:
+            try:
+                await trio.to_thread.run_sync(save, what)
+            except StackError as error:
+                self.problem(key, error.message)
+                await trio.sleep(STORE_RETRY_S)
+            else:
+                self.problem(key, "")
+                return
 
     def note(self, name: str, text: str, /, **fields: Any) -> EventRecord:
         """Add to the event log and tell the followers."""

@@ -90,13 +90,18 @@ class Fencing:
     async def run(self) -> None:
         """Watch who is put out, for ever."""
         async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._save_loop)
             while True:
                 self._look(nursery)
-                if self._unsaved:
-                    self._unsaved = False
-                    await self._save()
-                else:
-                    await self._daemon.wait_changed()
+                await self._daemon.wait_changed()
+
+    async def _save_loop(self) -> None:
+        """Keep the history on disk. Nobody waits for that: it is for people."""
+        while True:
+            while not self._unsaved:
+                await self._daemon.wait_changed()
+            self._unsaved = False
+            await self._daemon.store("fences file", self._daemon.files.save_fences, self.book)
 
     def _settings(self) -> FencingConfig:
         """fencing.toml as it is now; while it is wrong, the block servers alone."""
@@ -126,7 +131,7 @@ class Fencing:
                 seen = self._seen(key)
                 wall_ms = time.time_ns() // 1_000_000
                 self.book.put(record_of(daemon.state, fence, wall_ms, name, **seen))
-                self._unsaved = True
+                self._changed()
         if min(member.node for member in daemon.view.members) != daemon.me:
             return
         for record in self.book.open():
@@ -196,15 +201,11 @@ class Fencing:
         self._daemon.note(
             name, f"{text}: {last}", victim=int(record.node), took_ms=record.took_ms
         )
+        self._changed()
+
+    def _changed(self) -> None:
         self._unsaved = True
         self._daemon.signal()
-
-    async def _save(self) -> None:
-        try:
-            await trio.to_thread.run_sync(self._daemon.files.save_fences, self.book)
-            self._daemon.problem("fences file", "")
-        except StackError as error:
-            self._daemon.problem("fences file", error.message)
 
     # --- fencectl
 

@@ -56,6 +56,27 @@ def test_no_place_for_the_state_of_a_node(cluster):
         wait_until(lambda: node.members() == [1], "the node is back")
 
 
+def test_what_a_node_cannot_note_it_notes_when_there_is_room(cluster):
+    """Neither the register's newest value nor a fence is forgotten because the disk was full."""
+    cluster.found()
+    second = cluster.node(2)
+    state = second.base / "state"
+    with small_disk(state) as disk:
+        cluster.join(2)
+        third = cluster.join(3)
+        known = (state / "known").read_bytes()
+        disk.fill()
+        third.kill()
+        wait_until(lambda: len(problems(second)) == 2, "both files are told")
+        assert all("No space left on device" in text for text in problems(second))
+        assert (state / "known").read_bytes() == known
+        disk.make_room()
+        wait_until(lambda: not problems(second), "the problems are over")
+        assert (state / "known").read_bytes() != known
+        assert (state / "fences").exists()
+        second.kill()
+
+
 def test_a_voter_with_another_key_is_named_on_both_sides(cluster):
     """Nobody is quorate, and each side says why. The one with the wrong key does not dial."""
     first, second = cluster.up(2)
