@@ -21,7 +21,7 @@
 
 | kind | proven when |
 |---|---|
-| servers | every block server has installed a view that does not admit the life |
+| servers | every block server, one at least, has installed a view that does not admit the life |
 | reservation | each device took PREEMPT AND ABORT, or its keys show that only registrants write |
 | agent | `off` succeeded and `status` then says off |
 | self | the node runs a later life, which begins only after its guard has ended the earlier one |

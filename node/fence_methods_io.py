@@ -66,10 +66,10 @@ class Methods:
         return perform
 
     async def _wait(self, timeout_s: float, look: Callable[[], Outcome]) -> Outcome:
-        """Until it is proven; at the end what is known then."""
+        """Until it is known; at the end what is known then."""
         outcome = look()
         with trio.move_on_after(timeout_s):
-            while outcome.verdict is not Verdict.PROVEN:
+            while outcome.verdict is Verdict.UNKNOWN:
                 await self._daemon.wait_changed()
                 outcome = look()
         return outcome
@@ -78,7 +78,7 @@ class Methods:
         """Rule R2: a server answers an install when nothing of whom it bars is in flight."""
         state, view = self._daemon.state, self._daemon.view
         if not state.servers:
-            return Outcome(Verdict.PROVEN, "the cluster has no block server, so no data to change")
+            return Outcome(Verdict.FAILED, "the cluster has no block server that could bar it")
         missing = [s.name for s in state.servers if s.id not in view.installed]
         if missing or view.epoch < record.epoch:
             who = ", ".join(missing)

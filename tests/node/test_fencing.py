@@ -180,8 +180,24 @@ def test_a_server_that_is_away_holds_the_proof_back(cluster):
     assert f"{one.name}, {two.name} installed view" in record["attempts"][-1]["text"]
 
 
+def test_no_block_server_proves_nothing(cluster):
+    """Nobody bars the dead node, so the next level has its turn."""
+    first, second, _third = cluster.up(3)
+    once = '[methods.servers]\nkind = "servers"\nretries = 0\n'
+    configure(first, f'levels = [["servers"], ["self"]]\n{once}')
+    second.kill()
+    cluster.wait_view([1, 3])
+    second.start()
+    attempts = explained(first, "n2")["attempts"]
+    assert [(one["method"], one["verdict"]) for one in attempts] == [
+        ("servers", "failed"), ("self", "proven"),
+    ]  # fmt: skip
+    assert attempts[0]["text"] == "the cluster has no block server that could bar it"
+
+
 def test_a_wrong_configuration_is_told_and_the_servers_go_on(cluster):
     first, second, _third = cluster.up(3)
+    serve(cluster, 1)
     configure(first, 'levels = [["pdu"]]\n')
     second.kill()
     cluster.wait_view([1, 3])
