@@ -86,3 +86,53 @@ async def test_refusals_are_those_of_the_waiting_way() -> None:
             with pytest.raises(FsError, match=errno.errorcode[number]):
                 attempt()
     await fsck(device)
+
+
+async def test_nothing_is_done_that_others_could_not_learn_of() -> None:
+    """Who has looked for space on all nodes is told before a map changes (lock `S`)."""
+    device = await make_device(32)
+    async with cluster(device) as group:
+        one, two = await group.mount(1), await group.mount(2)
+        await one.create(one.root_ino, b"f", 0o644, 0, 0)
+        await two.statfs()
+        with pytest.raises(NotNow):
+            ATTEMPTS["unlink"](one, 0)
+        await one.unlink(one.root_ino, b"f")
+        one.try_create(one.root_ino, b"g", 0o644, 0, 0, 0)
+    await fsck(device)
+
+
+async def test_a_transaction_does_not_outgrow_its_journal() -> None:
+    """When the running transaction is full the commit comes first, and that is waited for."""
+    device = await make_device(8, group_blocks=512)
+    async with mounted(device, QUIET) as fs:
+        journal = fs.core.journal
+        files = [
+            (await fs.create(fs.root_ino, b"f%d" % number, 0o644, 0, 0)).ino
+            for number in range(journal.log_blocks)
+        ]
+        await fs.sync()
+        for ino in files:
+            if journal.running_full:
+                with pytest.raises(NotNow):
+                    fs.try_setattr(ino, SetAttributes(mode=0o600))
+            else:
+                fs.try_setattr(ino, SetAttributes(mode=0o600))
+        assert journal.running_full
+        for ino in files:
+            await fs.setattr(ino, SetAttributes(mode=0o600))
+    await fsck(device)
+
+
+@pytest.mark.parametrize("operation", ATTEMPTS)
+async def test_nothing_is_done_on_a_mount_that_cannot_go_on(operation: str) -> None:
+    device = await make_device()
+    async with mounted(device, QUIET, unmount=False) as fs:
+        made = await fs.create(fs.root_ino, b"f", 0o644, 0, 0)
+        before = await tree_of(fs), await fs.getattr(made.ino)
+        fs.core.fail(OSError("the journal is gone"))
+        with pytest.raises(NotNow):
+            ATTEMPTS[operation](fs, made.ino)
+        assert (await tree_of(fs), await fs.getattr(made.ino)) == before
+        with pytest.raises(FsError, match="EIO"):
+            await fs.setattr(made.ino, SetAttributes(mode=0o600))
