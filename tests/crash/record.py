@@ -21,7 +21,7 @@ from typing import Any
 import msgspec
 
 from tests.crash.agent import now_ns
-from tests.crash.things import KINDS, Block, Change, History, Mover, Sparse, Thing
+from tests.crash.things import KINDS, Change, History, InPlace, Mover, Thing
 from tests.fuse.cluster_mounts import harness, mount
 from tests.fuse.mounting import Mounted, enter_private_namespace
 
@@ -54,8 +54,8 @@ def make_things(
             build = KINDS[kind]
             seed = rng.randrange(1 << 30) * 2 + number % 2
             top = f"d{rng.randrange(folders)}"
-            if build in (Block, Sparse):
-                for index in range(build.BLOCKS):  # type: ignore[attr-defined]
+            if issubclass(build, InPlace):
+                for index in range(build.BLOCKS):
                     name = f"{top}/{kind}{number}:{index}"
                     things.append(build(History(kind, name, seed)))
             else:
