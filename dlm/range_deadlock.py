@@ -107,7 +107,7 @@ class DeadlockSearch:
             self._post(first.instance, m.RangeCycle(path, False, name, wanted))
         elif len(path) < m.HOPS_MAX:
             known = {Owner(hop.instance, hop.key) for hop in path}
-            for owner in blockers - known:
+            for owner in sorted(blockers - known):  # the order of a set differs by process
                 chased = m.RangeChased(owner.key, path, at, False, name, wanted)
                 self._post(owner.instance, chased)
 

@@ -1,12 +1,22 @@
 """Byte-range locks in their simulated world: seeds without a bug, and bugs that seeds must find."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
 from dlm.modes import Result
 from tests.sim.range_mutants import MUTANTS, hunt
 from tests.sim.range_world import run
 
+ROOT = Path(__file__).resolve().parents[2]
 HUNT_SEEDS = 250
+LIVES = """
+from tests.sim.range_world import run
+worlds = [run(seed, threads=1, interrupts=0.0, faults=False) for seed in range(4)]
+print([(world.steps, world.now_ns, world.random.random()) for world in worlds])
+"""
 
 
 @pytest.mark.parametrize("first", range(0, 20, 10))
@@ -22,6 +32,17 @@ def test_members_that_live_and_circles():
         world = run(seed, threads=1, interrupts=0.0, faults=False)
         deadlocks += world.results.get(Result.DEADLOCK, 0)
     assert deadlocks > 10
+
+
+def test_a_seed_is_the_same_world_in_every_process():
+    """The order in which a set is gone through is another one in each."""
+    outputs = {
+        subprocess.run(
+            [sys.executable, "-c", LIVES], cwd=ROOT, capture_output=True, text=True, check=True
+        ).stdout
+        for _ in range(3)
+    }
+    assert len(outputs) == 1, outputs
 
 
 def test_many_members_and_one_name():
