@@ -1,20 +1,16 @@
-"""Lockspace members, a network and a process group in one deterministic world.
+"""The lock manager of several members in one deterministic world, with clients that use it.
 
-Every step is one choice of the seed: deliver the head of one link, hand the next group event to one
-member, let a client do something, or a fault. Links are first in, first out; nothing between
-survivors is lost; a dead member's links lose a random tail. After each step the invariants of the
-lock manager are checked over all members (`Checker`), also counting dead members whose caches may
-still be served (until `silent`) or whose writes may still land (until `released`).
+After each step of the world (`tests.sim.group_world`) the lock manager's invariants are checked
+over all members. Dead ones count as well: their caches may still be served (until `silent`), or
+their writes may still land (until `released`).
 """
 
 from __future__ import annotations
 
-import random
-from collections import deque
 from dataclasses import dataclass, field
 
-from cluster.control import GroupEvent, GroupMember
-from cluster.ids import Epoch, Incarnation, Instance, InstanceNo, NodeId
+from cluster.control import GroupEvent
+from cluster.ids import Instance
 from cluster.locks import Mode
 from dlm.engine import Completion
 from dlm.lockspace import Blocking, Left, Lockspace, Send
@@ -28,13 +24,10 @@ from dlm.modes import (
     Flags,
     Result,
 )
+from tests.sim.group_world import STEPS_MAX, GroupProcess, GroupWorld
+from tests.sim.world import Violation
 
 MODES = list(Mode)
-STEPS_MAX = 200_000
-
-
-class Violation(AssertionError):
-    """An invariant does not hold."""
 
 
 @dataclass
@@ -52,35 +45,19 @@ class Client:
     unlocking: bool = False
 
 
-@dataclass
-class Member:
-    """A process with its lockspace and its clients."""
+@dataclass(eq=False)
+class Member(GroupProcess):
+    """A process and its clients."""
 
-    space: Lockspace
-    position: int
     clients: dict[int, Client] = field(default_factory=dict)
-    leaving: bool = False
-    gone: bool = False
 
 
-class World:
+class World(GroupWorld[Member]):
     """The whole, driven by one seed."""
 
     def __init__(self, seed: int, *, names: int = 4, members: int = 3, faults: bool = True) -> None:
-        self.random = random.Random(seed)
-        self.names = [b"r%d" % n for n in range(names)]
-        self.members: dict[Instance, Member] = {}
-        self.links: dict[tuple[Instance, Instance], deque[bytes]] = {}
-        self.log: list[GroupEvent] = []
-        self.view: list[Instance] = []
-        self.dead: list[Instance] = []
-        self.silent: list[Instance] = []
+        super().__init__(seed, [b"r%d" % n for n in range(names)], members, faults=faults)
         self.corpses: dict[Instance, list[tuple[bytes, Mode]]] = {}
-        self.faults = faults
-        self.size = members
-        self.births = 0
-        self.steps = 0
-        self.trace: list[str] | None = getattr(self, "trace", None)
         self.writes = 0
         self.lvb: dict[bytes, bytes | None] = {}
         self.history: dict[bytes, list[bytes | None]] = {}
@@ -90,27 +67,10 @@ class World:
 
     # The group.
 
-    def birth(self) -> None:
-        """A new process joins."""
-        self.births += 1
-        node = 1 + self.births % 4
-        me = Instance(NodeId(node), Incarnation(1 + self.births // 4), InstanceNo(1))
-        self.members[me] = Member(Lockspace(me), len(self.log))
-        self.view = sorted([*self.view, me])
-        self.event("view", joined=[me])
+    def start(self, me: Instance) -> Member:
+        return Member(Lockspace(me), len(self.log))
 
-    def event(self, kind: str, **fields: object) -> None:
-        """The next event of the group, for everybody."""
-        members = [GroupMember(one, f"n{one.node}", [], 0) for one in self.view]
-        made = GroupEvent(
-            "sim", Epoch(1), len(self.log) + 1, kind, members,
-            dead=list(self.dead), silent=list(self.silent), **fields,
-        )  # fmt: skip
-        self.log.append(made)
-
-    def crash(self, victim: Instance) -> None:
-        """The process is dead; what it had sent may or may not arrive."""
-        member = self.members.pop(victim)
+    def bury(self, victim: Instance, member: Member) -> None:
         held = []
         for lock in member.space.owner.locks.values():
             if lock.sure > Mode.NL:
@@ -118,43 +78,23 @@ class World:
                 if lock.mode in LVB_WRITERS:
                     self.write_lvb(lock.resource.name, None)
         self.corpses[victim] = held
-        for (source, _to), link in self.links.items():
-            if source == victim:
-                for _ in range(self.random.randint(0, len(link))):
-                    link.pop()
-        self.dead.append(victim)
-        self.view = [one for one in self.view if one != victim]
-        self.event("view", failed=[victim])
-        self.note(f"crash {victim}")
+
+    def crash(self, victim: Instance) -> None:
+        super().crash(victim)
         if self.random.random() < 0.2:
             # The recovery of the locks has nothing to do with that of the journal.
-            self.group_silent(victim)
-            self.group_released(victim)
+            self.silence(victim)
+            self.release(victim)
 
-    def group_silent(self, subject: Instance) -> None:
-        self.silent.append(subject)
+    def silence(self, subject: Instance) -> None:
         self.corpses[subject] = [h for h in self.corpses[subject] if h[1] in WRITE_MODES]
-        self.event("silent", subject=subject)
+        super().silence(subject)
 
-    def group_released(self, subject: Instance) -> None:
-        self.silent.remove(subject)
-        self.dead.remove(subject)
+    def release(self, subject: Instance) -> None:
         del self.corpses[subject]
-        self.event("released", subject=subject)
+        super().release(subject)
 
     # One step.
-
-    def note(self, text: str) -> None:
-        if self.trace is not None:
-            self.trace.append(f"{self.steps}: {text}")
-
-    def moves(self) -> list[tuple[str, object]]:
-        """What the network and the group could do now."""
-        ready: list[tuple[str, object]] = [
-            ("link", key) for key, link in self.links.items() if link and key[1] in self.members
-        ]
-        ready += [("event", me) for me, one in self.members.items() if one.position < len(self.log)]
-        return ready
 
     def step(self, clients: float = 0.3) -> bool:
         """Do one thing; False if nothing can be done."""
@@ -171,39 +111,30 @@ class World:
         self.check()
         return True
 
-    def move(self, kind: str, what: object) -> None:
-        if kind == "link":
-            source, to = what  # type: ignore[misc]
-            payload = self.links[source, to].popleft()
-            member = self.members[to]
-            member.space.now_ns = self.steps
-            member.space.receive(source, payload)
-        else:
-            to = what  # type: ignore[assignment]
-            member = self.members[to]
-            event = self.log[member.position]
-            member.position += 1
-            self.note(f"{to} takes {event.kind} {event.seq}")
-            member.space.group_event(event)
+    def receive(self, to: Instance, source: Instance, payload: bytes) -> None:
+        member = self.members[to]
+        member.space.now_ns = self.steps
+        member.space.receive(source, payload)
+        self.perform(to, member)
+
+    def group_event(self, to: Instance, event: GroupEvent) -> None:
+        member = self.members[to]
+        self.note(f"{to} takes {event.kind} {event.seq}")
+        member.space.group_event(event)
         self.perform(to, member)
 
     def perform(self, me: Instance, member: Member) -> None:
         for action in member.space.take():
             if isinstance(action, Send):
-                self.links.setdefault((me, action.to), deque()).append(action.payload)
+                self.send(me, action.to, action.payload)
             elif isinstance(action, Completion):
                 self.completed(member, action)
             elif isinstance(action, Blocking):
                 client = member.clients.get(action.lock)
                 if client is not None:
                     client.wanted |= action.waiting
-            elif isinstance(action, Left) and me in self.view:
-                self.note(f"{me} left")
-                member.gone = True
-                self.view = [one for one in self.view if one != me]
-                self.event("view", left=[me])
-        if member.gone:
-            self.members.pop(me, None)
+            elif isinstance(action, Left):
+                self.left(me)
 
     def fault(self) -> None:
         chance = self.random.random()
@@ -213,9 +144,9 @@ class World:
             if len(alive) > 1:
                 self.crash(self.random.choice(alive))
         elif chance < 0.55 and waiting:
-            self.group_silent(self.random.choice(waiting))
+            self.silence(self.random.choice(waiting))
         elif chance < 0.75 and self.silent:
-            self.group_released(self.random.choice(self.silent))
+            self.release(self.random.choice(self.silent))
         elif chance < 0.9 and len(self.view) < self.size:
             self.birth()
         elif len(self.view) > 1:
@@ -238,13 +169,10 @@ class World:
     # Clients.
 
     def client_step(self) -> None:
-        ready = [
-            me for me, member in self.members.items() if member.space.members and not member.leaving
-        ]
+        ready = self.ready()
         if not ready:
             return
-        me = self.random.choice(ready)
-        member = self.members[me]
+        member = self.random.choice(ready)
         member.space.now_ns = self.steps
         free = [one for one in member.clients.values() if not one.unlocking]
         if not free or (len(free) < 4 and self.random.random() < 0.4):
@@ -257,7 +185,7 @@ class World:
                 self.obey(member, client)
             else:
                 self.operate(member, client)
-        self.perform(me, member)
+        self.perform(member.space.me, member)
 
     def new_lock(self, member: Member) -> None:
         name = self.random.choice(self.names)
@@ -426,13 +354,7 @@ class World:
     # The end: no more faults, everybody obeys, everything must complete and vanish.
 
     def quiesce(self) -> None:
-        self.faults = False
-        self.drain()
-        for one in list(self.dead):
-            if one not in self.silent:
-                self.group_silent(one)
-            self.group_released(one)
-        self.drain()
+        self.end_faults()
         for _ in range(STEPS_MAX):
             if not self.obey_all():
                 break
@@ -465,16 +387,6 @@ class World:
             if name in member.space.master.resources
             for lock in member.space.master.resources[name].locks()
         ]
-
-    def drain(self) -> None:
-        for _ in range(STEPS_MAX):
-            self.steps += 1
-            moves = self.moves()
-            if not moves:
-                return
-            self.move(*self.random.choice(moves))
-            self.check()
-        raise Violation("L1: the members never stop talking")
 
     def obey_all(self) -> bool:
         acted = False
