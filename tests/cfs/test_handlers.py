@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 
 import pytest
 import trio
@@ -13,6 +13,7 @@ from cfs import fuse_layout
 from cfs.attributes import FLAG_IMMUTABLE, SetAttributes
 from cfs.errors import FsError
 from cfs.fuse_layout import CREATE_IN, FALLOCATE_IN
+from cfs.kernel_cache import KernelInode
 from cfs.kernel_cache_io import KernelCaches
 from cfs.mount_interrupt_io import RequestWaits
 from cfs.operations_base_io import Handle
@@ -21,7 +22,13 @@ from cfs.operations_io import CfsOperations
 from cfs.range_calls import FALLOC_KEEP_SIZE, FALLOC_PUNCH_HOLE
 from cfs.transaction import NotNow
 from dlm.cache import Glock
-from native.requests import Opcode, Request
+from native.requests import (
+    WRITE_CACHE,
+    WRITE_KILL_SUIDGID,
+    WRITE_LOCKOWNER,
+    Opcode,
+    Request,
+)
 from tests.cfs.harness import make_device, mounted
 from tests.cfs.test_operations import make_file, refused
 
@@ -194,6 +201,36 @@ async def test_a_refused_write_has_still_been_in_pages(operations: CfsOperations
         operations._try_write(write, body)
     assert handle.inode.pages.overlaps(5000, 5010)
     assert handle.inode.write_number == 1
+
+
+WAITING: dict[str, tuple[dict[str, int], Callable[[KernelInode], object]]] = {
+    "laundered": ({"operation_flags": WRITE_CACHE}, lambda inode: None),
+    "past the cache": ({"operation_flags": WRITE_LOCKOWNER}, lambda inode: None),
+    "O_APPEND": ({"flags": os.O_APPEND}, lambda inode: None),
+    "O_DSYNC": ({"flags": os.O_DSYNC}, lambda inode: None),
+    "O_SYNC": ({"flags": os.O_SYNC}, lambda inode: None),
+    "a revocation": ({}, lambda inode: setattr(inode, "revoking", 1)),
+    "pages read after one": ({}, lambda inode: inode.filled.add(4096, 8192)),
+    "set-user-id": ({"operation_flags": WRITE_KILL_SUIDGID}, lambda inode: None),
+}
+
+
+@pytest.mark.parametrize("why", WAITING)
+async def test_a_write_that_needs_more_than_the_lock_is_not_done_at_once(
+    operations: CfsOperations, why: str
+) -> None:
+    fs = operations.fs
+    ino = await make_file(fs, b"f", b"x" * 9000)
+    await fs.setattr(ino, SetAttributes(mode=0o4755))
+    handle = await opened(operations, ino, os.O_WRONLY)
+    fields, prepare = WAITING[why]
+    body = bytes(fuse_layout.WRITE_IN_BYTES) + b"y" * 10
+    write = request(Opcode.WRITE, ino)._replace(handle=handle.number, offset=5000)
+    assert operations._try_write(write, body) == fuse_layout.WRITE_OUT.pack(10, 0)
+    prepare(handle.inode)
+    assert operations._try_write(write._replace(offset=6000, **fields), body) is None
+    assert await fs.read(ino, 6000, 10) == b"x" * 10
+    handle.inode.revoking = 0
 
 
 async def test_a_listing_waits_only_so_long_for_what_it_does_not_need(
