@@ -104,6 +104,7 @@ async def _talk(process: trio.Process, data: bytes, secrets: list[str]) -> Said:
     assert stdin is not None
     assert stdout is not None
     output = bytearray()
+    code: int | None = None
 
     async def write() -> None:
         try:
@@ -120,16 +121,13 @@ async def _talk(process: trio.Process, data: bytes, secrets: list[str]) -> Said:
                 del output[:-OUTPUT_BYTES_MAX]
             code = await process.wait()
     finally:
-        await _end(process)
+        if code is None:
+            # Nobody waits any more. The agent may have ended and its children not; their group
+            # keeps its number, since nobody has taken the agent's exit code yet.
+            os.killpg(process.pid, signal.SIGKILL)
+            with trio.CancelScope(shield=True):
+                await process.wait()
     return Said(code, bytes(output), secrets)
-
-
-async def _end(process: trio.Process) -> None:
-    """When nobody waits for it any more: the agent and what it has started are killed."""
-    if process.returncode is None:
-        os.killpg(process.pid, signal.SIGKILL)
-    with trio.CancelScope(shield=True):
-        await process.wait()
 
 
 def _text(value: str | int | bool) -> str:

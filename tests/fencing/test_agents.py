@@ -111,15 +111,20 @@ def test_an_agent_that_is_not_there(tmp_path):
         trio.run(agent.fence, "n2")
 
 
-def test_a_cancelled_agent_leaves_nothing_running(tmp_path):
-    """An attempt that is late is killed, with what it has started."""
+@pytest.mark.parametrize("end", ["wait", "exit 0"])
+def test_a_cancelled_agent_leaves_nothing_running(tmp_path, end):
+    """An attempt that is late is killed, with what it has started, also when the agent itself has
+    ended and only its child still holds the pipe."""
     pids = tmp_path / "pids"
-    agent = script(tmp_path, f"sleep 1000 & echo $! $$ > {pids}.new; mv {pids}.new {pids}; wait")
+    agent = script(tmp_path, f"sleep 1000 & echo $! $$ > {pids}.new; mv {pids}.new {pids}; {end}")
+
+    def begun():
+        return pids.exists() and (end == "wait" or not alive(int(pids.read_text().split()[1])))
 
     async def body():
         async with trio.open_nursery() as nursery:
             nursery.start_soon(agent.fence, "n2")
-            await trio.to_thread.run_sync(wait_for, pids.exists, "the agent runs")
+            await trio.to_thread.run_sync(wait_for, begun, "the agent runs")
             nursery.cancel_scope.cancel()
 
     trio.run(body)
