@@ -95,7 +95,7 @@ def fence(node: str, reason: str, wait_s: int, yes: bool, as_json: bool) -> None
         raise RefusedError(f"this ends every mount on {node}", hint="say --yes")
     params = {"name": node, "reason": reason, "wait_s": wait_s}
     result = control_client_io.call("fence.fence", params, timeout_s=wait_s + MARGIN_S)
-    if not result["was_member"]:
+    if result["life"] is None:
         text = f"{result['name']} was no member; it is held out from now on"
         _show(result, as_json, lambda _: text)
         return
@@ -105,7 +105,7 @@ def fence(node: str, reason: str, wait_s: int, yes: bool, as_json: bool) -> None
     elif result["verdict"]:
         text = f"{result['name']} is out of the view, but no level of methods was proven"
     else:
-        text = f"{result['name']} is out of the view, the methods are still being tried"
+        text = f"{result['name']} is out of the view, but no verdict of the methods is known yet"
     more = "" if proven else f"; see: fencectl explain {result['name']}"
     _show(result, as_json, lambda _: text + more)
     sys.exit(0 if proven else EXIT_NOT_PROVEN)

@@ -289,24 +289,25 @@ class Fencing:
         return rows
 
     async def _fence(self, params: dict[str, Any]) -> dict[str, Any]:
-        """Out, and held out. Waits for the verdict; without one in time it is empty."""
+        """Out, and held out. Waits for the verdict on its last life, whoever put that out; without
+        one in time it is empty. `life` None: it has no life that would have to be proven over."""
         daemon, info = self._daemon, self._find(str(params["name"]))
         if info.id == daemon.me:
             raise RefusedError(f"this is {info.name} itself", hint="ask another node to fence it")
-        member = member_of(daemon.view.members, info.id)
         text = str(params.get("reason", "")).strip()[:REASON_MAX]
         reason = f"operator on {daemon.config.node.name}" + (f": {text}" if text else "")
-        await daemon.command(HoldNode(info.id, hold=True, reason=reason))
-        if member is None:
-            return {"name": info.name, "was_member": False, "verdict": "", "record": None}
+        state = await daemon.command(HoldNode(info.id, hold=True, reason=reason))
+        out = [f for f in state.fences if f.node == info.id and f.number == WHOLE_NODE]
+        last = out[-1] if out and out[-1].reason != CLEAN else None
+        answer: dict[str, Any] = {"name": info.name, "life": None, "verdict": "", "record": None}
+        if last is None:
+            return answer
+        answer["life"] = last.incarnation
         with trio.move_on_after(min(float(params.get("wait_s", 60.0)), WAIT_S_MAX)):
-            while (record := self._verdict_of(info, member.incarnation)) is None:
+            while (record := self._verdict_of(info, last.incarnation)) is None:
                 await daemon.wait_changed()
-            return {
-                "name": info.name, "was_member": True, "verdict": record.verdict,
-                "record": msgspec.to_builtins(record),
-            }  # fmt: skip
-        return {"name": info.name, "was_member": True, "verdict": "", "record": None}
+            answer |= {"verdict": record.verdict, "record": msgspec.to_builtins(record)}
+        return answer
 
     def _verdict_of(self, info: NodeInfo, incarnation: int) -> FenceRecord | None:
         record = self.book.newest(info.id)

@@ -92,6 +92,10 @@ def test_a_node_that_is_fenced_by_hand_stays_out_until_it_is_let_in(cluster):
     assert "--yes" in fencectl(first, "fence", "n3", code=4)
     assert "itself" in fencectl(first, "fence", "n1", "--yes", code=4)
     assert "no node is called n9" in fencectl(first, "fence", "n9", "--yes", code=7)
+    first.ctl("invite", "n4", "--id", "4", "--address", "127.9.9.9", "--address", "127.9.9.8")
+    held = fencectl(first, "fence", "n4", "--yes")
+    assert held == "n4 was no member; it is held out from now on\n"
+    fencectl(first, "unfence", "n4")
     text = fencectl(first, "fence", "n3", "--yes", "--reason", "smoke")
     assert "n3 is fenced: n3 runs life 2, begun after its guard had ended life 1" in text
     attempts = explained(first, "n3")["attempts"]
@@ -174,10 +178,13 @@ def test_a_server_that_is_away_holds_the_proof_back(cluster):
     assert first.call("fence.status")["missing"] == [two.name]
     assert first.call("fence.explain", {"name": "n2"})["verdict"] == ""
     assert "being tried" in fencectl(third, "explain", "n2")
+    unknown = fencectl(third, "fence", "n2", "--yes", "--wait", "0", code=1)
+    assert "no verdict of the methods is known yet" in unknown
     two.process.send_signal(signal.SIGCONT)
     record = explained(third, "n2")
     assert record["verdict"] == "proven"
     assert f"{one.name}, {two.name} installed view" in record["attempts"][-1]["text"]
+    assert "n2 is fenced: s1, s2 installed view" in fencectl(third, "fence", "n2", "--yes")
 
 
 def test_no_block_server_proves_nothing(cluster):
