@@ -6,7 +6,8 @@ one task works off: it writes the record (atomic replace and fsync in a thread) 
 `Send` behind a `Persist` never leaves before the record is durable, and steps never wait.
 
 A store that cannot be written (a full disk) is tried again for ever. Until then the core is silent:
-what waits in the queue waits, and messages are dropped, which their senders repeat.
+what waits in the queue waits, and messages are dropped, which their senders repeat; so
+they are while a disk that hangs makes many actions wait.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from cluster.errors import StackError, os_failure
 from cluster.paths_io import boottime_ns, write_store
 
 QUEUE_MAX = 100_000
+QUEUE_BUSY = 1000
+"""From so many waiting actions on no more messages are taken."""
 IDLE_NS = 1_000_000_000
 STORE_RETRY_S = 0.5
 
@@ -59,7 +62,8 @@ class Runner:
 
     def step(self, event: Any) -> None:
         """Feed one event. An event that `perform` feeds in turn is taken after this one."""
-        if self._store_problem and isinstance(event, Received):
+        busy = self._store_problem or len(self._queue) >= QUEUE_BUSY
+        if busy and isinstance(event, Received):
             return
         self._events.append(event)
         if self._stepping:

@@ -1,11 +1,14 @@
 """The runner: nothing behind a Persist is performed before the record is durable."""
 
+import threading
+
 import pytest
 import trio
 
+from cluster import runner_io
 from cluster.actions import Notify, Persist, Received, Tick
 from cluster.paths_io import boottime_ns, read_store
-from cluster.runner_io import STORE_RETRY_S, Runner
+from cluster.runner_io import QUEUE_BUSY, STORE_RETRY_S, Runner
 
 
 class Script:
@@ -110,3 +113,31 @@ async def test_a_store_that_cannot_be_written_is_silence(tmp_path, nursery, auto
     assert seen == [1, 2, "asked"]
     assert told[1:] == [""]
     assert read_store(place / "store") == b"one"
+
+
+@pytest.mark.trio
+async def test_a_store_that_hangs_lets_no_queue_grow(tmp_path, nursery, monkeypatch):
+    """Messages are dropped when many wait; what was taken is done, in order, when it goes on."""
+    goes_on = threading.Event()
+    monkeypatch.setattr(runner_io, "write_store", lambda _path, _record: goes_on.wait(60))
+    seen = []
+
+    class Asked(Script):
+        def step(self, now, event):
+            if isinstance(event, Received):
+                return [Notify(event.source)]
+            return super().step(now, event)
+
+    core = Asked({"a": [Persist(b"one"), Notify("durable")]})
+    runner = Runner(core, lambda action: seen.append(action.event), tmp_path / "store")
+    await nursery.start(runner.run)
+    runner.step("a")
+    for number in range(2 * QUEUE_BUSY):
+        runner.step(Received(number, "ask", 1))
+    assert seen == []
+    goes_on.set()
+    with trio.fail_after(60):
+        while len(seen) < QUEUE_BUSY - 1:  # noqa: ASYNC110
+            await trio.sleep(0.001)
+    runner.step(Received(-1, "ask", 1))
+    assert seen == ["durable", *range(QUEUE_BUSY - 2), -1]
