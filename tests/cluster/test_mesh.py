@@ -4,7 +4,18 @@ import random
 
 from cluster.control import GroupEvent, GroupMember
 from cluster.ids import Instance
-from cluster.mesh import Batch, Hello, Marker, MeshCore, Message, Out, Transmit, View
+from cluster.mesh import (
+    OWED_ITEMS_MAX,
+    RETRIES_PER_ACK,
+    Batch,
+    Hello,
+    Marker,
+    MeshCore,
+    Message,
+    Out,
+    Transmit,
+    View,
+)
 from cluster.mesh_memory import MemoryHub
 
 A, B, C = (Instance(n, 1, 1) for n in (1, 2, 3))
@@ -158,6 +169,34 @@ def test_gap_is_not_delivered():
     out = core.receive(B, Batch(0, 1, [b"w", b"x"]))
     assert [a.event.payload for a in out] == [b"w", b"x"]
     assert core.receive(B, Batch(0, 1, [b"w", b"x"])) == []
+
+
+def test_acknowledgements_ride_along_or_go_by_themselves():
+    """On the next batch; alone after a part of the retry time, after many items, and at once to who
+    repeats itself, or else it would go on."""
+    retry_ns = 100 * RETRIES_PER_ACK
+    core = MeshCore(A, 1, retry_ns)
+    core.group_event(group([A, B], 1, [A, B]))
+    core.path_up(Hello("g", B, A, 2, 0, b"", 0))
+    assert [a.batch for a in core.tick(0)] == [Batch(0, 1, [Marker(1, 1)])]
+
+    def sends(now_ns, *items, first, ack=1):
+        core.receive(B, Batch(ack, first, list(items)))
+        return [(a.batch.ack, a.batch.items) for a in core.tick(now_ns)]
+
+    assert sends(1000, b"a", first=1) == []
+    core.send(B, b"answer")
+    assert [(a.batch.ack, a.batch.items) for a in core.tick(1001)] == [(1, [b"answer"])]
+    assert sends(2000, b"b", first=2, ack=2) == []
+    assert core.deadline() == 2100
+    assert sends(2099, b"c", first=3, ack=2) == []
+    assert sends(2100, first=4, ack=2) == [(3, [])]
+    assert core.deadline() is None
+    assert sends(3000, b"b", b"c", first=2, ack=2) == [(3, [])]
+    many = [b"x"] * OWED_ITEMS_MAX
+    assert sends(4000, *many, first=4, ack=2) == []
+    assert sends(4001, b"y", first=4 + OWED_ITEMS_MAX, ack=2) == [(4 + OWED_ITEMS_MAX, [])]
+    core.check()
 
 
 def test_old_group_event_is_ignored():
