@@ -24,6 +24,7 @@ from cluster.paths_io import control_socket, lock_directory, make_directory, run
 from cluster.tool_cli import ToolCommand, need_root
 from node.admin_io import Admin
 from node.clusterd_io import Clusterd, RestartNeeded, restart_process
+from node.fence_admin_io import FenceAdmin
 from node.fencer_io import Fencing
 from node.files_io import NodeFiles
 from node.instances_io import Instances
@@ -64,10 +65,11 @@ async def _serve(files: NodeFiles, config: NodeConfig) -> None:
     instances = Instances(daemon, volumes, remounts)
     admin = Admin(daemon, remounts, stop)
     fencing = Fencing(daemon)
+    fence_admin = FenceAdmin(daemon, fencing)
 
     def attach(session: Session) -> Mapping[str, Handler]:
         table = {**admin.handlers(session), **instances.handlers(session)}
-        table |= {**remounts.handlers(), **fencing.handlers()}
+        table |= {**remounts.handlers(), **fence_admin.handlers()}
         return _Methods(table, instances, volumes)
 
     async with trio.open_nursery() as nursery:
