@@ -25,6 +25,17 @@ message of the master about a lock. So whatever is sent twice is recognised.
 | 15 | LvbNote | leaving master to owners | the value blocks as I leave them |
 | 16 | LeaveMark, 17 LeaveAck | leaver to all, all to leaver | have you got my notes? |
 | 18 | Query, 19 Answer | any | `dlmctl` looks at a resource on all members |
+| 20 | RangeLock | owner to keeper | lock, try or test bytes |
+| 21 | RangeUnlock | owner to keeper | give bytes back; `rows` are what is there again |
+| 22 | RangeCancel | owner to keeper | wait no longer for `number` |
+| 23 | RangeReply | keeper to owner | the end of `number`; who is in the way |
+| 24 | RangeKeeper | keeper to all | I keep the name: do not ask for its lock |
+| 25 | RangeEnlist, 26 RangeEnlisted | new keeper to all, all to it | what do you hold? |
+| 27 | RangeResigned | keeper to owner | I do not keep the name in that tenure |
+| 28 | RangeChase | any to keeper | who stands in the way of the last operation of `path`? |
+| 29 | RangeChased | keeper to owner | what does `key`, which stands in the way, wait for? |
+| 30 | RangeCycle | keeper to owner | the chase has come back to you |
+| 31 | RangeConfirm, 32 RangeConfirmed | keeper to owner, owner to keeper | do you still hold it? |
 """
 
 from __future__ import annotations
@@ -193,13 +204,23 @@ class Answer(msgspec.Struct, array_like=True, tag=19, gc=False):
 Tenure = tuple[Count, Count]
 RangeRow = tuple[Count, Count, Count]
 """First byte, last byte, READ or WRITE."""
-Key = Annotated[int, msgspec.Meta(ge=0)]
+Key = Count
 
 
-class RangeLock(msgspec.Struct, array_like=True, tag=20, gc=False):
+class _OfTenure(msgspec.Struct, array_like=True, gc=False):
+    """About a name as it is kept in one tenure: out of date in another one (`dlm.range_locks`)."""
+
     name: Name
     tenure: Tenure
+
+
+class _OfOperation(_OfTenure):
+    """`number`: of an owner's operation; of a keeper's question."""
+
     number: Count
+
+
+class RangeLock(_OfOperation, tag=20):
     key: Key
     start: Count
     end: Count
@@ -209,22 +230,17 @@ class RangeLock(msgspec.Struct, array_like=True, tag=20, gc=False):
     test: bool = False
 
 
-class RangeUnlock(msgspec.Struct, array_like=True, tag=21, gc=False):
+class RangeUnlock(_OfOperation, tag=21):
     """`number` 0: the owner has given it back, and waits for no answer."""
 
-    name: Name
-    tenure: Tenure
-    number: Count
     key: Key
     start: Count
     end: Count
     rows: list[RangeRow] = []
 
 
-class RangeCancel(msgspec.Struct, array_like=True, tag=22, gc=False):
-    name: Name
-    tenure: Tenure
-    number: Count
+class RangeCancel(_OfOperation, tag=22):
+    pass
 
 
 class RangeConflict(msgspec.Struct, array_like=True, frozen=True, gc=False):
@@ -238,36 +254,28 @@ class RangeConflict(msgspec.Struct, array_like=True, frozen=True, gc=False):
     kind: Count
 
 
-class RangeReply(msgspec.Struct, array_like=True, tag=23, gc=False):
-    name: Name
-    tenure: Tenure
-    number: Count
+class RangeReply(_OfOperation, tag=23):
     result: Result
     conflict: RangeConflict | None = None
 
 
-class RangeKeeper(msgspec.Struct, array_like=True, tag=24, gc=False):
-    name: Name
-    tenure: Tenure
+class RangeKeeper(_OfTenure, tag=24):
+    pass
 
 
-class RangeEnlist(msgspec.Struct, array_like=True, tag=25, gc=False):
-    name: Name
-    tenure: Tenure
+class RangeEnlist(_OfTenure, tag=25):
+    pass
 
 
-class RangeEnlisted(msgspec.Struct, array_like=True, tag=26, gc=False):
+class RangeEnlisted(_OfTenure, tag=26):
     """`rows`: owner's key, pid, first byte, last byte, READ or WRITE."""
 
-    name: Name
-    tenure: Tenure
     rows: list[tuple[Key, Count, Count, Count, Count]]
     last: bool = True
 
 
-class RangeResigned(msgspec.Struct, array_like=True, tag=27, gc=False):
-    name: Name
-    tenure: Tenure
+class RangeResigned(_OfTenure, tag=27):
+    pass
 
 
 class RangeHop(msgspec.Struct, array_like=True, frozen=True, gc=False):
@@ -310,18 +318,12 @@ class RangeCycle(msgspec.Struct, array_like=True, tag=30, gc=False):
     wanted: RangeRow
 
 
-class RangeConfirm(msgspec.Struct, array_like=True, tag=31, gc=False):
+class RangeConfirm(_OfOperation, tag=31):
     """Is it still so? What the receiver has given back is on its way before its answer."""
 
-    name: Name
-    tenure: Tenure
-    number: Count
 
-
-class RangeConfirmed(msgspec.Struct, array_like=True, tag=32, gc=False):
-    name: Name
-    tenure: Tenure
-    number: Count
+class RangeConfirmed(_OfOperation, tag=32):
+    pass
 
 
 RangeMessage = (

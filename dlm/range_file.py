@@ -6,6 +6,8 @@ import enum
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
+import msgspec
+
 from cluster.ids import Instance
 from cluster.locks import Mode
 from dlm import messages as m
@@ -29,55 +31,41 @@ class Role(enum.Enum):
     KEEPER = 3
 
 
-class Operation:
+class Operation(msgspec.Struct, eq=False):
     """A lock, an unlock or a test of an owner of this member. `done` is called once, unless the
     operation is abandoned; `result` and, after a test or AGAIN, `conflict` tell how it ended."""
 
-    __slots__ = (
-        "abandoned", "chased_ns", "conflict", "deadlock", "done", "due_ns", "end",
-        "file", "key", "kind", "number", "pid", "result", "rounds", "sent", "since_ns", "start",
-        "test", "wait", "withdrawn",
-    )  # fmt: skip
-
-    def __init__(
-        self, file: RangeFile, number: int, key: int, start: int, end: int, kind: int
-    ) -> None:
-        self.file = file
-        self.number = number
-        self.key = key
-        self.start = start
-        self.end = end
-        self.kind = kind
-        self.wait = False
-        self.test = False
-        self.pid = 0
-        self.since_ns = 0
-        self.due_ns = 0
-        self.chased_ns = 0
-        self.rounds = 0
-        self.done: Callable[[Operation], None] | None = None
-        self.result: Result | None = None
-        self.conflict: m.RangeConflict | None = None
-        self.sent = False
-        self.abandoned = False
-        self.deadlock = False
-        self.withdrawn = False
+    file: RangeFile
+    number: int
+    key: int
+    start: int
+    end: int
+    kind: int
+    done: Callable[[Operation], None] | None
+    pid: int = 0
+    wait: bool = False
+    test: bool = False
+    since_ns: int = 0
+    due_ns: int = 0
+    chased_ns: int = 0
+    rounds: int = 0
+    result: Result | None = None
+    conflict: m.RangeConflict | None = None
+    sent: bool = False
+    abandoned: bool = False
+    deadlock: bool = False
+    withdrawn: bool = False
 
 
 Done = Callable[[Operation], None]
 
 
-class Question:
+class Question(msgspec.Struct, eq=False):
     """A try or a test that finds something in its way: `missing` have to say that this is so."""
 
-    __slots__ = ("missing", "one", "source")
-
-    def __init__(
-        self, source: Instance, one: m.RangeLock | Operation, missing: set[Instance]
-    ) -> None:
-        self.source = source
-        self.one = one
-        self.missing = missing
+    source: Instance
+    one: m.RangeLock | Operation
+    missing: set[Instance]
 
 
 class RangeFile:

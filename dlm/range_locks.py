@@ -218,10 +218,7 @@ class RangeLocks:
         else:
             self.files.move_to_end(name)
         self._last += 1
-        operation = Operation(file, self._last, key, start, end, kind)
-        operation.done = done
-        operation.pid = pid
-        return operation
+        return Operation(file, self._last, key, start, end, kind, done, pid)
 
     def _submit(self, operation: Operation) -> Operation | None:
         file = operation.file
