@@ -126,10 +126,11 @@ class KeeperSide:
         return True
 
     def confirmed(self, source: Instance, message: m.RangeMessage) -> None:
-        """A member has said what it had given back, if anything."""
+        """A member has said what it had given back, if anything. A question that has ended, also
+        with a tenure, has a number that is never used again."""
         assert isinstance(message, m.RangeConfirmed)
         file = self._service.files.get(message.name)
-        if file is not None and file.role is Role.KEEPER and file.tenure == message.tenure:
+        if file is not None:
             self._heard(file, source, message.number)
 
     def without(self, file: RangeFile, gone: frozenset[Instance]) -> None:

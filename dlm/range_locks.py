@@ -145,7 +145,7 @@ class RangeLocks:
         file = operation.file
         if operation.kind == UNLOCK:
             return
-        if file.role is Role.GUEST and operation.sent and not operation.test:
+        if self._is_at_keeper(operation):
             operation.withdrawn = True
             self._cancel_at_keeper(operation)
             return
@@ -162,7 +162,7 @@ class RangeLocks:
         self.waiting.pop(operation.number, None)
         if operation.kind == UNLOCK or operation.result is not None or operation.abandoned:
             return
-        if operation.file.role is Role.GUEST and operation.sent:
+        if self._is_at_keeper(operation):
             operation.abandoned = True
             operation.file.abandoned += 1
         else:
@@ -175,9 +175,14 @@ class RangeLocks:
             if file.table.withdraw(self.me, operation.number) is not None:
                 del file.operations[operation.number]
                 self.end(operation, Result.DEADLOCK)
-        elif file.role is Role.GUEST and operation.sent and not operation.deadlock:
+        elif self._is_at_keeper(operation) and not operation.deadlock:
             operation.deadlock = True
             self._cancel_at_keeper(operation)
+
+    @staticmethod
+    def _is_at_keeper(operation: Operation) -> bool:
+        """Whether another member may grant this, or have granted it."""
+        return operation.file.role is Role.GUEST and operation.sent and not operation.test
 
     def _cancel_at_keeper(self, operation: Operation) -> None:
         file = operation.file

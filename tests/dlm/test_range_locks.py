@@ -4,6 +4,7 @@ from collections import deque
 
 import pytest
 
+from dlm import range_keeper
 from dlm.modes import Result
 from dlm.range_deadlock import AGAIN_NS, FIRST_NS
 from dlm.range_file import Role
@@ -152,6 +153,43 @@ def test_the_keeper_moves_to_who_uses_it_alone():
     assert c.lock(12, 12, wait=False) == AGAIN
 
 
+def test_the_keeper_stays_where_others_use_it_too():
+    net, a, b, c = processes(1, 2, 3)
+    assert a.lock(0, 9) == GRANTED
+    assert b.lock(10, 19) == c.lock(20, 20) == GRANTED
+    a.unlock()
+    net.clock.advance(MOVE_IDLE_NS + 1)
+    for _ in range(MOVE_USES):
+        assert b.lock(10, 19, READ) == GRANTED
+    assert (a.role, b.role) == (Role.KEEPER, Role.GUEST)
+    c.unlock()
+    assert a.lock(30, 30) == GRANTED
+    a.unlock()
+    net.clock.advance(MOVE_IDLE_NS + 1)
+    for _ in range(MOVE_USES - 1):
+        assert b.lock(10, 19, READ) == GRANTED
+    assert a.role is Role.KEEPER  # which has used it itself since then
+    assert b.lock(10, 19, READ) == GRANTED
+    assert b.role is Role.KEEPER
+
+
+@pytest.mark.parametrize("asker", [1, 2])
+def test_more_than_a_name_may_have_is_refused(asker, monkeypatch):
+    monkeypatch.setattr(range_keeper, "RANGES_MAX", 2)
+    _net, a, b, c, d, e = processes(1, asker, 3, asker, asker)
+    assert a.lock(0, 0) == c.lock(10, 19) == GRANTED
+    assert b.lock(30, 30) == b.lock(30, 30, wait=False) == Result.FULL
+    assert b.lock(0, 0) is d.lock(0, 0) is None
+    assert e.lock(0, 0) == Result.FULL  # as many wait
+    assert b.withdraw() == d.withdraw() == CANCELLED
+    assert b.lock(10, 10, wait=False, settle=False) is None
+    assert d.lock(11, 11, wait=False, settle=False) is None
+    assert e.lock(12, 12, wait=False) == Result.FULL  # as many are asked about
+    assert b.result == d.result == AGAIN
+    c.unlock()
+    assert b.lock(30, 30) == GRANTED
+
+
 def test_survivors_tell_a_new_keeper_what_they_hold():
     net, a, b, c = processes(1, 2, 3)
     assert a.lock(0, 9) == GRANTED
@@ -268,6 +306,16 @@ def test_a_lock_granted_to_a_dead_caller_is_given_back():
     assert b.lock(20, 20) == GRANTED
 
 
+def test_a_test_that_was_given_up_changes_nothing():
+    net, a, b = processes(1, 2)
+    assert a.lock(0, 9) == b.lock(10, 19) == GRANTED
+    wish = b.ranges.test(NAME, b.key, 10, 12, READ, b.ended.append)
+    b.ranges.abandon(wish)
+    net.settle()
+    assert b.rows == [(10, 19, "write")]
+    assert net.at(2).ranges.files[NAME].operations == {}
+
+
 def test_the_next_operation_of_an_owner_waits_for_what_was_given_up():
     net, a, b = processes(1, 2)
     assert a.lock(0, 9) == GRANTED
@@ -329,6 +377,34 @@ def test_nobody_is_told_that_a_lock_is_taken_which_was_given_back(asker, how):
     found = c.test(11, END)
     assert (found.instance, found.start) == (d.ranges.me, 16)
     assert d.lock(10, 10, wait=False) == AGAIN
+
+
+def test_all_who_are_in_the_way_have_to_confirm():
+    net, a, b, c, d = processes(1, 2, 3, 1, members=3)
+    assert a.lock(0, 0) == b.lock(10, 19, READ) == c.lock(10, 19, READ) == GRANTED
+    assert b.unlock(settle=False) == c.unlock(settle=False) == GRANTED
+    assert d.lock(10, 10, wait=False, settle=False) is None
+    for first in (2, 3):
+        net.deliver(1, first)
+        assert d.result is None
+        net.deliver(first, 1)
+    assert d.result == GRANTED
+
+
+def test_nothing_is_granted_to_an_asker_that_died_meanwhile():
+    net, a, b, c = processes(1, 2, 3)
+    assert a.lock(0, 0) == b.lock(10, 19) == GRANTED
+    assert c.lock(10, 10, wait=False, settle=False) is None
+    net.deliver(3, 1)
+    b.unlock(settle=False)
+    late = list(net.links[instance(2), instance(1)])
+    net.links[instance(2), instance(1)].clear()
+    net.crash(3, settle=False)
+    net.make_silent(3)
+    net.release(3)
+    net.links[instance(2), instance(1)].extendleft(reversed(late))
+    net.settle()
+    assert a.lock(10, 10, wait=False) == GRANTED
 
 
 def test_a_holder_that_dies_before_it_confirms():
