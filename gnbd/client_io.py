@@ -4,8 +4,8 @@ One task per path keeps its connections (`link_io`) up; decisions are `client`'s
 away is waited for; only a bar (`BarredError`) or an error of the store (`DeviceError`) raise.
 
 PINGs keep bytes on the wire. A path that acknowledges none of them for `path_ms` is given up if
-there is another one; the last path is left to TCP_USER_TIMEOUT, which breaks it after `dead_ms`. A
-server that is merely slow acknowledges, and is not dead.
+there is another one, the last path after `dead_ms`. A server that is merely slow acknowledges, and
+is not dead.
 """
 
 from __future__ import annotations
@@ -332,6 +332,9 @@ class GnbdDevice:
                     if not await self._negotiate(path, sock):
                         scope.cancel()
                         return
+                    # It would also break a window that a slow server keeps closed, again and again
+                    # before its first answer: from here on `_ping_loop` judges.
+                    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 0)
                     link = Link(self, self.core.lane_up(path), sock, scope)
                     links.append(link)
                     self._links[id(link.lane)] = link
@@ -364,7 +367,8 @@ class GnbdDevice:
                 silent = bool(lane.in_flight) and lane.answered == answered[index]
                 answered[index] = lane.answered
                 if link.pinged_ns and silent:
-                    if self._has_other_path(lane.path) and link.is_unheard(path_ms):
+                    limit_ms = path_ms if self._has_other_path(lane.path) else options.dead_ms
+                    if link.is_unheard(limit_ms):
                         log.info("path is silent", device=self.name, path=lane.path.index)
                         link.give_up()
                         return

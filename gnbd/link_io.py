@@ -24,8 +24,12 @@ from gnbd.client import WITH_DATA, Lane, Request
 RECEIVE_BYTES = 256 << 10
 SEND_PARTS_MAX = 512
 REQUEST_BYTES_MAX = 4 << 20
-_TCP_INFO = struct.Struct("=24xI28xI")
-"""Of linux/tcp.h: segments without an acknowledgement, and ms since the last one came."""
+PROBES_MIN = 2
+"""A single probe of a closed window may go without an answer: Linux answers one in 500 ms
+(tcp_invalid_ratelimit)."""
+_TCP_INFO = struct.Struct("=3xB20xI28xI")
+"""Of linux/tcp.h: probes (of a closed window) and segments without an acknowledgement, and ms since
+the last one came."""
 log = structlog.get_logger("gnbd.client")
 
 
@@ -116,6 +120,8 @@ class Link:
         self._end = 0
         self.pinged_ns = 0
         """When the PING that is under way was sent; 0: none is."""
+        self._unheard_ns = 0
+        """When something was first seen on the wire that nobody has acknowledged since."""
 
     # -- is it alive? ------------------------------------------------------------------------
 
@@ -129,15 +135,21 @@ class Link:
             self.kick()
 
     def is_unheard(self, timeout_ms: int) -> bool:
-        """Whether nothing was acknowledged since a ping that is so old."""
-        if not self.pinged_ns or boottime_ns() - self.pinged_ns < timeout_ms * 1_000_000:
-            return False
+        """Whether something has been on the wire for so long and nothing was acknowledged. To be
+        asked again and again: a closed window is probed more and more rarely, so that the last
+        acknowledgement alone may be old."""
+        now_ns = boottime_ns()
         try:
             info = self._sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO.size)
-            unacknowledged, last_heard_ms = _TCP_INFO.unpack(info)
         except OSError:
             return True
-        return bool(unacknowledged) and last_heard_ms >= timeout_ms
+        probes, segments, last_heard_ms = _TCP_INFO.unpack(info)
+        if probes < PROBES_MIN and not segments:
+            self._unheard_ns = 0
+            return False
+        if now_ns - last_heard_ms * 1_000_000 > self._unheard_ns:
+            self._unheard_ns = now_ns
+        return now_ns - self._unheard_ns >= timeout_ms * 1_000_000
 
     def give_up(self) -> None:
         """End the whole path."""

@@ -16,6 +16,7 @@ from cluster.errors import BarredError, DeviceError, UsageError
 from cluster.ids import Epoch, ServerId
 from gnbd import messages as m
 from gnbd.client_io import Options, open_device
+from gnbd.link_io import REQUEST_BYTES_MAX
 from gnbd.retained import RETAINED_BYTES_MAX
 from tests.gnbd.harness import export_toml, instance, member, running
 from tests.gnbd.proxy import Relay
@@ -236,6 +237,26 @@ def test_epoch_gate(server):
             assert done.is_set()
 
     trio_test(body)
+
+
+def test_a_slow_server_is_not_dead(tmp_path):
+    """Each request takes longer than `dead_ms`, and more is sent than the server takes in: its
+    closed window is no reason to begin anew, which would go on for ever."""
+    exports = export_toml("disk0", tmp_path / "d.img", "cluster", "64M", '"delay:write_ms=1500"')
+
+    async def body(server):
+        async with opened(server, dead_ms=300) as device:
+            path = device.core.paths[0]
+            before = path.generation
+            parts = [(i * REQUEST_BYTES_MAX, bytes([i]) * REQUEST_BYTES_MAX) for i in range(4)]
+            await device.write_many(parts)
+            assert path.generation == before
+            for offset, data in parts:
+                assert await device.read(offset, len(data)) == data
+
+    with running(tmp_path, exports) as server:
+        server.install(1, MEMBERS)
+        trio_test(body, server)
 
 
 def test_usage_and_store_errors(server):

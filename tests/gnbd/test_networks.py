@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
+import struct
 import subprocess
 
 import pytest
@@ -13,6 +15,7 @@ from cluster.paths_io import boottime_ns
 from tests.gnbd.harness import GnbdServer, export_toml
 from tests.gnbd.test_client_io import MEMBERS, eventually, opened
 
+MIB = 1 << 20
 ADDRESSES = ("10.213.1.2", "10.213.2.2")
 
 
@@ -123,5 +126,41 @@ def test_a_server_that_is_slow_is_not_given_up(far_server, requests):
                 finally:
                     os.kill(server.process.pid, signal.SIGCONT)
             assert list(device._links.values()) == links
+
+    trio.run(body)
+
+
+def is_closed(link) -> bool:
+    """The peer takes no more: something waits, and all that was sent is acknowledged."""
+    info = link._sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 28)
+    return bool(link._out) and struct.unpack_from("=24xI", info) == (0,)
+
+
+@pytest.mark.parametrize("stopped", [False, True], ids=["idle", "closed window"])
+def test_all_networks_are_silent(far_server, stopped):
+    """The last one is given up too, also while a server that has stopped takes in no more."""
+    server, namespace = far_server
+
+    async def turn(state):
+        for number in (1, 2):
+            far = f"far{number}"
+            await trio.to_thread.run_sync(
+                lambda f=far: ip("-n", namespace, "link", "set", f, state)
+            )
+
+    async def body():
+        async with opened(server, dead_ms=400) as device, trio.open_nursery() as nursery:
+            await eventually(lambda: device.status()["paths"] == [1, 1])
+            if stopped:
+                server.process.send_signal(signal.SIGSTOP)
+                parts = [(i * MIB, bytes([i]) * MIB) for i in range(48)]
+                nursery.start_soon(device.write_many, parts)
+                await eventually(lambda: all(map(is_closed, device._links.values())))
+            await turn("down")
+            await eventually(lambda: device.status()["paths"] == [0, 0])
+            if stopped:
+                server.process.send_signal(signal.SIGCONT)
+            await turn("up")
+            await eventually(lambda: device.status()["paths"] == [1, 1])
 
     trio.run(body)
