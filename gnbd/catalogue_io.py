@@ -11,6 +11,7 @@ import structlog
 from cluster.config import read_config_text
 from cluster.errors import BusyError, ConfigError, NotFoundError, StackError, UsageError
 from gnbd.backends_io import check_disks
+from gnbd.export_io import Connection, ExportRuntime
 from gnbd.exports import (
     EXPORTS_MAX,
     Export,
@@ -36,6 +37,7 @@ class Catalogue:
         self._service = service
         self._source = source
         self._config = service.config
+        """What of the file is in force: kept so at every step of a reload."""
         self._changing = threading.Lock()
         self._by_hand: set[str] = set()
 
@@ -71,11 +73,12 @@ class Catalogue:
                         f"export {name!r} has {len(export.connections)} connections",
                         hint="--force cuts them off; see: gnbdctl connections",
                     )
-            self._remove(name)
+                withdrawn = self._service.withdraw(name)
             self._by_hand.discard(name)
+            self._end(*withdrawn)
 
-    def _remove(self, name: str) -> None:
-        export, connections = self._service.withdraw(name)
+    def _end(self, export: ExportRuntime, connections: list[Connection]) -> None:
+        """What has been withdrawn executes nothing more, is durable and closed."""
         for connection in connections:
             if connection.export is export:
                 connection.finished.wait()
@@ -85,7 +88,7 @@ class Catalogue:
                 export.backend.flush()
         finally:
             export.backend.close()
-        log.info("export removed", export=name)
+        log.info("export removed", export=export.name)
 
     def change_filter(self, name: str, action: str, spec: FilterSpec) -> None:
         """`add`, `set` or `remove` one filter of an export. Raises UsageError, OSError."""
@@ -109,14 +112,26 @@ class Catalogue:
             self._add_all([e for e in plan.add if e not in late])
             self._service.tls = tls  # certificates that were renewed
             for name in plan.remove:
-                self._remove(name)
+                self._note(name, None)
+                if self._is_of_the_file(name):
+                    self._end(*self._service.withdraw(name))
             for before, after in plan.change:
-                self._change(before, after)
+                if self._is_of_the_file(after.name):
+                    self._change(before, after)
+                self._note(after.name, after)
             self._add_all(late)
-            self._config = wanted
             text = plan.summary()
             log.info("reloaded", what=text)
             return text
+
+    def _is_of_the_file(self, name: str) -> bool:
+        """Still served as such: gnbdctl may have removed it, and made another one of that name."""
+        return name in self._service.exports and name not in self._by_hand
+
+    def _note(self, name: str, export: Export | None) -> None:
+        """So much is done, whatever fails after it."""
+        kept = [e for e in self._config.exports if e.name != name]
+        self._config.exports = [*kept, export] if export is not None else kept
 
     def _add_all(self, exports: list[Export]) -> None:
         """All, or none and the reason."""
@@ -127,8 +142,10 @@ class Catalogue:
                 added.append(export.name)
         except BaseException:
             for name in added:
-                self._remove(name)
+                self._end(*self._service.withdraw(name))
             raise
+        for export in exports:
+            self._note(export.name, export)
 
     def _change(self, before: Export, after: Export) -> None:
         service = self._service

@@ -180,6 +180,40 @@ def test_a_reload_that_cannot_be_changes_nothing(server, tmp_path):
     assert [e["name"] for e in said(server, "exports")] == ["renamed"]
 
 
+def test_a_reload_after_exports_were_removed_by_hand(server, tmp_path):
+    """They stay away until the file has no more of them; one made in their place stays."""
+    server.exports += export_toml("two", tmp_path / "two.img", size="1M")
+    server.write_config()
+    assert server.ctl("reload").returncode == 0
+    for name in ("disk", "two"):
+        assert server.ctl("remove", name).returncode == 0
+    assert server.ctl("add", "two", str(tmp_path / "other.img"), "--size", "1M").returncode == 0
+    server.exports = export_toml("disk", tmp_path / "disk.img", size="2M")
+    server.write_config()
+    assert server.ctl("reload").returncode == 0
+    assert [e["name"] for e in said(server, "exports")] == ["two"]
+    server.exports = export_toml("new", tmp_path / "new.img", size="1M")
+    server.write_config()
+    server.process.send_signal(signal.SIGHUP)
+    wait_for(lambda: {e["name"] for e in said(server, "exports")} == {"two", "new"}, "reload")
+
+
+def test_a_reload_that_fails_half_way_can_be_repeated(server, tmp_path):
+    """What is done is done; the rest follows when it can."""
+    log = tmp_path / "here" / "writes.log"
+    log.parent.touch()
+    new = export_toml("new", tmp_path / "new.img", size="1M")
+    filters = f'"log:path={log}"'
+    server.exports = new + export_toml("disk", tmp_path / "disk.img", size="1M", filters=filters)
+    server.write_config()
+    assert server.ctl("reload").returncode != 0
+    assert {e["name"] for e in said(server, "exports")} == {"disk", "new"}
+    log.parent.unlink()
+    assert "changed disk" in server.ctl("reload").stdout
+    assert said(server, "exports")[0]["filters"] == [f"log:path={log}"]
+    assert server.ctl("reload").stdout == "nothing has changed\n"
+
+
 @pytest.mark.parametrize(
     ("before", "after", "match"),
     [
