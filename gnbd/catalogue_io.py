@@ -111,6 +111,7 @@ class Catalogue:
             late = [e for e in plan.add if os.path.realpath(e.path) in freed]
             self._add_all([e for e in plan.add if e not in late])
             self._service.tls = tls  # certificates that were renewed
+            self._config.tls = wanted.tls
             for name in plan.remove:
                 self._note(name, None)
                 if self._is_of_the_file(name):

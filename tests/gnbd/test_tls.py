@@ -195,6 +195,18 @@ def test_a_server_that_demands_tls(tmp_path, authority):
             client.option(p.OPT_EXPORT_NAME, b"disk")
 
 
+def test_a_reload_takes_over_that_tls_is_required(tmp_path, authority):
+    """For who connects from then on."""
+    exports = export_toml("disk", tmp_path / "disk.img", size="1M")
+    with running(tmp_path, exports, head=tls_head(authority)) as server:
+        assert run("nbdinfo", "--size", f"{server.uri}/disk").returncode == 0
+        server.head = tls_head(authority, ", required = true")
+        server.write_config()
+        assert server.ctl("reload").returncode == 0
+        assert "TLS" in run("nbdinfo", "--size", f"{server.uri}/disk").stderr
+        assert run("nbdinfo", "--size", uri(server, "disk", authority)).returncode == 0
+
+
 @pytest.mark.parametrize(
     ("text", "match"),
     [
