@@ -153,7 +153,7 @@ class Catalogue:
         with service.lock:
             export = service.export(after.name)
             size_bytes = after.size_bytes
-            if size_bytes is not None and size_bytes > export.backend.size_bytes:
+            if size_bytes is not None and size_bytes > export.size_bytes:
                 service.resize(after.name, size_bytes)
             if before.filters != after.filters:
                 top = export.backend

@@ -160,7 +160,7 @@ class ControlServer:
         return [
             m.ExportReport(
                 name=e.name,
-                size_bytes=e.backend.size_bytes,
+                size_bytes=e.size_bytes,
                 access=e.access,
                 filters=[str(f.spec) for f in filters_of(e.backend)],
                 filter_reports={f.kind: f.report() for f in filters_of(e.backend) if f.report()},

@@ -6,6 +6,7 @@ import itertools
 import socket
 import ssl
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
@@ -131,6 +132,8 @@ class ExportRuntime:
         for text in config.filters:
             backend = stack_filter(backend, parse_filter(text))
         self.shared = g.Export()
+        self.size_bytes = backend.size_bytes
+        """That clients may use; the back end may be longer already."""
         self.use(backend)
         self.reservations = reservations
         self.sequence_min = sequence_min
@@ -145,19 +148,20 @@ class ExportRuntime:
         self.backend = backend
         descriptor = backend.fd if isinstance(backend, FileBackend) else -1
         self.shared.set(
-            descriptor, backend.size_bytes, read_only=backend.read_only, alignment=backend.alignment
+            descriptor, self.size_bytes, read_only=backend.read_only, alignment=backend.alignment
         )
 
-    def resize(self, size_bytes: int) -> None:
-        """Grow. Raises OSError."""
+    def resize(self, size_bytes: int, note: Callable[[], None]) -> None:
+        """Grow. `note` makes it durable before anybody may use it. Raises OSError."""
         self.backend.resize(size_bytes)
+        note()
+        self.size_bytes = size_bytes
         self.use(self.backend)
 
     def offer(self) -> Offer:
         """What INFO and GO say."""
-        size_bytes = self.backend.size_bytes
         return Offer(
-            self.name, size_bytes, self.flags, self.config.description, self.life,
+            self.name, self.size_bytes, self.flags, self.config.description, self.life,
             self.backend.alignment, self.config.tls, tuple(self.config.clients),
         )  # fmt: skip
 

@@ -46,5 +46,6 @@ class GrownSizes:
 
     def note(self, config: Export, size_bytes: int) -> None:
         """Make it durable. Raises OSError."""
-        self._sizes[config.name] = _Grown(config.path, size_bytes)
-        write_durable(self._path, msgspec.json.encode(self._sizes))
+        sizes = self._sizes | {config.name: _Grown(config.path, size_bytes)}
+        write_durable(self._path, msgspec.json.encode(sizes))
+        self._sizes = sizes

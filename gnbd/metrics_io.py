@@ -39,7 +39,7 @@ class _Exports(Collector):
         for export in exports:
             name = export.name
             counters = export.shared.counters()
-            size.add_metric([name], export.backend.size_bytes)
+            size.add_metric([name], export.size_bytes)
             open_.add_metric([name], len(export.connections))
             limit.add_metric([name], export.config.connections_max)
             lost.add_metric([name], export.cache_generation % CACHE_GENERATION_ERRORS)

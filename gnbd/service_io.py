@@ -163,10 +163,10 @@ class Service:
         OSError."""
         with self._lock:
             export = self.export(name)
-            if size_bytes < export.backend.size_bytes or size_bytes % SECTOR_BYTES:
-                raise UsageError(f"an export only grows, by multiples of {SECTOR_BYTES} bytes")
-            export.resize(size_bytes)
-            self._grown.note(export.config, size_bytes)
+            step = max(SECTOR_BYTES, export.backend.alignment)
+            if size_bytes < export.size_bytes or size_bytes % step:
+                raise UsageError(f"an export only grows, by multiples of {step} bytes")
+            export.resize(size_bytes, lambda: self._grown.note(export.config, size_bytes))
 
     def paths(self) -> list[tuple[PathKey, NexusPath]]:
         """All that are known."""
@@ -267,11 +267,8 @@ class Service:
                 own_proof = login_proof(secret, hello.nonce, hello.path, hello.generation)
         if not own_proof:
             return self._result(m.LOGIN_REFUSED, "the proof is wrong")
-        refused = self._login_refusal(hello) or self._name_refusal(connection, hello)
-        if refused is not None:
-            return msgspec.structs.replace(refused, proof=own_proof)
         with self._lock:
-            refused = self._login_refusal(hello)
+            refused = self._login_refusal(hello) or self._name_refusal(connection, hello)
             if refused is not None:
                 return msgspec.structs.replace(refused, proof=own_proof)
             victims = self._bind(connection, hello)

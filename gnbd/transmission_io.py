@@ -131,7 +131,7 @@ class Transmission:
             return self._no(p.EPERM, "the export is read-only")
         if request.offset % backend.alignment or request.length % backend.alignment:
             return self._no(p.EINVAL, "not a multiple of the minimum block size")
-        if request.offset + request.length > backend.size_bytes:
+        if request.offset + request.length > self._export.size_bytes:
             number = p.ENOSPC if request.kind == p.CMD_WRITE_ZEROES else p.EINVAL
             return self._no(number, "beyond the end of the export")
         if request.kind == p.CMD_BLOCK_STATUS and not (request.length and self._contexts):
@@ -221,7 +221,7 @@ class Transmission:
             error = p.EINVAL
         native.done(error, "it makes no sense here")
         if request.kind == p.CMD_PING and not error:
-            native.put(p.SIZE.pack(self._export.backend.size_bytes))
+            native.put(p.SIZE.pack(self._export.size_bytes))
 
     def _durable_write_failed(self, error: int) -> None:
         self._export.flushes.write_failed()

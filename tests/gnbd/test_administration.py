@@ -22,6 +22,7 @@ from gnbd.control_session import Peer
 from gnbd.exports import decode_exports
 from gnbd.identity import LOCAL_IDENTITY
 from gnbd.reload import plan_reload
+from gnbd.service_io import Service
 from tests.gnbd.harness import GnbdServer, export_toml, free_port, member, running, wait_for
 from tests.gnbd.raw import RawClient
 from tests.gnbd.test_client_io import MEMBERS, eventually, opened
@@ -121,6 +122,33 @@ def test_our_clients_see_an_export_grow(tmp_path):
         server.start()
         assert said(server, "exports")[0]["size_bytes"] == 4 * MIB
     assert (tmp_path / "disk.img").read_bytes()[3 * MIB :][:4096] == b"n" * 4096
+
+
+def test_growth_is_used_only_when_it_is_durable(server, tmp_path):
+    """What lies beyond the old size would be cut off by a restart."""
+    obstacle = server.state_dir / "grown.json.new"
+    obstacle.mkdir()
+    with RawClient(server, "disk") as client:
+        assert server.ctl("resize", "disk", "2M").returncode != 0
+        assert said(server, "exports")[0]["size_bytes"] == MIB
+        assert client.request(p.CMD_WRITE, MIB, b"x") == p.ENOSPC
+        assert server.ctl("filter", "disk", "add", "stats").returncode == 0
+        assert client.request(p.CMD_WRITE, MIB, b"x") == p.ENOSPC
+        obstacle.rmdir()
+        assert server.ctl("resize", "disk", "2M").returncode == 0
+        assert client.request(p.CMD_WRITE, MIB, b"x") == 0
+
+
+def test_an_export_grows_by_what_its_disk_can_address(tmp_path):
+    """Else the next start would refuse the size."""
+    text = f'state_dir = "{tmp_path}/state"\n' + export_toml("disk", tmp_path / "d", size="1M")
+    service = Service(decode_exports(text, "file"), None)
+    service.exports["disk"].backend.alignment = 4096
+    with pytest.raises(UsageError, match="4096"):
+        service.resize("disk", MIB + 512)
+    service.resize("disk", MIB + 4096)
+    assert service.exports["disk"].offer().size_bytes == MIB + 4096
+    service.stop()
 
 
 def test_growing_into_a_longer_file_cuts_nothing_off(tmp_path):
