@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -11,10 +10,8 @@ from cluster.errors import StackError
 from lab import cluster, hosts
 from lab.demo_faults import STALL_LIMIT_S, Writer
 from lab.demo_work import WORK, Results, program
+from lab.report import Reporter
 from lab.topology import Host, Lab
-
-if TYPE_CHECKING:
-    from lab.demo import Reporter
 
 WARM_COMMITS = 5
 """Of each node before the cut, and again of each survivor after it."""
@@ -77,9 +74,7 @@ def database(lab: Lab, report: Reporter) -> Results:
         "the database after the power cut of n2", ["node", "commits acknowledged", "found"], rows
     )
     cluster.start(lab, victim)
-    hosts.wait_for(
-        lambda: cluster.is_mounted(lab, victim), STALL_LIMIT_S, f"{victim.name} is back"
-    )
+    hosts.wait_for(lambda: cluster.is_mounted(lab, victim), STALL_LIMIT_S, f"{victim.name} is back")
     return [
         ("SQLite database written by all nodes, power cut of n2", "whole, integrity_check ok"),
         ("commits in it", f"{result.total}, none of the acknowledged lost"),

@@ -7,17 +7,15 @@ import json
 import subprocess
 import threading
 import time
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import msgspec
 
 from cluster.errors import StackError
 from lab import cluster, hosts, stale
 from lab.demo_work import PROGRAM, WORK, Results, program
+from lab.report import Reporter
 from lab.topology import Host, Lab
-
-if TYPE_CHECKING:
-    from lab.demo import Reporter
 
 WARM_RECORDS = 20
 STALL_LIMIT_S = 60.0

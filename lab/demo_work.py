@@ -7,14 +7,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from cluster.errors import StackError
 from lab import cluster, hosts
+from lab.report import Reporter
 from lab.topology import MOUNT_POINT, VOLUME, Host, Lab
-
-if TYPE_CHECKING:
-    from lab.demo import Reporter
 
 Results = list[tuple[str, str]]
 PROGRAM = [sys.executable, "-m", "lab.programs"]
