@@ -39,13 +39,14 @@ class Target(msgspec.Struct):
 
 
 def _target(server: str, config_path: str | None) -> Target:
-    if server.startswith("/"):
-        return Target([server], 0, LOCAL_IDENTITY.keys, Peer(0, LOCAL_IDENTITY.cluster_id_bytes))
+    if "/" in server:
+        peer = Peer(0, LOCAL_IDENTITY.cluster_id_bytes)
+        return Target([os.path.abspath(server)], 0, LOCAL_IDENTITY.keys, peer)
     path = Path(config_path) if config_path else state_dir() / "node.toml"
     try:
         config = decode_config(read_config_text(path), NodeConfig, str(path))
     except ConfigError as error:
-        error.hint = error.hint or "run this on a node of the cluster"
+        error.hint = error.hint or "run this on a node, or name a socket: -s DIR/gnbd.sock"
         raise
     addresses, port = _addresses(server)
     keys = Keys(1, {1: bytes.fromhex(config.cluster.key)})

@@ -13,11 +13,13 @@ from pathlib import Path
 
 import pytest
 import trio
+from click.testing import CliRunner
 
 from cluster.errors import ConfigError, UsageError
 from gnbd import messages as m
 from gnbd import protocol as p
 from gnbd.control_blocking_io import open_blocking
+from gnbd.control_cli import control_main
 from gnbd.control_session import Peer
 from gnbd.exports import decode_exports
 from gnbd.identity import LOCAL_IDENTITY
@@ -102,6 +104,13 @@ def test_the_local_socket_decides_nothing_for_the_cluster(tmp_path):
                 assert device.size_bytes == MIB
 
         trio.run(body)
+
+
+def test_the_socket_may_be_named_from_where_one_stands(server, monkeypatch):
+    monkeypatch.chdir(server.directory)
+    for name in ("state/gnbd.sock", "./state/gnbd.sock"):
+        done = CliRunner().invoke(control_main, ["-s", name, "--json", "exports"])
+        assert [row["name"] for row in json.loads(done.stdout)] == ["disk"]
 
 
 def test_our_clients_see_an_export_grow(tmp_path):
