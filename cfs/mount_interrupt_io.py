@@ -12,7 +12,8 @@ again until a fatal signal is pending for its caller or it is answered. Then:
   (`is_abandoned`): counted lookups, a handle. A change is made all the same, after the kernel was
   told that it was not: then nothing that the kernel believes of names and attributes is left
   (`OperationsBase.settle_abandoned`). The kernel refuses the late answer;
-- an answer that the closed gate keeps is replaced by EINTR.
+- an answer that the closed gate keeps is replaced by EINTR, unless the kernel has to know of what
+  it counts: then it is sent, and neither believed nor seen by anybody.
 """
 
 from __future__ import annotations

@@ -286,7 +286,9 @@ def gate_flush() -> int:
 
 
 def gate_abandon(unique: int, error: int) -> bool:
-    """Answer with `error` instead of the kept answer; False if none is kept."""
+    """The caller is being killed: answer with `error` instead of the kept answer, or with the very
+    answer where it counts something (lookups, a handle) that the kernel has to give back. False if
+    none is kept."""
     return bool(lib.native_fuse_gate_abandon(unique, error))
 
 

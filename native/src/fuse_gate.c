@@ -268,14 +268,38 @@ size_t native_fuse_gate_flush(void)
     return remaining;
 }
 
+/* What the answer counts - lookups, a handle - is counted by the daemon already, so the kernel must
+ * learn of it to give it back. A kept answer of this kind is not believed afterwards. */
+static int is_counted(uint64_t unique)
+{
+    uint32_t operation_flags;
+    switch (requests_opcode(unique, &operation_flags)) {
+    case FUSE_LOOKUP:
+    case FUSE_CREATE:
+    case FUSE_MKNOD:
+    case FUSE_MKDIR:
+    case FUSE_SYMLINK:
+    case FUSE_LINK:
+        return 1;
+    default:
+        return 0;
+    }
+}
+
 int native_fuse_gate_abandon(uint64_t unique, int error)
 {
     int found = 0;
     pthread_mutex_lock(&lock);
     for (struct kept **link = &first; *link && !found; link = &(*link)->next)
         if (unique_of(*link) == unique) {
-            write_error((*link)->fd, unique, error);
-            refused_total++;
+            if (is_counted(unique)) {
+                struct iovec iov = {(*link)->data, (*link)->length};
+                write_answer((*link)->fd, &iov, 1, unique);
+                sent_total++;
+            } else {
+                write_error((*link)->fd, unique, error);
+                refused_total++;
+            }
             drop(link);
             found = 1;
             break;

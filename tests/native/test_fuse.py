@@ -372,6 +372,23 @@ def test_a_killed_caller_of_a_kept_answer_ends(gated):
     assert not gated.do("abandon", 12345)
 
 
+def test_what_a_kept_answer_has_counted_is_given_back_when_its_caller_is_killed(gated):
+    gated.run("os.stat('.')")
+    gated.gate.set_word(2)
+    client = gated.client("os.open('f', os.O_CREAT | os.O_RDWR)")
+    wait_for(lambda: gated.do("state")["queue"]["answers"], "a kept answer")
+    client.kill()
+    client.wait(timeout=10)
+    wait_for(lambda: gated.do("state")["counts"].get("RELEASE") == 1, "the handle's release")
+    queue = gated.do("state")["queue"]
+    assert (queue["answers"], queue["sent_total"], queue["refused_total"]) == (0, 1, 0)
+    gated.gate.set_word(1)
+    gated.do("flush")
+    looked_up = gated.do("state")["counts"]["LOOKUP"]
+    gated.run("os.stat('f')")
+    assert gated.do("state")["counts"]["LOOKUP"] == looked_up + 1  # its name is not believed
+
+
 def test_a_closed_gate_lets_laundered_writes_flush_and_release_pass(gated):
     inode = gated.do("put", "f", "x" * PAGE)
     client = gated.client(MAPPED_WRITE + "sys.stdin.read(); m.close(); os.close(fd); print('end')")
