@@ -25,19 +25,24 @@ from cluster.device import Buffer
 from cluster.errors import BarredError, DeviceError, StackError
 from cluster.ids import Epoch
 from gnbd import protocol as p
+from gnbd.path_choice import (
+    HEADER_COST_BYTES,
+    LARGE_BYTES,
+    SAMPLE_NS,
+    SPREAD_BYTES,
+    Health,
+    Ranking,
+)
 from gnbd.retained import Piece, Retained, owned
 
 LANE_REQUESTS_MAX = 256
 LANE_BYTES_MAX = 16 << 20
-SPREAD_BYTES = 256 << 10
-"""A later lane is taken only when an earlier one has this much more in flight: small requests
-stay together and share system calls."""
-_HEADER_COST_BYTES = 512
-
 
 WITH_DATA = frozenset({p.CMD_READ, p.CMD_PING})
 """Whose answers bring `length` bytes."""
 _OF_ONE_LANE = frozenset({p.CMD_PING, p.CMD_DRAIN, p.CMD_LOGOUT})
+_MEASURED = frozenset({p.CMD_READ, p.CMD_WRITE})
+"""Of these the service time is taken."""
 
 
 class Waiter(Protocol):
@@ -96,6 +101,42 @@ class Lane:
         self.in_flight: dict[int, Request] = {}
         self.bytes_in_flight = 0
         self.answered = 0
+        self.measured: Request | None = None
+        self._sent_ns = 0
+        self._cost_bytes = 0
+
+    @property
+    def health(self) -> Health:
+        return self.path.health
+
+    def is_measured(self) -> bool:
+        return self.measured is not None
+
+    def measure(self, request: Request, now_ns: int) -> bool:
+        """This one has just been placed: take its time, unless one is under way or was lately."""
+        if self.measured is not None or now_ns - self._sent_ns < SAMPLE_NS:
+            return False
+        self.measured = request
+        self._sent_ns = now_ns
+        self._cost_bytes = self.bytes_in_flight
+        return True
+
+    def measured_done(self, number: int, now_ns: int) -> None:
+        """Its answer is here."""
+        assert self.measured is not None
+        large = self.measured.length >= LARGE_BYTES
+        self.measured = None
+        if number:
+            self.health.failed(large, now_ns)
+        else:
+            self.health.sample(large, self._cost_bytes, now_ns - self._sent_ns, now_ns)
+
+    def is_overdue(self, now_ns: int) -> bool:
+        """Whether it takes longer than was known. Asked now and then."""
+        if self.measured is None:
+            return False
+        large = self.measured.length >= LARGE_BYTES
+        return self.health.overdue(large, self._cost_bytes, now_ns - self._sent_ns)
 
     def has_room(self) -> bool:
         return len(self.in_flight) < LANE_REQUESTS_MAX and self.bytes_in_flight < LANE_BYTES_MAX
@@ -117,6 +158,7 @@ class Path:
         self.generation = generation
         self.lanes: list[Lane] = []
         self.stranded: list[Stranded] = []
+        self.health = Health()
 
 
 class Drain(msgspec.Struct, frozen=True):
@@ -146,6 +188,7 @@ class ClientCore:
         self._round = 0
         self._resync_left = 0
         self._own_flush = False
+        self._rankings: list[Ranking[Lane] | None] = [None, None]
 
     # -- requests --------------------------------------------------------------------------
 
@@ -176,11 +219,10 @@ class ClientCore:
             for r in stranded.requests
         )
 
-    def assign(self) -> list[tuple[Lane, Request]]:
+    def assign(self, now_ns: int) -> list[tuple[Lane, Request]]:
         """Take what may be sent now and give each request its lane and cookie."""
         result: list[tuple[Lane, Request]] = []
-        lanes = [lane for path in self.paths for lane in path.lanes]
-        if not lanes or self.installed < self.required:
+        if self.installed < self.required or not any(path.lanes for path in self.paths):
             return result
         self._maybe_flush()
         while True:
@@ -198,24 +240,54 @@ class ClientCore:
                 queue.remove(flush)
                 queue.appendleft(flush)
                 continue
-            lane = self._choose(lanes)
+            lane = self._ranking(request, now_ns).choose(request.length)
             if lane is None:
                 return result
             queue.popleft()
-            self._place(lane, request)
+            self._place(lane, request, now_ns)
             result.append((lane, request))
 
-    def _choose(self, lanes: list[Lane]) -> Lane | None:
-        best: Lane | None = None
-        best_cost = 0
-        for order, lane in enumerate(lanes):
-            if lane.has_room():
-                cost = lane.bytes_in_flight + order * SPREAD_BYTES
-                if best is None or cost < best_cost:
-                    best, best_cost = lane, cost
-        return best
+    def assign_one(self, now_ns: int) -> Lane | None:
+        """What `assign` does, shorter, for the one request that has just been submitted, when
+        nothing at all stands in its way and the first lane is the best one. Else None."""
+        if (
+            len(self.queue) != 1
+            or self.urgent
+            or self._barrier is not None
+            or self.retained.wants_flush()
+            or not any(path.lanes for path in self.paths)
+            or any(path.stranded for path in self.paths)
+            or not self.is_open()
+        ):
+            return None
+        request = self.queue[0]
+        ranking = self._ranking(request, now_ns)
+        lane = ranking.probe or ranking.first()
+        if lane.bytes_in_flight >= SPREAD_BYTES or not lane.has_room():
+            return None
+        self.queue.popleft()
+        self._place(lane, request, now_ns)
+        return lane
 
-    def _place(self, lane: Lane, request: Request) -> None:
+    def _ranking(self, request: Request, now_ns: int) -> Ranking[Lane]:
+        large = request.length >= LARGE_BYTES
+        ranking = self._rankings[large]
+        if ranking is None or now_ns >= ranking.until_ns:
+            lanes = [lane for path in self.paths for lane in path.lanes]
+            ranking = self._rankings[large] = Ranking(lanes, large, now_ns)
+        return ranking
+
+    def _rank_anew(self) -> None:
+        self._rankings = [None, None]
+
+    def look(self, now_ns: int) -> None:
+        """Called now and then: whose answers are overdue gets less."""
+        for path in self.paths:
+            for lane in path.lanes:
+                if lane.is_overdue(now_ns):
+                    self._rank_anew()
+
+    def _place(self, lane: Lane, request: Request, now_ns: int) -> None:
         self._cookie += 1
         request.cookie = self._cookie
         if request.kind == p.CMD_FLUSH:
@@ -224,7 +296,11 @@ class ClientCore:
             # What comes later may need the new sequence number: it must not overtake elsewhere.
             self._barrier = request
         lane.in_flight[request.cookie] = request
-        lane.bytes_in_flight += request.length + _HEADER_COST_BYTES
+        lane.bytes_in_flight += request.length + HEADER_COST_BYTES
+        if request.kind in _MEASURED and lane.measure(request, now_ns):
+            ranking = self._rankings[request.length >= LARGE_BYTES]
+            if ranking is not None and ranking.probe is lane:
+                self._rank_anew()
 
     def _maybe_flush(self) -> None:
         if self.retained.wants_flush() and not self._own_flush:
@@ -233,13 +309,17 @@ class ClientCore:
 
     def place_private(self, lane: Lane, request: Request) -> None:
         """Send a private command on this very lane (the gates do not matter to it)."""
-        self._place(lane, request)
+        self._place(lane, request, 0)
 
-    def completed(self, lane: Lane, cookie: int, number: int) -> None:
-        """A reply. The result of a READ is already in the request."""
+    def completed(self, lane: Lane, cookie: int, number: int, now_ns: int) -> None:
+        """A reply. The result of a READ is already in the request. `now_ns` counts only if it is
+        the one that the lane measures."""
         request = lane.in_flight.pop(cookie)
         lane.answered += 1
-        lane.bytes_in_flight -= request.length + _HEADER_COST_BYTES
+        lane.bytes_in_flight -= request.length + HEADER_COST_BYTES
+        if request is lane.measured:
+            lane.measured_done(number, now_ns)
+            self._rank_anew()
         if request is self._barrier:
             self._barrier = None
         if request.round:
@@ -282,15 +362,21 @@ class ClientCore:
         self._begin_resync()
         return [other for other in self.paths if other is not path and other.lanes]
 
-    def lane_up(self, path: Path) -> Lane:
+    def lane_up(self, path: Path, now_ns: int) -> Lane:
         """A connection of this path has entered transmission."""
+        if not path.lanes:
+            path.health.up(now_ns)
         lane = Lane(path, len(path.lanes))
         path.lanes.append(lane)
+        self._rank_anew()
         return lane
 
-    def path_lost(self, path: Path) -> None:
+    def path_lost(self, path: Path, now_ns: int) -> None:
         """All connections of a path are closed on this side; the next one has a new generation."""
         lost: list[Request] = []
+        if path.lanes:
+            path.health.lost(now_ns)
+            self._rank_anew()
         for lane in path.lanes:
             lost += lane.in_flight.values()
             lane.in_flight = {}
@@ -395,6 +481,10 @@ class ClientCore:
             found += [r for s in path.stranded for r in s.requests]
             found += [r for lane in path.lanes for r in lane.in_flight.values()]
         return found
+
+    def standby(self, now_ns: int) -> list[bool]:
+        """Which paths are held down."""
+        return [path.health.standby_until_ns > now_ns for path in self.paths]
 
     def own_flush_done(self) -> None:
         self._own_flush = False

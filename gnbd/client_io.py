@@ -27,7 +27,7 @@ from cluster.ids import Epoch, Instance
 from cluster.paths_io import boottime_ns
 from gnbd import messages as m
 from gnbd import protocol as p
-from gnbd.client import SPREAD_BYTES, ClientCore, Lane, Path, Request
+from gnbd.client import ClientCore, Lane, Path, Request
 from gnbd.control_client_io import drive
 from gnbd.dialogues import go_dialogue, login_dialogue
 from gnbd.link_io import REQUEST_BYTES_MAX, Group, Link
@@ -166,6 +166,7 @@ class GnbdDevice:
             "server": self.server.name,
             "export": self.export,
             "paths": [len(path.lanes) for path in core.paths],
+            "standby": core.standby(boottime_ns()),
             "pending": len(core.all_requests()),
             "retained_bytes": core.retained.bytes,
             "installed": core.installed,
@@ -200,7 +201,8 @@ class GnbdDevice:
 
     def completed(self, lane: Lane, cookie: int, number: int) -> None:
         """A reply came (link_io.Owner)."""
-        self.core.completed(lane, cookie, number)
+        measured = lane.measured is not None and lane.measured.cookie == cookie
+        self.core.completed(lane, cookie, number, boottime_ns() if measured else 0)
 
     def place(self, lane: Lane, request: Request) -> None:
         """This very connection takes the request (link_io.Owner)."""
@@ -230,27 +232,10 @@ class GnbdDevice:
         await group.wait()
 
     def _place_now(self, request: Request) -> Link | None:
-        """What `pump` does, shorter, for the one request that has just been submitted, when
-        nothing at all stands in its way and the first lane is the best one. Else None."""
-        core = self.core
-        if len(core.queue) != 1 or core.urgent or self._declaring.left:
+        """The link that takes the one request which has just been submitted; None: `pump`."""
+        lane = None if self._declaring.left else self.core.assign_one(boottime_ns())
+        if lane is None:
             return None
-        lane = None
-        for path in core.paths:
-            if path.stranded:
-                return None
-            if lane is None and path.lanes:
-                lane = path.lanes[0]
-        if (
-            lane is None
-            or lane.bytes_in_flight >= SPREAD_BYTES
-            or not lane.has_room()
-            or core.retained.wants_flush()
-            or not core.is_open()
-        ):
-            return None
-        core.queue.pop()
-        core.place_private(lane, request)
         link = self._links[id(lane)]
         link.post(request)
         return link
@@ -265,7 +250,7 @@ class GnbdDevice:
         if not core.queue and not core.urgent:
             return
         used: dict[int, Link] = {}
-        for lane, request in core.assign():
+        for lane, request in core.assign(boottime_ns()):
             link = self._links[id(lane)]
             link.post(request)
             used[id(link)] = link
@@ -335,7 +320,7 @@ class GnbdDevice:
                     # It would also break a window that a slow server keeps closed, again and again
                     # before its first answer: from here on `_ping_loop` judges.
                     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 0)
-                    link = Link(self, self.core.lane_up(path), sock, scope)
+                    link = Link(self, self.core.lane_up(path, boottime_ns()), sock, scope)
                     links.append(link)
                     self._links[id(link.lane)] = link
                     nursery.start_soon(link.receive_loop)
@@ -351,7 +336,7 @@ class GnbdDevice:
                 link.interrupt()
             for sock in sockets:
                 sock.close()
-            self.core.path_lost(path)
+            self.core.path_lost(path, boottime_ns())
             self.pump()
 
     async def _ping_loop(self, links: list[Link]) -> None:
@@ -362,6 +347,7 @@ class GnbdDevice:
         answered = [-1] * len(links)
         for number in itertools.count():
             await trio.sleep(path_ms / PATH_CHECKS / 1000)
+            self.core.look(boottime_ns())
             for index, link in enumerate(links):
                 lane = link.lane
                 silent = bool(lane.in_flight) and lane.answered == answered[index]
@@ -429,7 +415,7 @@ class GnbdDevice:
             self._scopes[other.index].cancel()
             for lane in other.lanes:
                 self._links.pop(id(lane), None)
-            self.core.path_lost(other)
+            self.core.path_lost(other, boottime_ns())
         return True
 
     def _login_answer(self, path: Path, result: m.LoginResult) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import threading
+import time
 
 
 class Relay:
@@ -16,6 +17,8 @@ class Relay:
         self._flow = threading.Event()
         self._flow.set()
         self._listener: socket.socket | None = None
+        self.delay_s = 0.0
+        """What a client sends is passed on so much later."""
         self.pumps = 0
         """How many directions of connections are alive."""
         self.heal()
@@ -73,6 +76,7 @@ class Relay:
             while data := source.recv(1 << 16):
                 if stallable:
                     self._flow.wait()
+                    time.sleep(self.delay_s)
                 sink.sendall(data)
             sink.shutdown(socket.SHUT_WR)
         except OSError:

@@ -120,7 +120,12 @@ class World:
         self.acknowledged: dict[int, int] = {}
         self.busy: set[int] = set()
         self.version = 0
-        self.flushed_floor: dict[int, int] = {}
+        self.now_ns = 1 << 40
+
+    def tick(self) -> int:
+        """Time passes: now and then enough for a path to come back from standby."""
+        self.now_ns += self.chance.choice([1000, 1_000_000, 3_000_000_000])
+        return self.now_ns
 
     def connect(self, path) -> None:
         """LOGIN: the server forgets what lingers of older generations, then answers."""
@@ -129,7 +134,7 @@ class World:
         ]
         for other in self.core.logged_in(path, Epoch(1), self.cache_generation, 1 << 20):
             self.break_path(other)
-        lane = self.core.lane_up(path)
+        lane = self.core.lane_up(path, self.tick())
         self.pipes[id(lane)] = []
         self.lanes.append(lane)  # keeps the id in use
 
@@ -140,7 +145,7 @@ class World:
             for request, executed in pipe:
                 if not executed and id(lane) not in self.dead:
                     self.lingering.append((path.index, path.generation, request))
-        self.core.path_lost(path)
+        self.core.path_lost(path, self.tick())
         self.core.check()
 
     def execute(self, request: Request) -> None:
@@ -176,7 +181,7 @@ class World:
         self.dead |= set(self.pipes)
 
     def send(self) -> None:
-        for lane, request in self.core.assign():
+        for lane, request in self.core.assign(self.tick()):
             self.pipes[id(lane)].append((request, False))
         for drain in self.core.drains():
             if id(drain.lane) in self.dead:
@@ -233,7 +238,7 @@ class World:
                     return
             if executed or self.chance.random() < 0.7:
                 pipe.pop(index)
-                self.core.completed(lane, request.cookie, 0)
+                self.core.completed(lane, request.cookie, 0, self.tick())
                 return
 
     def linger(self) -> None:
@@ -293,11 +298,11 @@ def test_nothing_is_sent_before_the_epoch(installed):
     core = ClientCore(1, 1)
     core.set_epoch(Epoch(2))
     core.logged_in(core.paths[0], Epoch(installed), 1, 4096)
-    core.lane_up(core.paths[0])
+    core.lane_up(core.paths[0], 0)
     core.submit(Request(p.CMD_READ, 0, 512))
-    assert core.assign() == []
+    assert core.assign(0) == []
     core.note_installed(Epoch(2))
-    assert len(core.assign()) == 1
+    assert len(core.assign(0)) == 1
 
 
 def test_old_repetitions_hold_new_writes_back():
@@ -310,26 +315,26 @@ def test_old_repetitions_hold_new_writes_back():
         core.submit(Request(p.CMD_WRITE, 0, 1, version))
 
     core.logged_in(first, Epoch(1), 1, 4096)
-    lane = core.lane_up(first)
+    lane = core.lane_up(first, 0)
     write(b"1")
-    ((_, request),) = core.assign()
-    core.completed(lane, request.cookie, 0)
-    core.path_lost(first)
+    ((_, request),) = core.assign(0)
+    core.completed(lane, request.cookie, 0, 0)
+    core.path_lost(first, 0)
     core.logged_in(first, Epoch(1), 2, 4096)
-    core.lane_up(first)
-    ((_, repetition),) = core.assign()
+    core.lane_up(first, 0)
+    ((_, repetition),) = core.assign(0)
     assert repetition.round == 1
     assert core.logged_in(second, Epoch(1), 3, 4096) == [first]
-    core.path_lost(first)
-    lane = core.lane_up(second)
+    core.path_lost(first, 0)
+    lane = core.lane_up(second, 0)
     write(b"2")
-    ((_, again),) = core.assign()
+    ((_, again),) = core.assign(0)
     assert again.round == 2
-    core.completed(lane, again.cookie, 0)
-    assert core.assign() == []
+    core.completed(lane, again.cookie, 0, 0)
+    assert core.assign(0) == []
     (drain,) = core.drains()
     core.drained(drain.path, drain.generation)
-    ((_, fresh),) = core.assign()
+    ((_, fresh),) = core.assign(0)
     assert fresh.data == b"2"
 
 
@@ -340,18 +345,18 @@ def test_nothing_overtakes_a_sequence_number():
     lanes = []
     for path in core.paths:
         core.logged_in(path, Epoch(1), 1, 4096)
-        lanes.append(core.lane_up(path))
+        lanes.append(core.lane_up(path, 0))
     core.submit(Request(p.CMD_READ, 0, 512))
     core.submit(Request(p.CMD_SEQUENCE, 5))
     core.submit(Request(p.CMD_READ, 512, 512))
-    assert [r.kind for _, r in core.assign()] == [p.CMD_READ, p.CMD_SEQUENCE]
+    assert [r.kind for _, r in core.assign(0)] == [p.CMD_READ, p.CMD_SEQUENCE]
     lost = next(lane for lane in lanes if any(r.offset == 5 for r in lane.in_flight.values()))
-    core.path_lost(lost.path)
-    assert core.assign() == []
+    core.path_lost(lost.path, 0)
+    assert core.assign(0) == []
     (drain,) = core.drains()
     core.drained(drain.path, drain.generation)
-    sent = core.assign()
+    sent = core.assign(0)
     assert [r.offset for _, r in sent] == [0, 5]
     for lane, request in sent:
-        core.completed(lane, request.cookie, 0)
-    assert [r.offset for _, r in core.assign()] == [512]
+        core.completed(lane, request.cookie, 0, 0)
+    assert [r.offset for _, r in core.assign(0)] == [512]

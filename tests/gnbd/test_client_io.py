@@ -17,6 +17,7 @@ from cluster.ids import Epoch, ServerId
 from gnbd import messages as m
 from gnbd.client_io import Options, open_device
 from gnbd.link_io import REQUEST_BYTES_MAX
+from gnbd.path_choice import LOSSES
 from gnbd.retained import RETAINED_BYTES_MAX
 from tests.gnbd.harness import export_toml, instance, member, running
 from tests.gnbd.proxy import Relay
@@ -369,6 +370,54 @@ def test_failover_and_return(server, relayed):
     trio_test(body)
 
 
+def test_a_slow_network_gets_less(server, relayed):
+    """It is left after the first answers, asked again now and then, and used when it is alone."""
+    info, relays = relayed
+
+    async def body():
+        async with opened(server, info=info) as device:
+            await eventually(lambda: device.status()["paths"] == [1, 1])
+            relays[0].delay_s = 0.03
+            slow, fast = (path.lanes[0] for path in device.core.paths)
+            for number in range(300):
+                await device.write(number * 4096, bytes([number % 256]) * 4096)
+            assert fast.answered > 3 * slow.answered
+            before = slow.answered, device.core.paths[0].health.sampled_ns(False)
+            while device.core.paths[0].health.sampled_ns(False) == before[1]:
+                await device.read(0, 4096)
+            relays[1].cut()
+            for number in range(20):
+                got = await device.read(number * 4096, 4096)
+                assert got == bytes([number]) * 4096
+            assert slow.answered > before[0]
+
+    trio_test(body)
+
+
+def test_a_flapping_network_is_held_down(server, relayed):
+    """It is up, but used only when the other one is away."""
+    info, relays = relayed
+
+    async def body():
+        async with opened(server, info=info) as device:
+            await eventually(lambda: device.status()["paths"] == [1, 1])
+            for _ in range(LOSSES + 3):
+                relays[0].cut()
+                await eventually(lambda: device.status()["paths"] == [0, 1])
+                relays[0].heal()
+                await eventually(lambda: device.status()["paths"] == [1, 1])
+            assert device.status()["standby"] == [True, False]
+            good = device.core.paths[1].lanes[0]
+            before = good.answered
+            await device.write_many([(n * 4096, b"x" * 4096) for n in range(100)])
+            assert good.answered >= before + 100
+            relays[1].cut()
+            assert await device.read(0, 4096) == b"x" * 4096
+            assert device.status()["paths"] == [1, 0]
+
+    trio_test(body)
+
+
 def test_old_bytes_on_a_slow_network_never_land(server, relayed):
     """R6: a write stuck in one network is sent again on the other after its drain; when the stuck
     bytes arrive at last, newer data stays."""
@@ -402,12 +451,20 @@ def test_a_lone_caller_that_takes_replies(server, relayed):
             await device.read(0, 4096)
         done.append(True)
 
+    def stall():
+        for relay in relays:
+            relay.stall()
+
+    def release():
+        for relay in relays:
+            relay.release()
+
     async def body():
         async with opened(server, info=info) as device:
             await eventually(lambda: device.status()["paths"] == [1, 1])
             data = os.urandom(8192)
             await device.write(0, data)
-            relays[0].stall()
+            stall()
             with trio.move_on_after(0.05) as scope:
                 await device.read(0, 4096)
             assert scope.cancelled_caught
@@ -421,17 +478,17 @@ def test_a_lone_caller_that_takes_replies(server, relayed):
                 await trio.testing.wait_all_tasks_blocked()
                 nursery.start_soon(second)
                 await trio.testing.wait_all_tasks_blocked()
-                relays[0].release()
+                release()
             assert got == [data[4096:]] * 2
             await eventually(lambda: not device.status()["pending"])
             assert await device.read(0, 4096) == data[:4096]
-            relays[0].stall()
+            stall()
             done = []
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(read_first, device, done)
                 await trio.testing.wait_all_tasks_blocked()
                 device.core.bar("for the test")
                 await eventually(lambda: bool(done))
-            relays[0].release()
+            release()
 
     trio_test(body)
