@@ -13,6 +13,7 @@ import mmap
 import os
 import stat
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 from cluster.errors import (
@@ -25,6 +26,7 @@ from cluster.errors import (
 from cluster.holders_io import lock_file
 from cluster.paths_io import make_directory
 from gnbd.exports import SECTOR_BYTES, Export
+from native.integrity import BLOCK_BYTES, Area
 
 FALLOC_KEEP_SIZE = 1
 FALLOC_PUNCH_HOLE = 2
@@ -165,8 +167,10 @@ class FileBackend(Backend):
     ) -> None:
         self.path = path
         self.read_only = read_only
+        self.area: Area | None = None
+        """Checks what is read, and keeps the sums of what is written."""
         flags = os.O_CLOEXEC | (os.O_RDONLY if read_only else os.O_RDWR)
-        made = size_bytes is not None and not read_only and not path.exists()
+        self.made = made = size_bytes is not None and not read_only and not path.exists()
         if made:
             flags |= os.O_CREAT
             make_directory(path.parent)
@@ -227,39 +231,58 @@ class FileBackend(Backend):
 
     def read_into(self, offset: int, view: memoryview) -> None:
         if self.alignment == 1 or not view:
-            read_exactly(self.fd, offset, view)
+            self._read(offset, view)
             return
         with mmap.mmap(-1, len(view)) as memory, memoryview(memory) as aligned:
-            read_exactly(self.fd, offset, aligned)
+            self._read(offset, aligned)
             view[:] = aligned
+
+    def _read(self, offset: int, view: memoryview) -> None:
+        if (area := self.area) is not None:
+            area.read(self.fd, offset, view)
+        else:
+            read_exactly(self.fd, offset, view)
+
+    def _write(self, offset: int, view: memoryview, flags: int) -> None:
+        if (area := self.area) is not None:
+            area.write(self.fd, offset, view, flags)
+        else:
+            write_exactly(self.fd, offset, view, flags)
 
     def write(self, offset: int, view: memoryview, fua: bool) -> None:
         flags = _RWF_DSYNC if fua else 0
         if self.alignment == 1 or not view:
-            write_exactly(self.fd, offset, view, flags)
+            self._write(offset, view, flags)
             return
         with mmap.mmap(-1, len(view)) as memory, memoryview(memory) as aligned:
             aligned[:] = view
-            write_exactly(self.fd, offset, aligned, flags)
+            self._write(offset, aligned, flags)
 
     def flush(self) -> None:
         os.fdatasync(self.fd)
 
     def trim(self, offset: int, length: int) -> None:
-        try:
-            fallocate(self.fd, FALLOC_PUNCH_HOLE | FALLOC_KEEP_SIZE, offset, length)
-        except OSError as error:
-            if error.errno != errno.EOPNOTSUPP:
-                raise
+        self._make_zeroes(FALLOC_PUNCH_HOLE, offset, length)
+
+    def _make_zeroes(self, mode: int, offset: int, length: int) -> bool:
+        """False: the file system cannot do that."""
+        area = self.area
+        with area.zeroing(self.fd, offset, length) if area is not None else nullcontext() as change:
+            try:
+                fallocate(self.fd, mode | FALLOC_KEEP_SIZE, offset, length)
+                return True
+            except OSError as error:
+                if error.errno != errno.EOPNOTSUPP:
+                    raise
+            if change is not None:
+                change.done = False
+            return False
 
     def zero(self, offset: int, length: int, no_hole: bool, fast: bool = False) -> None:
-        mode = FALLOC_ZERO_RANGE if no_hole else FALLOC_PUNCH_HOLE
-        try:
-            fallocate(self.fd, mode | FALLOC_KEEP_SIZE, offset, length)
+        if self._make_zeroes(FALLOC_ZERO_RANGE if no_hole else FALLOC_PUNCH_HOLE, offset, length):
             return
-        except OSError as error:
-            if error.errno != errno.EOPNOTSUPP or fast:
-                raise
+        if fast:
+            raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
         end = offset + length
         while offset < end:
             chunk = memoryview(_ZERO_CHUNK)[: end - offset]
@@ -275,13 +298,20 @@ class FileBackend(Backend):
         while offset < end and len(found) < EXTENTS_MAX:
             data = _seek(self.fd, offset, end, os.SEEK_DATA)
             if data > offset:
-                found.append((data - offset, True))
+                found.append((data - offset, self._is_hole(offset, data - offset)))
                 offset = data
             if offset < end and data == offset:
                 hole = max(_seek(self.fd, offset, end, os.SEEK_HOLE), offset + 1)
                 found.append((hole - offset, False))
                 offset = hole
         return found
+
+    def _is_hole(self, offset: int, length: int) -> bool:
+        """With an integrity area its blocks must have been zeroes: what was lost is read, and
+        found."""
+        if (area := self.area) is None:
+            return True
+        return not (offset | length) % BLOCK_BYTES and area.is_zero(offset, length)
 
     def resize(self, size_bytes: int) -> None:
         if self._grow_to(size_bytes) < size_bytes:

@@ -83,11 +83,7 @@ class Catalogue:
             if connection.export is export:
                 connection.finished.wait()
         self._service.wait_drained()
-        try:
-            if not export.backend.read_only:
-                export.backend.flush()
-        finally:
-            export.backend.close()
+        export.end()
         log.info("export removed", export=export.name)
 
     def change_filter(self, name: str, action: str, spec: FilterSpec) -> None:

@@ -120,6 +120,15 @@ def _table(rows: list[list[object]]) -> str:
     return "\n".join(lines)
 
 
+def _integrity_of(counters: dict[str, int]) -> str:
+    if not counters:
+        return "-"
+    if counters["mismatches"]:
+        return f"crc32c, {counters['mismatches']} mismatches"
+    left = counters["unsettled_regions"]
+    return f"crc32c, {left} regions to go" if left else "crc32c"
+
+
 @control_main.command()
 @click.pass_context
 def exports(context: click.Context) -> None:
@@ -127,10 +136,15 @@ def exports(context: click.Context) -> None:
 
     def text(plain: object) -> str:
         assert isinstance(plain, list)
-        rows: list[list[object]] = [["NAME", "SIZE", "ACCESS", "CONNECTIONS", "FILTERS"]]
+        rows: list[list[object]] = [
+            ["NAME", "SIZE", "ACCESS", "CONNECTIONS", "INTEGRITY", "FILTERS"]
+        ]
         for e in plain:
             filters = " ".join(e["filters"]) or "-"
-            rows.append([e["name"], e["size_bytes"], e["access"], e["connections"], filters])
+            rows.append(
+                [e["name"], e["size_bytes"], e["access"], e["connections"],
+                 _integrity_of(e["integrity"]), filters]
+            )  # fmt: skip
         return _table(rows)
 
     _with_control(context, lambda c: c.ask(m.ExportsRequest(), m.ExportsReport).exports, text)
@@ -148,6 +162,12 @@ def exports(context: click.Context) -> None:
 )
 @click.option("--description", default="", help="Shown by LIST and INFO.")
 @click.option("--read-only", is_flag=True, help="Nobody writes.")
+@click.option(
+    "--integrity",
+    type=click.Choice(["crc32c", "none", "kept"]),
+    default="kept",
+    help="Check every read. kept: if the disk had it before.",
+)
 @click.option(
     "--filter", "filters", multiple=True, metavar="KIND[:KEY=VALUE,...]", help="Bottom up."
 )

@@ -168,7 +168,8 @@ class ControlServer:
                 connections_max=e.config.connections_max,
                 sequence_min=e.sequence_min,
                 cache_generation=e.cache_generation,
-                counters=e.shared.counters(),
+                counters=e.counters(),
+                integrity=e.integrity.area.counters() if e.integrity is not None else {},
             )
             for e in list(self._service.exports.values())
         ]

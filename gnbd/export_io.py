@@ -20,6 +20,8 @@ from gnbd.exports import Export, parse_filter
 from gnbd.filters.stack_io import stack_filter
 from gnbd.flushes_io import Flushes
 from gnbd.handshake import Offer
+from gnbd.integrity_io import Integrity, check_area, open_area
+from gnbd.keeper_io import Keeper
 from gnbd.tls_io import TlsLink
 from native import nbd as g
 
@@ -118,23 +120,30 @@ class ExportRuntime:
         config: Export,
         reservations: Reservations,
         sequence_min: int,
+        state_dir: Path,
         size_bytes: int | None = None,
     ) -> None:
-        """`size_bytes`: more than in the configuration, because it has been grown."""
+        """`state_dir`: of the server; `size_bytes`: more than in the configuration, because it has
+        been grown. Raises StackError, OSError."""
         self.config = config
         self.name = config.name
         self.access = config.access
         self.life = next(_lives)
         size_bytes = config.size_bytes if size_bytes is None else size_bytes
-        backend: Backend = FileBackend(
+        header = check_area(config, state_dir)
+        self.disk = FileBackend(
             Path(config.path), size_bytes, config.read_only, direct=config.direct
         )
+        self.integrity: Integrity | None = None
+        self.keeper: Keeper | None = None
+        backend: Backend = self.disk
         for text in config.filters:
             backend = stack_filter(backend, parse_filter(text))
         self.shared = g.Export()
         self.size_bytes = backend.size_bytes
         """That clients may use; the back end may be longer already."""
         self.use(backend)
+        self.use_integrity(open_area(config, header, self.disk, state_dir))
         self.reservations = reservations
         self.sequence_min = sequence_min
         self.sequences: dict[Instance, int] = {}
@@ -151,12 +160,52 @@ class ExportRuntime:
             descriptor, self.size_bytes, read_only=backend.read_only, alignment=backend.alignment
         )
 
+    def use_integrity(self, integrity: Integrity | None) -> None:
+        """From the next request on; the one before is the caller's to close."""
+        self.integrity = integrity
+        self.disk.area = integrity.area if integrity is not None else None
+        self.shared.protect(self.disk.area)
+
+    def keep(self, flush: Callable[[], None]) -> None:
+        """Begin the upkeep of the integrity area, if there is one. `flush` makes all data
+        durable."""
+        if self.integrity is not None:
+            nothing = self.backend.read_only
+            self.keeper = Keeper(
+                self.name, self.integrity, self.disk.fd, (lambda: None) if nothing else flush
+            )
+
+    def end(self) -> None:
+        """Make everything durable, and close. Nothing executes any more. Raises OSError when it
+        could not be; it is closed all the same."""
+        flushed = False
+        if self.keeper is not None:
+            self.keeper.stop()
+        try:
+            if not self.backend.read_only:
+                self.backend.flush()
+            flushed = True
+        finally:
+            try:
+                if self.integrity is not None:
+                    self.integrity.close(flushed)
+            finally:
+                self.backend.close()
+
     def resize(self, size_bytes: int, note: Callable[[], None]) -> None:
-        """Grow. `note` makes it durable before anybody may use it. Raises OSError."""
+        """Grow. `note` makes it durable before anybody may use it. Raises StackError, OSError."""
         self.backend.resize(size_bytes)
+        if self.integrity is not None and self.keeper is not None:
+            self.integrity.grow(self.disk.fd, size_bytes)
+            self.keeper.wake()
         note()
         self.size_bytes = size_bytes
         self.use(self.backend)
+
+    def counters(self) -> dict[str, int]:
+        """Totals of all clients."""
+        found = self.integrity.area.counters()["mismatches"] if self.integrity is not None else 0
+        return self.shared.counters() | {"checksum_mismatches": found}
 
     def offer(self) -> Offer:
         """What INFO and GO say."""

@@ -26,6 +26,7 @@
     tls = "allowed"                 # or "off", "required"
     clients = ["n1", "backup"]      # names in their certificates; none given: anyone
     direct = false                  # true: O_DIRECT, past the page cache of this host
+    integrity = "crc32c"            # every read is checked; "none"; default: as gnbdctl has made it
     connections_max = 512
     filters = ["volatile", "delay:write_ms=5", "log:path=/tmp/writes.log"]
 
@@ -87,6 +88,7 @@ class Export(msgspec.Struct, forbid_unknown_fields=True):
     description: Annotated[str, msgspec.Meta(max_length=1024)] = ""
     read_only: bool = False
     direct: bool = False
+    integrity: Annotated[str, msgspec.Meta(pattern="^(kept|none|crc32c)$")] = "kept"
     tls: Annotated[str, msgspec.Meta(pattern="^(off|allowed|required)$")] = "allowed"
     clients: list[str] = []
     connections_max: Annotated[int, msgspec.Meta(ge=1)] = 512

@@ -283,6 +283,8 @@ class ExportReport(msgspec.Struct, frozen=True):
     cache_generation: int
     counters: dict[str, int]
     filter_reports: dict[str, dict[str, int]] = {}
+    integrity: dict[str, int] = {}
+    """Of its integrity area, `Area.counters`; empty: it has none."""
 
 
 class ConnectionReport(msgspec.Struct, frozen=True):

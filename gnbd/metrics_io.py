@@ -33,6 +33,12 @@ class _Exports(Collector):
         refused = CounterMetricFamily(
             "gnbd_refused_requests", "Sent after the bar of their sender", labels=["export", "kind"]
         )
+        wrong = CounterMetricFamily(
+            "gnbd_checksum_mismatches", "Blocks that were not what was written", labels=["export"]
+        )
+        regions = GaugeMetricFamily(
+            "gnbd_integrity_regions", "Of the integrity area", labels=["export", "state"]
+        )
         seen = GaugeMetricFamily(
             "gnbd_filter", "What a filter reports", labels=["export", "filter", "what"]
         )
@@ -49,10 +55,15 @@ class _Exports(Collector):
                 moved.add_metric([name, direction], counters[key])
             for key, kind in _REFUSED.items():
                 refused.add_metric([name, kind], counters[key])
+            if export.integrity is not None:
+                states = export.integrity.area.counters()
+                wrong.add_metric([name], states["mismatches"])
+                regions.add_metric([name, "flux"], states["flux_regions"])
+                regions.add_metric([name, "unsettled"], states["unsettled_regions"])
             for item in filters_of(export.backend):
                 for what, value in item.report().items():
                     seen.add_metric([name, item.kind, what], value)
-        yield from (size, open_, limit, lost, requests, moved, refused, seen)
+        yield from (size, open_, limit, lost, requests, moved, refused, wrong, regions, seen)
         admission = self._service.admission
         yield GaugeMetricFamily("gnbd_epoch", "The installed one", value=admission.epoch)
         yield GaugeMetricFamily(

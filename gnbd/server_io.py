@@ -53,6 +53,7 @@ from gnbd.identity import (
     decode_identity,
     encode_identity,
 )
+from gnbd.integrity_io import check_area
 from gnbd.listeners_io import close_all, listen_all, listen_unix, peer_of, place_of
 from gnbd.metrics_io import serve_metrics
 from gnbd.service_io import Service
@@ -321,6 +322,8 @@ def check_before_start(config: ServerConfig, state_dir: Path) -> None:
     if config.tls is not None:
         server_context(config.tls)
     check_disks(config.exports)
+    for export in config.exports:
+        check_area(export, state_dir)
 
 
 def load_identity(state_dir: Path) -> ServerIdentity | None:

@@ -86,11 +86,13 @@ class Service:
         stored = self._exports_stored.get(config.name, ExportState())
         table = Reservations(stored.reservations)
         size_bytes = self._grown.size_of(config)
-        export = ExportRuntime(config, table, stored.sequence_min, size_bytes)
+        directory = Path(self.config.state_dir)
+        export = ExportRuntime(config, table, stored.sequence_min, directory, size_bytes)
         # Random as well: a lost state directory begins to count anew.
         life = secrets.randbits(30) << 16 | self.start_count & 0xFFFF
         export.cache_generation = life * CACHE_GENERATION_ERRORS
         self.exports[config.name] = export
+        export.keep(lambda: self.flush(export))
         return export
 
     def _state(
@@ -572,11 +574,9 @@ class Service:
         failed: StackError | None = None
         for export in list(self.exports.values()):
             try:
-                if not export.backend.read_only:
-                    export.backend.flush()
+                export.end()
             except OSError as error:
                 failed = os_failure(error, f"cannot flush export {export.name!r}")
-            export.backend.close()
         if failed is not None:
             raise failed
 

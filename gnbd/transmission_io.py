@@ -15,6 +15,7 @@ from gnbd.export_io import Connection, ExportRuntime
 from gnbd.handshake import Enter
 from gnbd.service_io import Service
 from native import nbd
+from native.integrity import ChecksumError
 from native.nbd import Event, Request
 
 LATE_S = 300
@@ -103,7 +104,8 @@ class Transmission:
                 error = self._deed(request, lost)
         except OSError as problem:
             error = self._no(_wire_error(problem), problem.strerror or "")
-            if kind == p.CMD_WRITE and request.flags & p.CMD_FLAG_FUA:
+            nothing_done = isinstance(problem, ChecksumError)
+            if kind == p.CMD_WRITE and request.flags & p.CMD_FLAG_FUA and not nothing_done:
                 self._durable_write_failed(error)
                 return
             if self._flush_lost:

@@ -16,6 +16,7 @@ import struct
 from typing import NamedTuple
 
 from native._native import ffi, lib
+from native.integrity import Area
 
 NOBODY = 0
 READ = 1
@@ -69,12 +70,15 @@ class Export:
         self._export = ffi.new("struct native_nbd_export *")
         lib.native_nbd_export_set(self._export, -1, 0, 1, 1)
 
-    def set(
-        self, descriptor: int, size_bytes: int, *, read_only: bool, alignment: int = 1
-    ) -> None:
+    def set(self, descriptor: int, size_bytes: int, *, read_only: bool, alignment: int = 1) -> None:
         """From the next request on; -1: every READ and WRITE goes to Python. `alignment` (a power
         of two up to 4096) of offsets, lengths and memory."""
         lib.native_nbd_export_set(self._export, descriptor, size_bytes, read_only, alignment)
+
+    def protect(self, area: Area | None) -> None:
+        """From the next request on READ and WRITE of a bare file go through this area, which lives
+        until nothing that began before another call executes any more."""
+        lib.native_nbd_export_protect(self._export, area.raw if area is not None else ffi.NULL)
 
     def counters(self) -> dict[str, int]:
         """Totals of all connections."""

@@ -4,6 +4,7 @@
 
 #include "crc32c.h"
 #include "gate.h"
+#include "integrity.h"
 #include "nbd.h"
 #include "notify.h"
 #include "process.h"

@@ -5,12 +5,15 @@
  * nbd_serve.c   executes them
  * nbd_reply.c   gathers replies and sends them
  * nbd_memory.c  memory for long requests, bounded in total
+ * nbd_integrity*.c checksums of what is on the disk (integrity.h)
  *
  * A connection belongs to one thread, which runs without the GIL. The export and the access word
  * are shared between threads.
  */
 #ifndef NATIVE_NBD_H
 #define NATIVE_NBD_H
+
+#include "integrity.h"
 
 #include <stdatomic.h>
 #include <stddef.h>
@@ -49,6 +52,7 @@ struct native_nbd_export {
     _Atomic int32_t fd; /* -1: Python executes everything */
     _Atomic uint32_t read_only;
     _Atomic uint32_t alignment; /* of offsets, lengths and memory; a power of two */
+    _Atomic(struct native_integrity *) integrity; /* NULL: none */
 };
 
 /* native.nbd.Request unpacks it. */
@@ -73,6 +77,7 @@ struct native_nbd {
     struct native_access *access;
     struct native_nbd_request request;
     char why[NBD_WHY_BYTES]; /* `request` fails; for people */
+    uint64_t bad; /* address of the block that failed its checksum */
     void *data; /* of `request`: the payload of a WRITE, room for a READ */
 
     uint8_t *buffer; /* received, not yet executed: [start, end) */
@@ -151,5 +156,6 @@ void native_nbd_send(struct native_nbd *nbd);
 void native_nbd_close(struct native_nbd *nbd);
 void native_nbd_export_set(struct native_nbd_export *export, int fd, uint64_t size_bytes,
                            int read_only, uint32_t alignment);
+void native_nbd_export_protect(struct native_nbd_export *export, struct native_integrity *area);
 void native_nbd_counters(struct native_nbd_export *export, uint64_t *out);
 #endif

@@ -9,6 +9,8 @@
 
 #include <endian.h>
 #include <errno.h>
+#include <inttypes.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
@@ -123,6 +125,10 @@ static int check(struct native_nbd *nbd, uint32_t wanted, uint32_t *error)
 
 static uint32_t wire_error(struct native_nbd *nbd, int error)
 {
+    if (error == EBADMSG) {
+        snprintf(nbd->why, sizeof nbd->why, "checksum mismatch in the block at %" PRIu64, nbd->bad);
+        return WIRE_EIO;
+    }
     native_nbd_why(nbd, strerrordesc_np(error));
     switch (error) {
     case EPERM:
@@ -137,42 +143,26 @@ static uint32_t wire_error(struct native_nbd *nbd, int error)
     }
 }
 
-/* Past the end of the file there are zeroes. 0 or an errno. */
-static int read_exactly(int fd, uint8_t *data, size_t length, uint64_t offset)
+static struct native_integrity *area_of(struct native_nbd *nbd)
 {
-    while (length) {
-        ssize_t count = pread(fd, data, length, (off_t)offset);
-        if (count < 0) {
-            if (errno == EINTR)
-                continue;
-            return errno;
-        }
-        if (!count) {
-            memset(data, 0, length);
-            return 0;
-        }
-        data += count;
-        length -= (size_t)count;
-        offset += (uint64_t)count;
-    }
-    return 0;
+    return atomic_load(&nbd->export->integrity);
 }
 
-static int write_exactly(int fd, const uint8_t *data, size_t length, uint64_t offset, int flags)
+/* 0 or an errno; EBADMSG: it is not what was written. */
+static int read_run(struct native_nbd *nbd, int fd, uint8_t *data, size_t length, uint64_t offset)
 {
-    while (length) {
-        struct iovec part = {(void *)data, length};
-        ssize_t count = pwritev2(fd, &part, 1, (off_t)offset, flags);
-        if (count < 0) {
-            if (errno == EINTR)
-                continue;
-            return errno;
-        }
-        data += count;
-        length -= (size_t)count;
-        offset += (uint64_t)count;
-    }
-    return 0;
+    struct native_integrity *area = area_of(nbd);
+    return area ? native_integrity_read(area, fd, data, length, offset, &nbd->bad)
+                : native_read_exactly(fd, data, length, offset);
+}
+
+static int write_run(struct native_nbd *nbd, int fd, int flags)
+{
+    struct native_nbd_request *request = &nbd->request;
+    struct native_integrity *area = area_of(nbd);
+    return area ? native_integrity_write(area, fd, nbd->data, request->length, request->offset,
+                                         flags, &nbd->bad)
+                : native_write_exactly(fd, nbd->data, request->length, request->offset, flags);
 }
 
 static int beyond(struct native_nbd *nbd, const struct native_nbd_request *request)
@@ -218,6 +208,15 @@ static uint64_t run_end(int fd, uint64_t offset, uint64_t end, int *hole)
     return next < 0 || (uint64_t)next > end ? end : (uint64_t)next;
 }
 
+/* The file has a hole there; with an integrity area its blocks must have been zeroes. */
+static int is_hole(struct native_nbd *nbd, uint64_t offset, uint64_t length)
+{
+    struct native_integrity *area = area_of(nbd);
+    return length >= HOLE_BYTES_MIN &&
+           (!area || (!((offset | length) % INTEGRITY_BLOCK_BYTES) &&
+                      native_integrity_zeroes(area, offset, length)));
+}
+
 /* A structured READ without DF: holes travel as such. */
 static int read_with_holes(struct native_nbd *nbd, int fd, uint8_t *room)
 {
@@ -228,9 +227,9 @@ static int read_with_holes(struct native_nbd *nbd, int fd, uint8_t *room)
         int hole = 0;
         uint64_t next = run < RUNS_MAX ? run_end(fd, at, end, &hole) : end;
         size_t length = (size_t)(next - at);
-        if (hole && length >= HOLE_BYTES_MIN)
+        if (hole && is_hole(nbd, at, length))
             nbd_reply_hole(nbd, request->cookie, at, (uint32_t)length, next == end);
-        else if (!(error = read_exactly(fd, room, length, at)))
+        else if (!(error = read_run(nbd, fd, room, length, at)))
             nbd_reply_data(nbd, request->cookie, at, room, length, next == end);
         room += length;
         at = next;
@@ -241,7 +240,7 @@ static int read_with_holes(struct native_nbd *nbd, int fd, uint8_t *room)
 static int read_plainly(struct native_nbd *nbd, int fd, uint8_t *room)
 {
     struct native_nbd_request *request = &nbd->request;
-    int error = read_exactly(fd, room, request->length, request->offset);
+    int error = read_run(nbd, fd, room, request->length, request->offset);
     if (!error)
         nbd_reply_read(nbd, request->cookie, request->offset, room, request->length);
     return error;
@@ -311,9 +310,8 @@ static int execute_write(struct native_nbd *nbd)
     if (fd < 0)
         return NBD_REQUEST;
     int durable = request->flags & NBD_FLAG_FUA;
-    int failed = write_exactly(fd, nbd->data, request->length, request->offset,
-                               durable ? RWF_DSYNC : 0);
-    if (failed && durable) {
+    int failed = write_run(nbd, fd, durable ? RWF_DSYNC : 0);
+    if (failed && failed != EBADMSG && durable) {
         request->error = wire_error(nbd, failed);
         return NBD_FAILED;
     }
@@ -451,6 +449,12 @@ void native_nbd_export_set(struct native_nbd_export *export, int fd, uint64_t si
     atomic_store(&export->size_bytes, size_bytes);
     atomic_store(&export->read_only, (uint32_t)read_only);
     atomic_store(&export->fd, fd);
+}
+
+/* From the next request on; NULL: no sums. */
+void native_nbd_export_protect(struct native_nbd_export *export, struct native_integrity *area)
+{
+    atomic_store(&export->integrity, area);
 }
 
 /* reads, writes, flushes, read_bytes, written_bytes, refused, refused_writes */

@@ -7,9 +7,10 @@ import random
 
 import pytest
 
-from tests.gnbd.sanitized.campaign import build, replay, run
+from tests.gnbd.sanitized.campaign import build, build_power, cut_power, replay, run
 
 INPUTS = 10_000
+LIVES = 3_000
 
 
 @pytest.fixture(scope="module")
@@ -27,3 +28,11 @@ def test_made_up_streams(program):
     seed = random.SystemRandom().randrange(1 << 62)
     print(f"seed {seed}")
     run(program, seed, INPUTS, 120)
+
+
+def test_power_cuts_of_the_integrity_area(tmp_path):
+    """Whatever of unflushed data and sums is lost, no good block is refused and no bad one is
+    believed where nothing was in flux."""
+    seed = random.SystemRandom().randrange(1 << 62)
+    print(f"seed {seed}")
+    assert "damages found" in cut_power(build_power(tmp_path), seed, LIVES, 240)

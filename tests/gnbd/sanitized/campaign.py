@@ -8,7 +8,7 @@ import subprocess
 from pathlib import Path
 
 HERE = Path(__file__).parent
-ROOT = HERE.parents[2]
+NATIVE = HERE.parents[2] / "native" / "src"
 CORPUS = HERE / "corpus"
 FLAGS = [
     "-std=gnu11", "-g", "-O1", "-Wall", "-Wextra", "-Werror", "-pthread", "-fno-omit-frame-pointer",
@@ -24,10 +24,31 @@ class Finding(AssertionError):
 def build(directory: Path) -> Path:
     """The harness with the C sources of the transmission, under both sanitizers."""
     program = directory / "harness"
-    sources = sorted((ROOT / "native" / "src").glob("nbd_*.c"))
+    sources = [*sorted(NATIVE.glob("nbd_*.c")), NATIVE / "crc32c.c"]
     command = [os.environ.get("CC", "gcc"), *FLAGS, str(HERE / "harness.c"), *map(str, sources)]
     subprocess.run([*command, "-o", str(program)], check=True)
     return program
+
+
+def build_power(directory: Path) -> Path:
+    """The integrity area on two disks in memory that lose power (power.c)."""
+    program = directory / "power"
+    sources = [*(NATIVE / f"nbd_{n}.c" for n in ("file", "integrity", "integrity_data")),
+               NATIVE / "crc32c.c"]  # fmt: skip
+    disks = [f"-D{call}=power_{call}" for call in ("pread", "pwritev2", "lseek")]
+    command = [os.environ.get("CC", "gcc"), *FLAGS, "-DINTEGRITY_REGION_BYTES=131072", *disks]
+    subprocess.run(
+        [*command, str(HERE / "power.c"), *map(str, sources), "-o", str(program)], check=True
+    )
+    return program
+
+
+def cut_power(program: Path, seed: int, count: int, timeout_s: float) -> str:
+    """`count` lives that follow from the seed; gives what was met. Raises Finding."""
+    done = _call(program, timeout_s, seed, count)
+    if done.returncode:
+        raise Finding(f"seed {seed}: {done.stdout[-TEXT_MAX:]}\n{done.stderr[:TEXT_MAX]}")
+    return done.stdout
 
 
 def _call(program: Path, timeout_s: float, *arguments: object) -> subprocess.CompletedProcess[str]:

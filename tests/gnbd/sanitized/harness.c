@@ -5,7 +5,8 @@
  *
  * An input: 8 bytes that choose the setting, then what the client sends. The client is a thread
  * that sends in pieces and takes the replies; the main thread does what Python does for a request.
- * Replies with a length in their header are checked to be whole.
+ * Replies with a length in their header are checked to be whole. Every second input is for a disk
+ * with an integrity area, whose sums must all be right whenever they are looked at.
  */
 #define _GNU_SOURCE
 #include "../../../native/src/nbd.h"
@@ -259,8 +260,42 @@ static void check_replies(int style)
 
 /* ---- the server ---- */
 
-static int disk;
+static int bare, protected, disk; /* one of the two */
+static struct native_integrity *area, *in_use;
 static struct native_nbd_export export;
+
+/* `data` NULL: zeroes. */
+static void python_writes(const uint8_t *data, uint64_t length, uint64_t offset)
+{
+    struct native_integrity_change change;
+    uint64_t bad;
+    if (in_use)
+        assert(!native_integrity_begin(in_use, disk, &change, data, NULL, length, offset, &bad));
+    if (data)
+        assert(pwrite(disk, data, length, (off_t)offset) == (ssize_t)length);
+    else
+        assert(!fallocate(disk, FALLOC_FL_KEEP_SIZE | FALLOC_FL_PUNCH_HOLE, (off_t)offset,
+                          (off_t)length));
+    if (in_use)
+        assert(!native_integrity_end(in_use, disk, &change, INTEGRITY_DONE));
+}
+
+static void check_disk(void)
+{
+    static uint8_t memory[1 << 20] __attribute__((aligned(4096)));
+    uint64_t bad[1], unreadable = 0, skipped = 0;
+    for (uint64_t at = 0; at < DISK_BYTES; at += sizeof memory)
+        assert(!native_integrity_check(area, protected, memory, sizeof memory, at, bad, 1,
+                                       &unreadable, &skipped));
+    assert(!unreadable && !skipped);
+    native_integrity_pick(area, 1);
+    assert(!native_integrity_clear(area, 1));
+}
+
+static uint64_t smaller(uint64_t a, uint64_t b)
+{
+    return a < b ? a : b;
+}
 
 /* What Python does (gnbd/transmission_io.py). */
 static void serve_request(struct native_nbd *nbd, int style)
@@ -276,8 +311,7 @@ static void serve_request(struct native_nbd *nbd, int style)
         break;
     case NBD_WRITE:
         if (request->length)
-            assert(pwrite(disk, native_nbd_data_of(nbd), request->length,
-                          (off_t)request->offset) == (ssize_t)request->length);
+            python_writes(native_nbd_data_of(nbd), request->length, request->offset);
         break;
     case NBD_STATUS:
         if (style != NBD_SIMPLE && !error) {
@@ -290,8 +324,8 @@ static void serve_request(struct native_nbd *nbd, int style)
     case NBD_ZERO:
         if (!error && request->offset < DISK_BYTES && request->length <= DISK_BYTES &&
             request->length)
-            assert(!fallocate(disk, FALLOC_FL_KEEP_SIZE | FALLOC_FL_PUNCH_HOLE,
-                              (off_t)request->offset, (off_t)request->length));
+            python_writes(NULL, smaller(request->length, DISK_BYTES - request->offset),
+                          request->offset);
         break;
     case 0x4303:
         native_nbd_leave(nbd);
@@ -349,6 +383,9 @@ static void run_input(void)
     int pair[2], style = input[STYLE] % 3, variant = input[VARIANT] % VARIANTS;
     assert(input_length >= SETTING_BYTES);
     assert(!socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, pair));
+    in_use = input[STATUS_ROWS] % 2 ? area : NULL;
+    disk = in_use ? protected : bare;
+    native_nbd_export_protect(&export, in_use);
     native_nbd_export_set(&export, variant == PYTHON ? -1 : disk, DISK_BYTES,
                           variant == READ_ONLY, variant == ALIGNED ? 512 : 1);
     native_nbd_set_memory_max(draw(4) ? (uint64_t)64 << 20 : 1 << 20, 1);
@@ -359,6 +396,8 @@ static void run_input(void)
     await_client();
     if (!hung_up)
         check_replies(style);
+    if (in_use && !draw(32))
+        check_disk();
 }
 
 static void replay(const char *path)
@@ -391,9 +430,14 @@ static void run(uint64_t seed, uint64_t count, const char *path)
 int main(int count, char **arguments)
 {
     pthread_t thread;
-    disk = memfd_create("disk", MFD_CLOEXEC);
+    int sums = memfd_create("sums", MFD_CLOEXEC), error;
+    bare = memfd_create("disk", MFD_CLOEXEC);
+    protected = memfd_create("protected", MFD_CLOEXEC);
     input = malloc(INPUT_BYTES_MAX);
-    assert(input && disk >= 0 && !ftruncate(disk, (off_t)DISK_BYTES));
+    assert(input && !ftruncate(bare, (off_t)DISK_BYTES));
+    assert(!ftruncate(protected, (off_t)DISK_BYTES) && !ftruncate(sums, (off_t)INTEGRITY_SUMS_AT));
+    area = native_integrity_open(sums, DISK_BYTES, -1, &error);
+    assert(area);
     assert(!pthread_create(&thread, NULL, client, NULL));
     if (count == 5 && !strcmp(arguments[1], "run"))
         run(strtoull(arguments[2], NULL, 10), strtoull(arguments[3], NULL, 10), arguments[4]);

@@ -1,0 +1,272 @@
+"""Exports with an integrity area, as clients and administrators see them."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import threading
+from contextlib import contextmanager
+
+import pytest
+
+from gnbd import protocol as p
+from gnbd.integrity_io import area_path
+from tests.gnbd.harness import GnbdServer, export_toml, free_port, running, wait_for
+from tests.gnbd.raw import RawClient
+
+MIB = 1 << 20
+SIZE = 24 * MIB + 1536
+ON = 'integrity = "crc32c"\n'
+
+
+def protected(tmp_path, more: str = "", filters: str = "") -> str:
+    return export_toml("disk", tmp_path / "disk.img", size=str(SIZE), filters=filters) + ON + more
+
+
+@pytest.fixture(params=["", '"stats"', "direct"])
+def server(tmp_path, request):
+    """Through C, through Python, past the page cache."""
+    if request.param == "direct":
+        exports = protected(tmp_path, "direct = true\n")
+    else:
+        exports = protected(tmp_path, filters=request.param)
+    with running(tmp_path, exports, joined=False) as server:
+        yield server
+
+
+def said(server: GnbdServer, *arguments: str):
+    done = server.ctl("--json", *arguments)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def damage(server: GnbdServer, offset: int, data: bytes = b"?") -> None:
+    """Behind the server's back."""
+    with open(server.directory / "disk.img", "r+b") as file:
+        file.seek(offset)
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def test_damage_is_eio_with_the_address(server):
+    """For the block alone, until it is written anew; counted and logged."""
+    with RawClient(server) as client:
+        assert client.option(p.OPT_STRUCTURED_REPLY)[-1][0] == p.REP_ACK
+        client.go("disk")
+        data = random.Random(1).randbytes(2 * MIB)
+        assert client.request(p.CMD_WRITE, 0, data) == 0
+        assert client.request(p.CMD_FLUSH) == 0
+        damage(server, MIB + 512)
+        for flags in (0, p.CMD_FLAG_DF):
+            assert client.request(p.CMD_READ, 0, length=2 * MIB, flags=flags) == p.EIO
+            assert client.why == f"checksum mismatch in the block at {MIB}"
+        durable = p.CMD_FLAG_FUA  # part of a bad block; nobody is cut off for that
+        assert client.request(p.CMD_WRITE, MIB, b"x" * 512, flags=durable) == p.EIO
+        assert client.request(p.CMD_TRIM, MIB, length=512) == p.EIO
+        assert f"{MIB}" in client.why
+        assert client.request(p.CMD_WRITE, MIB, b"n" * 4096, flags=durable) == 0
+    with RawClient(server, "disk") as client:
+        assert client.read(MIB + 512, 512) == b"n" * 512
+    wait_for(lambda: f"offset={MIB}" in server.log.read_text(), "it is logged")
+    assert "export='disk'" in server.log.read_text()
+    assert said(server, "exports")[0]["integrity"]["mismatches"] >= 4
+    assert said(server, "stats")[0]["counters"]["checksum_mismatches"] >= 4
+
+
+def test_foreign_clients_find_it(server, tmp_path):
+    """nbdcopy and qemu-io fail instead of giving bad bytes; they agree with the disk before."""
+    source = tmp_path / "source"
+    source.write_bytes(random.Random(3).randbytes(8 * MIB) + bytes(8 * MIB + 1536))
+    uri = f"{server.uri}/disk"
+
+    def run(*command: str):
+        return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+    assert run("nbdcopy", "--flush", str(source), uri).returncode == 0
+    assert run("nbdcopy", uri, str(tmp_path / "back")).returncode == 0
+    back = (tmp_path / "back").read_bytes()
+    assert back == source.read_bytes().ljust(SIZE, b"\0")
+    damage(server, 5 * MIB + 1)
+    damage(server, 20 * MIB, b"in a hole")
+    assert run("nbdcopy", uri, str(tmp_path / "back")).returncode != 0
+    for place in ("5M", "20M"):
+        done = run("qemu-io", "-f", "raw", "-c", f"read {place} 64k", uri)
+        assert "Input/output error" in done.stdout + done.stderr
+
+
+def test_data_that_became_a_hole_is_found_by_a_copy(tmp_path):
+    """BLOCK_STATUS does not call it a hole, so that it is read."""
+    with running(tmp_path, protected(tmp_path), joined=False) as server:
+        with RawClient(server, "disk") as client:
+            assert client.request(p.CMD_WRITE, 4 * MIB, b"x" * MIB) == 0
+        os.truncate(tmp_path / "disk.img", 0)
+        os.truncate(tmp_path / "disk.img", SIZE)
+        command = ["nbdcopy", f"{server.uri}/disk", "null:"]
+        assert subprocess.run(command, capture_output=True, timeout=60).returncode != 0
+
+
+def test_metrics_count_mismatches(tmp_path):
+    import urllib.request
+
+    port = free_port()
+    with running(
+        tmp_path, protected(tmp_path), joined=False, head=f'metrics = "127.0.0.1:{port}"\n'
+    ) as server:
+        with RawClient(server, "disk") as client:
+            assert client.request(p.CMD_WRITE, 0, b"x" * 4096) == 0
+            damage(server, 0)
+            assert client.request(p.CMD_READ, 0, length=1) == p.EIO
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=20) as answer:
+            text = answer.read().decode()
+    assert 'gnbd_checksum_mismatches_total{export="disk"} 1.0' in text
+    assert 'gnbd_integrity_regions{export="disk",state="flux"} 1.0' in text
+
+
+class Load:
+    """Clients that write over each other all the time, and read: no reader may be refused."""
+
+    def __init__(self, server: GnbdServer, seed: int, clients: int = 4) -> None:
+        self.server = server
+        self.ended = threading.Event()
+        self.refused: list[str] = []
+        self.written = 0
+        self.threads = [
+            threading.Thread(target=self._run, args=(random.Random(seed + n),))
+            for n in range(clients)
+        ]
+        for thread in self.threads:
+            thread.start()
+
+    def _run(self, chance: random.Random) -> None:
+        try:
+            with RawClient(self.server, "disk") as client:
+                while not self.ended.is_set():
+                    self._request(client, chance)
+        except (EOFError, OSError):
+            pass  # it was killed
+
+    def _request(self, client: RawClient, chance: random.Random) -> None:
+        offset = chance.choice([0, 4 * MIB, 8 * MIB]) + chance.randrange(60_000)
+        length = chance.choice([100, 4096, 20_000])
+        kind = chance.choice([p.CMD_WRITE] * 4 + [p.CMD_TRIM, p.CMD_WRITE_ZEROES, p.CMD_READ])
+        flags = chance.choice([0, 0, 0, p.CMD_FLAG_FUA])
+        if kind == p.CMD_READ:
+            error = client.request(kind, offset, length=length)
+            if not error:
+                client.take(length)
+        elif kind == p.CMD_WRITE:
+            error = client.request(kind, offset, chance.randbytes(length), flags=flags)
+            self.written += 1
+        else:
+            error = client.request(kind, offset, length=length, flags=flags)
+        if error:
+            self.refused.append(f"command {kind} at {offset}: error {error}")
+
+    def wait(self, writes: int) -> None:
+        target = self.written + writes
+        wait_for(lambda: self.written >= target or bool(self.refused), "writes")
+
+    def end(self) -> None:
+        self.ended.set()
+        for thread in self.threads:
+            thread.join(60)
+        assert not self.refused
+
+
+@contextmanager
+def load(server: GnbdServer, seed: int):
+    clients = Load(server, seed)
+    try:
+        yield clients
+    finally:
+        clients.end()
+
+
+def whole_disk(server: GnbdServer) -> None:
+    """Every block can be read."""
+    with RawClient(server, "disk") as client:
+        for offset in range(0, SIZE, 8 * MIB):
+            client.read(offset, min(8 * MIB, SIZE - offset))
+
+
+@pytest.mark.parametrize("filters", ["", '"volatile"'])
+def test_killed_under_load(tmp_path, filters):
+    """kill -9 at random points, with the page cache or without: no block is refused afterwards."""
+    seed = random.SystemRandom().randrange(1 << 32)
+    print(f"seed {seed}")
+    chance = random.Random(seed)
+    with running(tmp_path, protected(tmp_path, filters=filters), joined=False) as server:
+        for turn in range(6):
+            with load(server, seed + 10 * turn) as clients:
+                clients.wait(chance.randrange(1, 300))
+                server.kill()
+            server.start()
+            whole_disk(server)
+        assert server.stop() == 0
+        server.start()
+        assert said(server, "exports")[0]["integrity"]["unsettled_regions"] == 0
+        whole_disk(server)
+        damage(server, 4 * MIB + 4096)
+        with RawClient(server, "disk") as client:
+            assert client.request(p.CMD_READ, 4 * MIB, length=8192) == p.EIO
+
+
+def test_regions_that_rest_become_clean(tmp_path):
+    """By itself; what is damaged during a kill afterwards is found."""
+    with running(tmp_path, protected(tmp_path), joined=False) as server:
+        with RawClient(server, "disk") as client:
+            assert client.request(p.CMD_WRITE, 0, b"x" * 8192) == 0
+        assert said(server, "exports")[0]["integrity"]["flux_regions"] == 1
+        wait_for(lambda: said(server, "exports")[0]["integrity"]["flux_regions"] == 0, "it rests")
+        server.kill()
+        damage(server, 4096)
+        server.start()
+        with RawClient(server, "disk") as client:
+            assert client.read(0, 4096) == b"x" * 4096
+            assert client.request(p.CMD_READ, 4096, length=4096) == p.EIO
+
+
+def test_it_grows_with_its_disk(tmp_path):
+    """Under a client, and over a restart."""
+    with running(tmp_path, protected(tmp_path), joined=False) as server:
+        with RawClient(server, "disk") as client:
+            assert client.request(p.CMD_WRITE, SIZE - 100, b"e" * 100) == 0
+            assert server.ctl("resize", "disk", "40M").returncode == 0
+            assert client.request(p.CMD_WRITE, 40 * MIB - 10, b"f" * 10) == 0
+            assert client.read(SIZE - 100, 200) == b"e" * 100 + bytes(100)
+        assert server.stop() == 0
+        damage(server, 40 * MIB - 1)
+        server.start()
+        with RawClient(server, "disk") as client:
+            assert client.read(SIZE - 100, 200) == b"e" * 100 + bytes(100)
+            assert client.request(p.CMD_READ, 40 * MIB - 10, length=10) == p.EIO
+
+
+def test_what_is_refused_at_the_start(tmp_path):
+    """A disk that is gone, a damaged header; --check-config says it too, and makes nothing."""
+    with running(tmp_path, protected(tmp_path), joined=False) as server:
+        with RawClient(server, "disk") as client:
+            assert client.request(p.CMD_WRITE, 0, b"x") == 0
+        assert server.stop() == 0
+        area = area_path(server.state_dir, "disk")
+
+        def refusal() -> str:
+            command = server.command("--check-config")
+            done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+            assert done.returncode
+            return done.stderr
+
+        (tmp_path / "disk.img").rename(tmp_path / "elsewhere")
+        assert "is gone" in refusal()
+        assert not (tmp_path / "disk.img").exists()
+        (tmp_path / "elsewhere").rename(tmp_path / "disk.img")
+        good = area.read_bytes()
+        area.write_bytes(b"?" * 8192 + good[8192:])
+        assert "damaged" in refusal()
+        area.write_bytes(b"?" * 4096 + good[4096:])  # one copy is enough
+        server.start()
+        with RawClient(server, "disk") as client:
+            assert client.read(0, 1) == b"x"
