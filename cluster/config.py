@@ -18,6 +18,7 @@ from cluster.decoding import BROKEN
 from cluster.errors import ConfigError
 from cluster.ids import NODE_ID_MAX, NodeId
 from cluster.state import ClusterState
+from cluster.tls import TlsSection
 
 T = TypeVar("T")
 
@@ -79,6 +80,7 @@ class NodeConfig(msgspec.Struct, forbid_unknown_fields=True):
     cluster: ClusterSection
     node: NodeSection
     ports: PortsSection = msgspec.field(default_factory=PortsSection)
+    tls: TlsSection | None = None
 
 
 class Token(msgspec.Struct, frozen=True):
@@ -115,6 +117,8 @@ def encode_node_config(config: NodeConfig) -> str:
     lines = ["[cluster]", *table(config.cluster)]
     lines += ["", "[node]", *table(config.node)]
     lines += ["", "[ports]", *table(config.ports)]
+    if config.tls is not None:
+        lines += ["", "[tls]", *table(config.tls)]
     return "\n".join(lines) + "\n"
 
 

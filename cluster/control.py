@@ -21,6 +21,7 @@ import msgspec
 
 from cluster.decoding import decode_untrusted
 from cluster.ids import Epoch, Incarnation, Instance, InstanceNo, NodeId, ServerId
+from cluster.tls import TlsSection
 
 
 class Call(msgspec.Struct, tag="call", tag_field="t"):
@@ -101,6 +102,7 @@ class InstanceGranted(msgspec.Struct, frozen=True):
     servers: list[ServerInfo]
     view: ViewInfo
     guard_socket: str
+    tls: TlsSection | None = None
 
 
 class GroupMember(msgspec.Struct, frozen=True):

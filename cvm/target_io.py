@@ -507,14 +507,15 @@ async def close_legs(device: VolumeDevice) -> None:
 
 def gnbd_legs(granted: InstanceGranted, nursery: trio.Nursery) -> OpenLeg:
     """Legs on block servers, logged in as the granted instance; their tasks run in `nursery`."""
-    from gnbd.client_io import open_device
+    from gnbd.client_io import Options, open_device
 
     secret = bytes.fromhex(granted.secret)
+    options = Options(tls=granted.tls)
 
     async def open_leg(leg: Leg, volume_map: VolumeMap) -> BlockDevice:
         server = _server_of(leg, volume_map.servers, granted.servers)
         device: BlockDevice = await open_device(
-            server, leg.export, granted.instance, secret, nursery
+            server, leg.export, granted.instance, secret, nursery, options
         )
         return device
 

@@ -11,9 +11,7 @@ is not dead.
 from __future__ import annotations
 
 import itertools
-import os
 import secrets
-import socket
 from collections.abc import Sequence
 
 import msgspec
@@ -22,14 +20,16 @@ import trio
 
 from cluster.control import ServerInfo
 from cluster.device import Buffer
-from cluster.errors import BarredError, StackError, UnreachableError, UsageError
+from cluster.errors import BarredError, ForeignError, StackError, UnreachableError, UsageError
 from cluster.ids import Epoch, Instance
 from cluster.paths_io import boottime_ns
+from cluster.tls import TlsSection
 from gnbd import messages as m
 from gnbd import protocol as p
 from gnbd.client import ClientCore, Lane, Path, Request
+from gnbd.connection_io import Connection, connect
 from gnbd.control_client_io import drive
-from gnbd.dialogues import go_dialogue, login_dialogue
+from gnbd.dialogues import go_dialogue, greeting_dialogue, login_dialogue, starttls_dialogue
 from gnbd.link_io import REQUEST_BYTES_MAX, Group, Link
 
 RETRY_FIRST_S = 0.02
@@ -44,12 +44,14 @@ log = structlog.get_logger("gnbd.client")
 
 
 class Options(msgspec.Struct, frozen=True):
-    """How a device behaves. `sequence`: the volume sequence number declared at LOGIN."""
+    """How a device behaves. `sequence`: the volume sequence number declared at LOGIN. `tls`: the
+    certificates, if the server is to be spoken to over TLS."""
 
     connections_per_path: int = 1
     dead_ms: int = DEAD_MS_DEFAULT
     path_ms: int = PATH_MS_DEFAULT
     sequence: int = 0
+    tls: TlsSection | None = None
 
 
 class GnbdDevice:
@@ -71,6 +73,7 @@ class GnbdDevice:
         self._wake = trio.Event()
         self._opened = trio.Event()
         self._fatal: StackError | None = None
+        self._problems: dict[int, str] = {}
         self._scope = trio.CancelScope()
         self._closed = False
         self._logins = 0
@@ -172,6 +175,7 @@ class GnbdDevice:
             "installed": core.installed,
             "required": core.required,
             "barred": core.barred,
+            "problems": dict(self._problems),
         }
 
     async def aclose(self) -> None:
@@ -307,37 +311,52 @@ class GnbdDevice:
 
     async def _path_once(self, path: Path, scope: trio.CancelScope) -> None:
         """One life of a path: connect, serve, clean up."""
-        sockets: list[socket.socket] = []
+        connections: list[Connection] = []
         links: list[Link] = []
         try:
             async with trio.open_nursery() as nursery:
                 for _ in range(self._options.connections_per_path):
-                    sock = await self._connect(path)
-                    sockets.append(sock)
-                    if not await self._negotiate(path, sock):
+                    address = self.server.addresses[path.index]
+                    dead_ms = self._options.dead_ms
+                    connection = await connect(address, self.server.port, dead_ms)
+                    connections.append(connection)
+                    if not await self._negotiate(path, connection):
                         scope.cancel()
                         return
-                    # It would also break a window that a slow server keeps closed, again and again
-                    # before its first answer: from here on `_ping_loop` judges.
-                    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 0)
-                    link = Link(self, self.core.lane_up(path, boottime_ns()), sock, scope)
+                    connection.patient()  # from here on `_ping_loop` judges
+                    lane = self.core.lane_up(path, boottime_ns())
+                    link = Link(self, lane, connection.sock, scope)
+                    link.wire = connection.wire
                     links.append(link)
                     self._links[id(link.lane)] = link
                     nursery.start_soon(link.receive_loop)
                     nursery.start_soon(link.send_loop)
                 nursery.start_soon(self._ping_loop, links)
                 self._opened.set()
+                self._problems.pop(path.index, None)
                 self.pump()
         except* (OSError, StackError) as group:
-            log.debug("path", server=self.server.name, path=path.index, error=str(group.exceptions))
+            self._note_problem(path, group)
         finally:
             for link in links:
                 self._links.pop(id(link.lane), None)
                 link.interrupt()
-            for sock in sockets:
-                sock.close()
+            for connection in connections:
+                connection.close()
             self.core.path_lost(path, boottime_ns())
             self.pump()
+
+    def _note_problem(self, path: Path, group: BaseExceptionGroup[OSError | StackError]) -> None:
+        """Why a path is down. Before the device is open, what no waiting can mend ends it."""
+        error: BaseException = group
+        while isinstance(error, BaseExceptionGroup):
+            error = error.exceptions[0]
+        if self._problems.get(path.index) != str(error):
+            self._problems[path.index] = str(error)
+            log.info("path is down", device=self.name, path=path.index, error=str(error))
+        if isinstance(error, (UsageError, ForeignError)) and not self._opened.is_set():
+            self._fatal = error
+            self._opened.set()
 
     async def _ping_loop(self, links: list[Link]) -> None:
         """Ask where requests wait for an answer that does not come, and now and then elsewhere."""
@@ -364,44 +383,31 @@ class GnbdDevice:
     def _has_other_path(self, path: Path) -> bool:
         return any(other.lanes for other in self.core.paths if other is not path)
 
-    async def _connect(self, path: Path) -> socket.socket:
-        address = self.server.addresses[path.index]
-        family = socket.AF_INET6 if ":" in address else socket.AF_INET
-        sock = trio.socket.socket(family, socket.SOCK_STREAM)
-        try:
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 1)
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 1)
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, self._options.dead_ms)
-            with trio.fail_after(self._options.dead_ms / 1000):
-                await sock.connect((address, self.server.port))
-        except trio.TooSlowError as error:
-            sock.close()
-            raise UnreachableError(f"{address} does not answer") from error
-        except BaseException:
-            sock.close()
-            raise
-        plain = socket.socket(fileno=os.dup(sock.fileno()))
-        sock.close()
-        plain.setblocking(False)
-        return plain
-
-    async def _negotiate(self, path: Path, sock: socket.socket) -> bool:
-        """Greeting, LOGIN, GO. False: not now."""
+    async def _negotiate(self, path: Path, connection: Connection) -> bool:
+        """Greeting, TLS, LOGIN, GO. False: not now."""
         if self._closed:
             return False
         self._logins += 1
         try:
-            return await self._log_in(path, sock)
+            return await self._log_in(path, connection)
+        except UnreachableError:
+            connection.raise_alert()
+            raise
         finally:
             self._logins -= 1
             self._logins_over.set()
             self._logins_over = trio.Event()
 
-    async def _log_in(self, path: Path, sock: socket.socket) -> bool:
-        stream = trio.SocketStream(trio.socket.from_stdlib_socket(sock.dup()))
-        async with stream:
+    async def _log_in(self, path: Path, connection: Connection) -> bool:
+        tls = self._options.tls
+        async with connection.stream() as stream:
+            await drive(greeting_dialogue(), stream)
+            secure = tls is not None and await drive(
+                starttls_dialogue(required=tls.required), stream
+            )
+        if tls is not None and secure:
+            await connection.start_tls(tls, self.server.name, self._options.dead_ms)
+        async with connection.stream() as stream:
             hello = m.LoginHello(
                 self._instance, self.export, path.index, path.generation,
                 secrets.token_bytes(m.NONCE_BYTES), self._sequence,

@@ -66,7 +66,7 @@ class Connection:
     @property
     def client(self) -> str:
         """The name in its certificate."""
-        return self.tls.client if self.tls is not None else ""
+        return self.tls.peer if self.tls is not None else ""
 
     def start_tls(self, context: ssl.SSLContext, timeout_s: float) -> None:
         """From now on `sock` is behind TLS. Raises OSError."""

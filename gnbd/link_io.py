@@ -103,7 +103,8 @@ class Link:
     ) -> None:
         self._owner = owner
         self.lane = lane
-        self._sock = sock
+        self._sock = self.wire = sock
+        """`wire` is another one under TLS."""
         self._scope = scope
         self._out: list[Buffer] = []
         self._sender: trio.lowlevel.Task | None = None
@@ -140,7 +141,7 @@ class Link:
         acknowledgement alone may be old."""
         now_ns = boottime_ns()
         try:
-            info = self._sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO.size)
+            info = self.wire.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO.size)
         except OSError:
             return True
         probes, segments, last_heard_ms = _TCP_INFO.unpack(info)

@@ -1,4 +1,4 @@
-"""TLS of a connection: a thread that carries bytes between the client and a socket pair.
+"""TLS of a connection: a thread that carries bytes between the peer and a socket pair.
 
 Everything behind that pair, negotiation and transmission in C, is the same as without TLS: there is
 no second semantics, only copies. Both directions share the thread, because a TLS session must not
@@ -12,7 +12,8 @@ import socket
 import ssl
 import threading
 
-from cluster.errors import ConfigError
+from cluster.errors import ConfigError, ForeignError
+from cluster.tls import TlsSection
 from gnbd.exports import Tls
 
 PIECE_BYTES = 256 << 10
@@ -32,8 +33,43 @@ def server_context(tls: Tls) -> ssl.SSLContext:
     return context
 
 
+def client_context(tls: TlsSection) -> ssl.SSLContext:
+    """The same for a client. The server's name is the caller's to check. Raises ConfigError."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.check_hostname = False
+    try:
+        context.load_cert_chain(tls.certificate, tls.key)
+        context.load_verify_locations(tls.authority)
+    except (OSError, ssl.SSLError) as error:
+        raise ConfigError(
+            f"[tls]: the certificates cannot be used: {error}", hint="see [tls] in node.toml"
+        ) from error
+    return context
+
+
+def secure(sock: socket.socket, tls: TlsSection, server: str, timeout_s: float) -> TlsLink:
+    """The client's handshake of TLS with the server of that name (blocking). `sock` is used up.
+    Raises ConfigError, ForeignError, OSError."""
+    context = client_context(tls)
+    try:
+        link = TlsLink(sock, context, timeout_s, server_side=False)
+    except ssl.SSLCertVerificationError as error:
+        raise ForeignError(
+            f"the certificate of server {server} is not believed: {error.verify_message}",
+            hint="see [tls] in node.toml: authority must be that of the servers' certificates",
+        ) from error
+    if link.peer != server:
+        link.abandon()
+        raise ForeignError(
+            f"the certificate of server {server} names {link.peer!r}",
+            hint="give the server a certificate whose common name is its name in the cluster",
+        )
+    return link
+
+
 def name_of(secured: ssl.SSLSocket) -> str:
-    """Whom the client's certificate names: its common name, else its first DNS name."""
+    """Whom the peer's certificate names: its common name, else its first DNS name."""
     found: dict[str, object] = dict(secured.getpeercert() or {})
     for part in found.get("subject", ()):  # type: ignore[attr-defined]
         for key, value in part:
@@ -46,24 +82,44 @@ def name_of(secured: ssl.SSLSocket) -> str:
 
 
 class TlsLink:
-    """One connection under TLS. `inner` is for the server: plain bytes."""
+    """One connection under TLS. `inner` is for its user: plain bytes."""
 
-    def __init__(self, sock: socket.socket, context: ssl.SSLContext, timeout_s: float) -> None:
+    def __init__(
+        self,
+        sock: socket.socket,
+        context: ssl.SSLContext,
+        timeout_s: float,
+        *,
+        server_side: bool = True,
+    ) -> None:
         """The handshake of TLS. Raises OSError."""
         sock.settimeout(timeout_s)
-        self._outer = context.wrap_socket(sock, server_side=True)
-        self.client = name_of(self._outer)
+        self.problem = ""
+        """Why it ended, if not in order."""
+        self._outer = context.wrap_socket(sock, server_side=server_side)
+        self.peer = name_of(self._outer)
         self.inner, self._pair = socket.socketpair()
         self._outer.setblocking(False)
         self._pair.setblocking(False)
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
+    @property
+    def wire(self) -> socket.socket:
+        """What leads to the peer: to be asked about, not to be used."""
+        return self._outer
+
+    def abandon(self) -> None:
+        """End it now; what is on the way is lost."""
+        self.inner.close()
+        self.close(0)
+
     def close(self, timeout_s: float) -> None:
-        """After `inner` was closed: passes on what it sent, if the client takes it."""
+        """After `inner` was closed: passes on what it sent, if the peer takes it."""
         self._thread.join(timeout_s)
         try:
-            self._outer.shutdown(socket.SHUT_RDWR)
+            # SSLSocket's own forgets its session first: the thread would send on without TLS.
+            socket.socket.shutdown(self._outer, socket.SHUT_RDWR)
         except OSError:
             pass  # the peer was faster
         self._thread.join()
@@ -72,8 +128,8 @@ class TlsLink:
     def _run(self) -> None:
         try:
             self._carry()
-        except OSError:
-            pass  # either side has gone: the other one learns it now
+        except OSError as error:  # either side has gone: the other one learns it now
+            self.problem = str(error)
         finally:
             self._pair.close()
 

@@ -138,6 +138,7 @@ class Instances:
             servers=daemon.state.servers,
             view=daemon.view,
             guard_socket=str(guard_socket()),
+            tls=daemon.config.tls,
         )
 
     def _refuse_second_mount(self, mountpoint: str) -> None:

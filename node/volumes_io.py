@@ -42,7 +42,7 @@ from cvm.bounded_io import BoundedDevice
 from cvm.layout import VolumeMap
 from cvm.manager import Identity, Manager, Node
 from cvm.seams import ExportInfo, Opener, VgEntry
-from gnbd.client_io import GnbdDevice, open_device
+from gnbd.client_io import GnbdDevice, Options, open_device
 from node.clusterd_io import CLUSTERD, Clusterd
 from node.instances import LocalInstance
 
@@ -264,8 +264,9 @@ class Volumes:
             secret = instance_secret(key, self._daemon.cluster_id, self._me)
             assert self._daemon.nursery is not None
             with trio.move_on_after(OPEN_DEVICE_S):
+                options = Options(tls=self._daemon.config.tls)
                 device = await open_device(
-                    server, export, self._me, secret, self._daemon.nursery
+                    server, export, self._me, secret, self._daemon.nursery, options
                 )
                 device.set_epoch(self._daemon.view.epoch)
                 self._devices[pv] = device

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.gnbd.certificates import Authority
+
 ROOT = Path(__file__).resolve().parents[2]
 _spec = importlib.util.spec_from_file_location("cvm_harness", ROOT / "tests/node/harness.py")
 assert _spec is not None
@@ -72,11 +74,11 @@ class Worker:
         return self.lines[-1]
 
 
-def prepared(cluster):
+def prepared(cluster, head=""):
     first, second = cluster.up(2, voters=False)
     servers = [harness.Server(cluster, number) for number in (1, 2)]
     for server in servers:
-        server.configure("512M")
+        server.configure("512M", head=head.format(server.name))
         server.start()
     first.tool("cvm.cli", "vgcreate", "vg0", "s1/disk0", "s2/disk0")
     second.tool("cvm.cli", "lvcreate", "-n", "vol0", "-i", "2", "-L", "96m", "vg0")
@@ -155,3 +157,32 @@ def test_changes_with_two_workers_and_a_power_cut_of_a_server(cluster) -> None:
     assert [one["verdict"] for one in verdicts] == ["ok", "ok"]
     assert group(first)["lvs"][0]["lv_size"] == 128 << 20
     first.tool("cvm.cli", "lvremove", "-y", "vg0/vol0")
+
+
+def test_a_cluster_whose_servers_demand_tls(cluster, tmp_path) -> None:
+    """Volume manager and mounts come in with the node's certificate; a server that is killed and
+    a volume that grows change nothing about that."""
+    authority = Authority(tmp_path / "authority")
+    for name, kind in (("s1", "server"), ("s2", "server"), ("n1", "client"), ("n2", "client")):
+        authority.issue(name, kind)
+    place = authority.directory
+    for number in (1, 2):
+        cluster.node(number).more_config = (
+            f'\n[tls]\ncertificate = "{place}/n{number}/client-cert.pem"\n'
+            f'key = "{place}/n{number}/client-key.pem"\n'
+            f'authority = "{authority.certificate}"\nrequired = true\n'
+        )
+    head = (
+        f'tls = {{{{certificate = "{place}/{{0}}/server-cert.pem", '
+        f'key = "{place}/{{0}}/server-key.pem", authority = "{authority.certificate}", '
+        "required = true}}\n"
+    )
+    first, second, servers = prepared(cluster, head)
+    workers = [Worker(node, "vg0/vol0") for node in (first, second)]
+    servers[0].kill()
+    servers[0].start()
+    second.tool("cvm.cli", "lvextend", "-l", "+2", "vg0/vol0")
+    for worker in workers:
+        worker.progress()
+    for worker in workers:
+        assert worker.finish()["verdict"] == "ok"

@@ -40,7 +40,9 @@ class Authority:
         return certificate.public_bytes(serialization.Encoding.PEM)
 
     @staticmethod
-    def _builder(subject: str, public, issuer: str) -> x509.CertificateBuilder:
+    def _builder(
+        subject: str, public, issuer: str, ended: datetime.timedelta = -DAY
+    ) -> x509.CertificateBuilder:
         now = datetime.datetime.now(datetime.UTC)
         return (
             x509.CertificateBuilder()
@@ -48,21 +50,22 @@ class Authority:
             .issuer_name(_name(issuer))
             .public_key(public)
             .serial_number(x509.random_serial_number())
-            .not_valid_before(now - DAY)
-            .not_valid_after(now + DAY)
+            .not_valid_before(now - 3 * DAY)
+            .not_valid_after(now - ended)
         )
 
-    def issue(self, name: str, kind: str) -> Path:
-        """`kind`: server or client. Gives the directory with KIND-cert.pem and KIND-key.pem."""
+    def issue(self, name: str, kind: str, *, place: str = "", expired: bool = False) -> Path:
+        """`kind`: server or client. Gives the directory, which is called like the name or `place`,
+        with KIND-cert.pem and KIND-key.pem."""
         key = ec.generate_private_key(ec.SECP256R1())
         names = [x509.DNSName("localhost"), x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]
         certificate = (
-            self._builder(name, key.public_key(), "authority")
+            self._builder(name, key.public_key(), "authority", DAY if expired else -DAY)
             .add_extension(x509.SubjectAlternativeName(names), critical=False)
             .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
             .sign(self._key, hashes.SHA256())
         )
-        directory = self.directory / name
+        directory = self.directory / (place or name)
         directory.mkdir()
         (directory / "ca-cert.pem").write_bytes(self.certificate.read_bytes())
         (directory / f"{kind}-cert.pem").write_bytes(self._pem(certificate))

@@ -12,8 +12,11 @@ import pytest
 import trio
 
 from cluster.paths_io import boottime_ns
+from cluster.tls import TlsSection
+from tests.gnbd.certificates import Authority
 from tests.gnbd.harness import GnbdServer, export_toml
 from tests.gnbd.test_client_io import MEMBERS, eventually, opened
+from tests.gnbd.test_tls import tls_head
 
 MIB = 1 << 20
 ADDRESSES = ("10.213.1.2", "10.213.2.2")
@@ -25,7 +28,7 @@ def ip(*arguments: str) -> None:
 
 @pytest.fixture
 def far_server(tmp_path):
-    """A server in a namespace of its own, two links away."""
+    """A server in a namespace of its own, two links away, with TLS for who wants it."""
     name = f"gnbd-test-{os.getpid()}"
     links = [f"gt{os.getpid() % 100000}a{n}" for n in (1, 2)]
     server = GnbdServer(tmp_path, export_toml("disk0", tmp_path / "d.img", "cluster"), ADDRESSES)
@@ -37,6 +40,10 @@ def far_server(tmp_path):
             ip("link", "set", link, "up")
             ip("-n", name, "addr", "add", f"10.213.{number}.2/24", "dev", f"far{number}")
             ip("-n", name, "link", "set", f"far{number}", "up")
+        authority = Authority(tmp_path / "authority")
+        authority.issue("s1", "server")
+        authority.issue("n1", "client")
+        server.head = tls_head(authority)
         server.prefix = ["ip", "netns", "exec", name]
         server.join()
         server.start()
@@ -84,12 +91,15 @@ def test_silent_network(far_server):
     trio.run(body)
 
 
-def test_a_path_that_acknowledges_nothing_is_given_up_soon(far_server):
+@pytest.mark.parametrize("secured", [False, True], ids=["plain", "TLS"])
+def test_a_path_that_acknowledges_nothing_is_given_up_soon(far_server, tmp_path, secured):
     """Long before TCP would: what was under way on it ends on the other path."""
     server, namespace = far_server
+    files = ("n1/client-cert.pem", "n1/client-key.pem", "ca-cert.pem")
+    tls = TlsSection(*(str(tmp_path / "authority" / name) for name in files), True)
 
     async def body():
-        async with opened(server, dead_ms=100_000) as device:
+        async with opened(server, dead_ms=100_000, tls=tls if secured else None) as device:
             await eventually(lambda: device.status()["paths"] == [1, 1])
             await trio.to_thread.run_sync(
                 lambda: ip("-n", namespace, "link", "set", "far1", "down")

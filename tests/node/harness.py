@@ -56,6 +56,8 @@ class Node:
         self.addresses = [f"127.{cluster.octet}.{number}.{net}" for net in (1, 2)]
         self.process = None
         self.guard = None
+        self.more_config = ""
+        """For the end of node.toml, before the first start."""
 
     @property
     def environment(self):
@@ -93,6 +95,10 @@ class Node:
     def start(self):
         """Start clusterd; returns when its socket answers."""
         self.base.mkdir(parents=True, exist_ok=True)
+        if self.more_config:
+            with (self.base / "state/node.toml").open("a") as file:
+                file.write(self.more_config)
+            self.more_config = ""
         with (self.base / "log").open("ab") as log:
             self.process = subprocess.Popen(
                 self.command(),
@@ -221,11 +227,11 @@ class Server:
         self.addresses = [f"127.{cluster.octet}.{200 + number}.{net}" for net in (1, 2)]
         self.process = None
 
-    def configure(self, size="256M", filters=("volatile",)):
+    def configure(self, size="256M", filters=("volatile",), head=""):
         self.base.mkdir(parents=True)
         listen = json.dumps(self.addresses)
         (self.base / "exports.toml").write_text(
-            f'state_dir = "{self.base}/state"\nlisten = {listen}\n'
+            f'state_dir = "{self.base}/state"\nlisten = {listen}\n{head}'
             f'[[exports]]\nname = "disk0"\npath = "{self.base}/disk0"\nsize = "{size}"\n'
             f'access = "cluster"\nfilters = {json.dumps(list(filters))}\n'
         )
