@@ -22,6 +22,7 @@ from gnbd.exports import (
     parse_filter,
 )
 from gnbd.filters.stack_io import changed_stack, filters_of
+from gnbd.protection_io import convert
 from gnbd.reload import plan_reload
 from gnbd.service_io import Service
 from gnbd.tls_io import server_context
@@ -92,6 +93,21 @@ class Catalogue:
             export = self._service.export(name)
             export.use(changed_stack(export.backend, action, spec))
 
+    def set_integrity(self, name: str, on: bool) -> str:
+        """Give an export an integrity area, or take it away; a sentence. Raises StackError,
+        OSError."""
+        with self._changing:
+            export = self._service.export(name)
+            wanted = export.config.integrity
+            if name in self._by_hand:
+                export.config.integrity = "kept"
+            elif wanted == ("none" if on else "crc32c"):
+                raise UsageError(
+                    f'the exports file says integrity = "{wanted}" of {name!r}',
+                    hint="change it there, then: gnbdctl reload",
+                )
+            return convert(self._service, export, on)
+
     def reload(self) -> str:
         """Make it so that the exports are those of the file; gives a sentence. What must be refused
         is refused before anything changes. Raises StackError."""
@@ -159,6 +175,8 @@ class Catalogue:
                     top = changed_stack(top, "add", parse_filter(text))
                 export.use(top)
             export.config = after
+        if after.integrity != "kept":
+            convert(service, export, after.integrity == "crc32c")
 
 
 def reload_or_complain(catalogue: Catalogue) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import sys
 import time
 from collections.abc import Callable
 from ipaddress import ip_address
@@ -16,7 +17,7 @@ import msgspec
 
 from cluster.config import SERVER_PORT, NodeConfig, decode_config, read_config_text
 from cluster.control_client_io import call
-from cluster.errors import ConfigError, NotFoundError, UsageError
+from cluster.errors import ConfigError, CorruptionError, NotFoundError, UsageError
 from cluster.ids import Incarnation
 from cluster.paths_io import state_dir
 from cluster.sizes import parse_size
@@ -346,6 +347,60 @@ def filter_command(context: click.Context, export: str, action: str, spec: str) 
         return control.ask(request, m.Done)
 
     _with_control(context, work, lambda _plain: "done")
+
+
+@control_main.command()
+@click.argument("export")
+@click.argument("state", type=click.Choice(["on", "off"]))
+@click.pass_context
+def integrity(context: click.Context, export: str, state: str) -> None:
+    """Keep checksums of an export's blocks from now on, or no more, while it is used. A restart
+    does not forget it."""
+
+    def text(plain: object) -> str:
+        assert isinstance(plain, dict)
+        return str(plain["message"])
+
+    request = m.IntegrityCommand(export, state == "on")
+    _with_control(context, lambda c: c.ask(request, m.Done), text)
+
+
+def _scrub_text(report: m.ScrubReport) -> str:
+    share = 100 * report.checked_bytes // max(report.size_bytes, 1)
+    lines = [
+        f"{report.export}: {report.state}, {report.checked_bytes} of {report.size_bytes} bytes"
+        f" ({share} %) in {report.seconds:.1f} s, {report.mismatches} mismatches"
+    ]
+    lines += [f"mismatch at {address}" for address in report.addresses]
+    if report.unreadable:
+        lines.append(f"{report.unreadable} blocks could not be read")
+    if report.skipped:
+        lines.append(f"{report.skipped} blocks were left out: their sums are being computed")
+    return "\n".join(lines)
+
+
+@control_main.command()
+@click.argument("export")
+@click.argument("action", type=click.Choice(["start", "stop", "status"]), default="start")
+@click.option("--rate", default="100M", help="Bytes a second, at most; 0: no limit.")
+@click.option("--wait", is_flag=True, help="Until it has ended; tells how far it is.")
+@click.pass_context
+def scrub(context: click.Context, export: str, action: str, rate: str, wait: bool) -> None:
+    """Read all of an export and compare it with its checksums, without holding up its clients."""
+    server, config, as_json = context.obj
+    target = _target(server, config)
+    request = m.ScrubCommand(export, action, parse_size(rate))
+    with open_blocking(target.address, target.port, target.keys, target.peer) as control:
+        report = control.ask(request, m.ScrubReport)
+        while wait and report.state == "running":
+            if not as_json:
+                print(_scrub_text(report).partition("\n")[0], file=sys.stderr)
+            time.sleep(1)
+            report = control.ask(m.ScrubCommand(export, "status"), m.ScrubReport)
+    plain = msgspec.to_builtins(report)
+    print(json.dumps(plain, indent=2) if as_json else _scrub_text(report))
+    if report.mismatches or report.unreadable:
+        raise CorruptionError(f"export {export!r} is damaged", hint="see the log of the server")
 
 
 if __name__ == "__main__":

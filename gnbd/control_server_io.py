@@ -26,6 +26,7 @@ from gnbd.control_session import ControlSession, Peer
 from gnbd.exports import checked_filter
 from gnbd.filters.stack_io import filters_of
 from gnbd.identity import ServerIdentity
+from gnbd.protection_io import steer_scrub
 from gnbd.service_io import Service
 from gnbd.voter_io import Voter
 
@@ -115,6 +116,10 @@ class ControlServer:
             case m.FilterCommand(name, action, kind, parameters):
                 spec = checked_filter(kind, parameters, whole=action == "add")
                 self._catalogue.change_filter(name, action, spec)
+            case m.IntegrityCommand(name, on):
+                return m.Done(service.admission.epoch, self._catalogue.set_integrity(name, on))
+            case m.ScrubCommand(name, action, rate_bytes_s):
+                return steer_scrub(service.export(name), action, rate_bytes_s)
             case m.SequenceMinimum():
                 return service.raise_minimum(request)
             case m.Leave(instance):
@@ -169,7 +174,7 @@ class ControlServer:
                 sequence_min=e.sequence_min,
                 cache_generation=e.cache_generation,
                 counters=e.counters(),
-                integrity=e.integrity.area.counters() if e.integrity is not None else {},
+                integrity=e.integrity_counters(),
             )
             for e in list(self._service.exports.values())
         ]

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import msgspec
 
+from cluster.errors import BusyError, UsageError
 from cluster.ids import Instance
 from cluster.paths_io import boottime_ns
 from fencing.reservations import Reservations
@@ -22,11 +23,13 @@ from gnbd.flushes_io import Flushes
 from gnbd.handshake import Offer
 from gnbd.integrity_io import Integrity, check_area, open_area
 from gnbd.keeper_io import Keeper
+from gnbd.scrub_io import Scrub
 from gnbd.tls_io import TlsLink
 from native import nbd as g
 
 CACHE_GENERATION_ERRORS = 1 << 16
 CLUSTERD = 0
+WAIT_STEP_S = 0.05
 _lives = itertools.count(1)
 
 
@@ -112,6 +115,16 @@ class Connection:
             pass  # the peer was faster
 
 
+def wait_finished(victims: list[Connection], own: Connection) -> bool:
+    """Wait until nothing of the victims executes. False if `own` was shut meanwhile: two
+    connections that wait for each other must not wait for ever."""
+    for victim in victims:
+        while not victim.finished.wait(WAIT_STEP_S):
+            if own.closing:
+                return False
+    return not own.closing
+
+
 class ExportRuntime:
     """State of one export. The service guards all but the back end and `flushes`."""
 
@@ -134,8 +147,10 @@ class ExportRuntime:
         self.disk = FileBackend(
             Path(config.path), size_bytes, config.read_only, direct=config.direct
         )
+        self._upkeep = threading.Lock()
         self.integrity: Integrity | None = None
         self.keeper: Keeper | None = None
+        self.scrub: Scrub | None = None
         backend: Backend = self.disk
         for text in config.filters:
             backend = stack_filter(backend, parse_filter(text))
@@ -161,50 +176,80 @@ class ExportRuntime:
         )
 
     def use_integrity(self, integrity: Integrity | None) -> None:
-        """From the next request on; the one before is the caller's to close."""
-        self.integrity = integrity
+        """From the next request on; the one before is the caller's to close, after
+        `stop_upkeep`."""
+        with self._upkeep:
+            self.integrity = integrity
         self.disk.area = integrity.area if integrity is not None else None
         self.shared.protect(self.disk.area)
 
     def keep(self, flush: Callable[[], None]) -> None:
         """Begin the upkeep of the integrity area, if there is one. `flush` makes all data
         durable."""
-        if self.integrity is not None:
-            nothing = self.backend.read_only
-            self.keeper = Keeper(
-                self.name, self.integrity, self.disk.fd, (lambda: None) if nothing else flush
-            )
+        with self._upkeep:
+            if self.integrity is not None:
+                nothing = self.backend.read_only
+                self.keeper = Keeper(
+                    self.name, self.integrity, self.disk.fd, (lambda: None) if nothing else flush
+                )
+
+    def start_scrub(self, rate_bytes_s: int) -> Scrub:
+        """Raises UsageError, BusyError."""
+        with self._upkeep:
+            if self.integrity is None:
+                hint = f"gnbdctl integrity {self.name} on"
+                raise UsageError(f"export {self.name!r} has no integrity area", hint=hint)
+            if self.scrub is not None and self.scrub.is_running:
+                hint = f"see: gnbdctl scrub {self.name} status"
+                raise BusyError(f"a scrub of {self.name!r} is running", hint=hint)
+            self.scrub = Scrub(self.name, self.integrity, self.disk, rate_bytes_s)
+            return self.scrub
+
+    def stop_upkeep(self) -> None:
+        """No thread works on an integrity area any more that is not `integrity`."""
+        with self._upkeep:
+            threads = self.scrub, self.keeper
+            self.scrub = self.keeper = None
+        for thread in threads:
+            if thread is not None:
+                thread.stop()
 
     def end(self) -> None:
         """Make everything durable, and close. Nothing executes any more. Raises OSError when it
         could not be; it is closed all the same."""
         flushed = False
-        if self.keeper is not None:
-            self.keeper.stop()
+        with self._upkeep:
+            integrity, self.integrity = self.integrity, None
+        self.stop_upkeep()
         try:
             if not self.backend.read_only:
                 self.backend.flush()
             flushed = True
         finally:
             try:
-                if self.integrity is not None:
-                    self.integrity.close(flushed)
+                if integrity is not None:
+                    integrity.close(flushed)
             finally:
                 self.backend.close()
 
     def resize(self, size_bytes: int, note: Callable[[], None]) -> None:
         """Grow. `note` makes it durable before anybody may use it. Raises StackError, OSError."""
         self.backend.resize(size_bytes)
-        if self.integrity is not None and self.keeper is not None:
-            self.integrity.grow(self.disk.fd, size_bytes)
-            self.keeper.wake()
+        if (integrity := self.integrity) is not None:
+            integrity.grow(self.disk.fd, size_bytes)
+        if (keeper := self.keeper) is not None:
+            keeper.wake()
         note()
         self.size_bytes = size_bytes
         self.use(self.backend)
 
+    def integrity_counters(self) -> dict[str, int]:
+        """`Area.counters`; empty: it has no integrity area."""
+        return integrity.area.counters() if (integrity := self.integrity) is not None else {}
+
     def counters(self) -> dict[str, int]:
         """Totals of all clients."""
-        found = self.integrity.area.counters()["mismatches"] if self.integrity is not None else 0
+        found = self.integrity_counters().get("mismatches", 0)
         return self.shared.counters() | {"checksum_mismatches": found}
 
     def offer(self) -> Offer:

@@ -182,6 +182,22 @@ class FilterCommand(msgspec.Struct, frozen=True, tag_field="t", tag="filter"):
     parameters: dict[str, int | str] = {}
 
 
+class IntegrityCommand(msgspec.Struct, frozen=True, tag_field="t", tag="integrity"):
+    """Give an export an integrity area, or take it away; answered when it is in force. The sums of
+    what is there are computed afterwards."""
+
+    export: str
+    on: bool
+
+
+class ScrubCommand(msgspec.Struct, frozen=True, tag_field="t", tag="scrub"):
+    """`action`: start, stop or status; `rate_bytes_s` 0: as fast as it goes."""
+
+    export: str
+    action: str
+    rate_bytes_s: int = 0
+
+
 class SequenceMinimum(msgspec.Struct, frozen=True, tag_field="t", tag="minimum"):
     """Refuse every nexus that works with a lower volume sequence number; the answer comes after
     the requests of those have been drained. Never goes down."""
@@ -211,6 +227,8 @@ Request = (
     | ConnectionsRequest
     | PathsRequest
     | FilterCommand
+    | IntegrityCommand
+    | ScrubCommand
     | SequenceMinimum
     | Leave
 )
@@ -218,7 +236,7 @@ Request = (
 
 LOCAL_REQUESTS = (
     Ping, ReserveIn, StatusRequest, ExportsRequest, ExportAdd, ExportRemove, ExportResize, Reload,
-    ConnectionsRequest, PathsRequest, FilterCommand,
+    ConnectionsRequest, PathsRequest, FilterCommand, IntegrityCommand, ScrubCommand,
 )  # fmt: skip
 """What may be asked through the Unix socket in the state directory, whose permissions are all the
 authentication it has: nothing that decides for the cluster."""
@@ -323,6 +341,23 @@ class ExportsReport(msgspec.Struct, frozen=True, tag_field="t", tag="exports rep
     exports: list[ExportReport]
 
 
+class ScrubReport(msgspec.Struct, frozen=True, tag_field="t", tag="scrub report"):
+    """`state`: never, running, stopped or done. `mismatches`, `unreadable` (the disk refused them)
+    and `skipped` (their sums are still being computed) are blocks; `addresses` the first ones that
+    do not match, in bytes."""
+
+    export: str
+    state: str
+    size_bytes: int
+    rate_bytes_s: int = 0
+    checked_bytes: int = 0
+    mismatches: int = 0
+    addresses: list[int] = []
+    unreadable: int = 0
+    skipped: int = 0
+    seconds: float = 0.0
+
+
 class StatusReport(msgspec.Struct, frozen=True, tag_field="t", tag="status report"):
     server_id: ServerId
     name: str
@@ -344,6 +379,7 @@ Answer = (
     | ExportsReport
     | ConnectionsReport
     | PathsReport
+    | ScrubReport
     | StatusReport
 )
 _request: msgspec.msgpack.Decoder[Request] = msgspec.msgpack.Decoder(Request)

@@ -55,8 +55,7 @@ class _Exports(Collector):
                 moved.add_metric([name, direction], counters[key])
             for key, kind in _REFUSED.items():
                 refused.add_metric([name, kind], counters[key])
-            if export.integrity is not None:
-                states = export.integrity.area.counters()
+            if states := export.integrity_counters():
                 wrong.add_metric([name], states["mismatches"])
                 regions.add_metric([name, "flux"], states["flux_regions"])
                 regions.add_metric([name, "unsettled"], states["unsettled_regions"])

@@ -13,7 +13,7 @@ import msgspec
 from cluster.errors import ConfigError
 from gnbd.exports import Export, ServerConfig
 
-_OF_THE_DISK = ("path", "access", "read_only", "direct", "integrity")
+_OF_THE_DISK = ("path", "access", "read_only", "direct")
 _OF_THE_PROCESS = (
     "state_dir", "listen", "port", "heartbeat_port", "unix_sockets", "unix_mode", "connections_max",
     "memory_max", "metrics",

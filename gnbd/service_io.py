@@ -28,7 +28,13 @@ from fencing.store import ExportState, ServerState
 from fencing.store_io import StateFile
 from gnbd import messages as m
 from gnbd import protocol as p
-from gnbd.export_io import CACHE_GENERATION_ERRORS, Connection, ExportRuntime, Session
+from gnbd.export_io import (
+    CACHE_GENERATION_ERRORS,
+    Connection,
+    ExportRuntime,
+    Session,
+    wait_finished,
+)
 from gnbd.exports import SECTOR_BYTES, Export, ServerConfig
 from gnbd.grown_io import GrownSizes
 from gnbd.handshake import Denied, Offer
@@ -38,7 +44,6 @@ from native import nbd as g
 
 ATTENTIONS_MAX = 256
 PATHS_MAX = 1 << 16
-WAIT_STEP_S = 0.05
 STOP_S = 10.0
 """For a client that does not take its last answers."""
 log = structlog.get_logger("gnbd")
@@ -218,6 +223,12 @@ class Service:
                         connection.refuse()
                     else:
                         connection.shut()
+
+    def renew_gates(self, export: ExportRuntime) -> None:
+        """What executes now belongs to gates for which `wait_drained` waits; nobody's rights
+        change."""
+        for nexus, gate in list(export.gates.items()):
+            self._revoke(export, nexus, gate.word)
 
     def wait_drained(self) -> None:
         with self._lock:
@@ -579,16 +590,6 @@ class Service:
                 failed = os_failure(error, f"cannot flush export {export.name!r}")
         if failed is not None:
             raise failed
-
-
-def wait_finished(victims: list[Connection], own: Connection) -> bool:
-    """Wait until nothing of the victims executes. False if `own` was shut meanwhile: two
-    connections that wait for each other must not wait for ever."""
-    for victim in victims:
-        while not victim.finished.wait(WAIT_STEP_S):
-            if own.closing:
-                return False
-    return not own.closing
 
 
 def registration_key(instance: Instance) -> int:

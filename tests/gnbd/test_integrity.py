@@ -149,8 +149,9 @@ class Load:
             pass  # it was killed
 
     def _request(self, client: RawClient, chance: random.Random) -> None:
-        offset = chance.choice([0, 4 * MIB, 8 * MIB]) + chance.randrange(60_000)
-        length = chance.choice([100, 4096, 20_000])
+        step = 512 if "direct" in self.server.exports else 1
+        offset = chance.choice([0, 4 * MIB, 8 * MIB]) + chance.randrange(60_000) // step * step
+        length = max(chance.choice([100, 4096, 20_000]) // step * step, step)
         kind = chance.choice([p.CMD_WRITE] * 4 + [p.CMD_TRIM, p.CMD_WRITE_ZEROES, p.CMD_READ])
         flags = chance.choice([0, 0, 0, p.CMD_FLAG_FUA])
         if kind == p.CMD_READ:
@@ -270,3 +271,105 @@ def test_what_is_refused_at_the_start(tmp_path):
         server.start()
         with RawClient(server, "disk") as client:
             assert client.read(0, 1) == b"x"
+
+
+def settled(server: GnbdServer) -> bool:
+    (export,) = said(server, "exports")
+    return bool(export["integrity"]) and export["integrity"]["unsettled_regions"] == 0
+
+
+def test_a_disk_is_converted_under_load(tmp_path):
+    """On and off and on again beside writers, and with a kill in the middle: nobody is refused, and
+    afterwards damage anywhere is found."""
+    seed = random.SystemRandom().randrange(1 << 32)
+    print(f"seed {seed}")
+    content = random.Random(seed).randbytes(SIZE)
+    (tmp_path / "disk.img").write_bytes(content)
+    exports = export_toml("disk", tmp_path / "disk.img", size=str(SIZE))
+    with running(tmp_path, exports, joined=False) as server:
+        with load(server, seed) as clients:
+            for state in ("on", "off", "on"):
+                assert server.ctl("integrity", "disk", state).returncode == 0
+                clients.wait(50)
+            assert "already" in server.ctl("integrity", "disk", "on").stdout
+            server.kill()
+        server.start()  # the file does not say so; it is remembered
+        with load(server, seed + 100) as clients:
+            clients.wait(20)
+            wait_for(lambda: settled(server), "all sums are known")
+        whole_disk(server)
+        damage(server, 14 * MIB, bytes([content[14 * MIB] ^ 1]))
+        with RawClient(server, "disk") as client:
+            assert client.request(p.CMD_READ, 14 * MIB, length=1) == p.EIO
+            assert server.ctl("integrity", "disk", "off").returncode == 0
+            client.read(14 * MIB, 1)
+        assert not area_path(server.state_dir, "disk").exists()
+
+
+def test_the_exports_file_decides(tmp_path):
+    """By a reload; gnbdctl does not contradict it."""
+    with running(tmp_path, protected(tmp_path), joined=False) as server:
+        refused = server.ctl("integrity", "disk", "off")
+        assert (refused.returncode, "exports file says" in refused.stderr) == (2, True)
+        server.exports = export_toml("disk", tmp_path / "disk.img", size=str(SIZE))
+        server.exports += 'integrity = "none"\n'
+        server.write_config()
+        with RawClient(server, "disk") as client:
+            assert client.request(p.CMD_WRITE, 0, b"x") == 0
+            assert server.ctl("reload").returncode == 0
+            assert said(server, "exports")[0]["integrity"] == {}
+            server.exports = protected(tmp_path)
+            server.write_config()
+            assert server.ctl("reload").returncode == 0
+            wait_for(lambda: settled(server), "all sums are known")
+            damage(server, 0)
+            assert client.request(p.CMD_READ, 0, length=1) == p.EIO
+        added = server.ctl("add", "two", str(tmp_path / "two.img"), "--size", "1M",
+                           "--integrity", "crc32c")  # fmt: skip
+        assert added.returncode == 0
+        assert server.ctl("integrity", "two", "off").returncode == 0
+
+
+def test_an_area_of_another_disk_does_not_count(tmp_path):
+    """The same name, another path: nothing of the old one is believed."""
+    with running(tmp_path, protected(tmp_path), joined=False) as server:
+        with RawClient(server, "disk") as client:
+            assert client.request(p.CMD_WRITE, 0, b"x" * 8192) == 0
+        assert server.stop() == 0
+        (tmp_path / "other.img").write_bytes(b"y" * SIZE)
+        server.exports = export_toml("disk", tmp_path / "other.img", size=str(SIZE)) + ON
+        server.start()
+        whole_disk(server)
+        wait_for(lambda: settled(server), "all sums are known")
+        whole_disk(server)
+
+
+def test_scrub_finds_what_nobody_reads(server):
+    """With the addresses; beside writers, through a reload, within its rate; it can be stopped."""
+    with RawClient(server, "disk") as client:
+        assert client.request(p.CMD_WRITE, 16 * MIB, b"s" * 8 * MIB) == 0
+        assert client.request(p.CMD_FLUSH) == 0
+    assert said(server, "scrub", "disk", "status")["state"] == "never"
+    with load(server, 1) as clients:
+        report = said(server, "scrub", "disk", "--wait", "--rate", "0")
+        assert (report["state"], report["mismatches"]) == ("done", 0)
+        assert report["checked_bytes"] == report["size_bytes"] == SIZE
+        clients.wait(10)
+    damage(server, 17 * MIB)
+    damage(server, 20 * MIB + 5000)
+    done = server.ctl("scrub", "disk", "--wait", "--rate", "0")
+    assert done.returncode == 11, done.stderr
+    assert f"mismatch at {17 * MIB}\nmismatch at {20 * MIB + 4096}\n" in done.stdout
+    assert said(server, "scrub", "disk", "--rate", "1M")["state"] == "running"
+    assert server.ctl("scrub", "disk").returncode == 5
+    assert server.ctl("reload").returncode == 0
+    assert said(server, "scrub", "disk", "status")["state"] == "running"
+    stopped = said(server, "scrub", "disk", "stop")
+    assert stopped["state"] == "stopped"
+    assert stopped["checked_bytes"] < SIZE
+
+
+def test_scrub_needs_sums(tmp_path):
+    with running(tmp_path, export_toml("disk", tmp_path / "disk.img"), joined=False) as server:
+        done = server.ctl("scrub", "disk")
+        assert (done.returncode, "integrity disk on" in done.stderr) == (2, True)
