@@ -2,6 +2,7 @@
 
 `CFS_KILL_AT` names a file. When it appears, its content N counts: the process dies right before
 call N (from 0) that making the state durable does next, or, past the last one, before the answer.
+`CFS_KILL_HOW` is how the state is made durable: `slot` or `file`.
 """
 
 from __future__ import annotations
@@ -13,11 +14,14 @@ from typing import Any
 
 import cluster.paths_io
 import fencing.store_io
+from fencing.store import SECTOR_BYTES, ServerState
+from fencing.store_io import StateFile
 from gnbd.cli import server_main
 
 COUNTED = ("open", "fchmod", "write", "fsync", "close", "replace")
-CALLS = 9
-"""How many calls of these one durable write makes: point `CALLS` is behind the last one."""
+CALLS = {"slot": 4, "file": 9}
+"""How many calls of these, or points within one, a durable write makes: point `CALLS` is behind
+the last one."""
 
 _left: int | None = None
 
@@ -31,7 +35,7 @@ def _point() -> None:
 
 
 class CountingOs:
-    """`os`, with a point before each counted call."""
+    """`os`, with a point before each counted call, and one within a write in place."""
 
     def __getattr__(self, name: str) -> Any:
         real = getattr(os, name)
@@ -44,21 +48,30 @@ class CountingOs:
 
         return counted
 
+    def pwrite(self, fd: int, data: memoryview, offset: int) -> int:
+        _point()
+        os.pwrite(fd, data[:SECTOR_BYTES], offset)
+        _point()
+        return os.pwrite(fd, data, offset)
+
 
 def main() -> None:
-    real = fencing.store_io.write_durable
+    real = StateFile.save
+    how = os.environ["CFS_KILL_HOW"]
 
-    def write_durable(path: Path, data: bytes, mode: int = 0o600) -> None:
+    def save(file: StateFile, state: ServerState) -> None:
         global _left
         armed = Path(os.environ["CFS_KILL_AT"])
         _left = int(armed.read_text()) if armed.exists() else None
-        real(path, data, mode)
+        if how == "file":
+            file._next = None
+        real(file, state)
         if _left is not None:
-            assert _left == 0, f"the state was made durable in {CALLS - _left} calls"
+            assert _left == 0, f"the state was made durable in {CALLS[how] - _left} calls"
             _point()
 
-    cluster.paths_io.os = CountingOs()  # type: ignore[assignment]
-    fencing.store_io.write_durable = write_durable
+    cluster.paths_io.os = fencing.store_io.os = CountingOs()  # type: ignore[assignment]
+    StateFile.save = save  # type: ignore[method-assign]
     server_main()
 
 

@@ -9,10 +9,11 @@ import threading
 
 import pytest
 
-from cluster.errors import StackError
+from cluster.errors import CorruptionError, StackError
 from cluster.ids import Incarnation
 from fencing.admission import Verdict, verdict_of
 from fencing.reservations import Reservations, ServiceAction, Status
+from fencing.store import SECTOR_BYTES, decode_file_untrusted
 from fencing.store_io import StateFile
 from gnbd import messages as m
 from gnbd import protocol as p
@@ -51,8 +52,15 @@ def login_status(server, who, generation=1) -> int:
 
 
 def stored(server):
-    """What is on the disk."""
+    """What is on the disk of a server that does nothing at the moment."""
     return StateFile(server.state_dir / "fencing.state").load()
+
+
+def stored_epoch(server):
+    """Of one that runs: a look into the middle of a write is none."""
+    with contextlib.suppress(CorruptionError):
+        return stored(server).record.epoch
+    return None
 
 
 def keys(server, export="disk0"):
@@ -93,10 +101,12 @@ class KilledServer(GnbdServer):
         return answered
 
 
-@pytest.fixture
-def mortal(tmp_path):
+@pytest.fixture(params=sorted(CALLS))
+def mortal(tmp_path, request):
+    """One that writes into its state file, one that makes a new one each time."""
     server = KilledServer(tmp_path, export_toml("disk0", tmp_path / "d.img", "cluster"))
-    server.environment = {"CFS_KILL_AT": str(server.armed)}
+    server.environment = {"CFS_KILL_AT": str(server.armed), "CFS_KILL_HOW": request.param}
+    server.points = range(CALLS[request.param] + 1)
     server.join()
     server.start()
     try:
@@ -108,7 +118,7 @@ def mortal(tmp_path):
 def test_install_killed_at_every_point(mortal):
     """The old view or the new one, whole; what was answered is there; the bar never goes back."""
     seen = set()
-    for point in range(CALLS + 1):
+    for point in mortal.points:
         epoch = 10 * point + 10
         victim = instance(1, incarnation=point + 1)
         one = member(1, (1, 2), 3, incarnation=point + 1)
@@ -137,7 +147,7 @@ def test_install_killed_at_every_point(mortal):
 def test_preempt_killed_at_every_point(mortal):
     """A reservation is the old one or the new one, whole, whenever the server dies."""
     seen = set()
-    for point in range(CALLS + 1):
+    for point in mortal.points:
         mortal.install(1, member(**BOTH))
         for who in (ME, OTHER):
             login(mortal, who, generation=point + 1).sock.close()
@@ -227,7 +237,7 @@ def test_killed_in_the_drain_of_an_install(tmp_path):
 
         thread = threading.Thread(target=install)
         thread.start()
-        wait_for(lambda: stored(slow).record.epoch == 2, "the record is durable")
+        wait_for(lambda: stored_epoch(slow) == 2, "the record is durable")
         slow.kill()
         thread.join()
         assert not answers
@@ -240,15 +250,27 @@ def test_killed_in_the_drain_of_an_install(tmp_path):
             assert login_status(server, ME) == m.LOGIN_BARRED
 
 
-def test_a_damaged_state_file_is_told_with_its_remedy(tmp_path):
-    """One server refuses to serve, in a sentence and a hint; the others are not concerned."""
+def shorter(data):
+    return data[:-1]
+
+
+def decayed(data):
+    """The newest slot has lost its first sector."""
+    where = decode_file_untrusted(data)[1].after().offset
+    return data[:where] + bytes(SECTOR_BYTES) + data[where + SECTOR_BYTES :]
+
+
+@pytest.mark.parametrize("damage", [shorter, decayed])
+def test_a_damaged_state_file_is_told_with_its_remedy(tmp_path, damage):
+    """One server refuses to serve, in a sentence and a hint; the others are not concerned. It does
+    not go back to what it has stored before."""
     with three(tmp_path) as servers:
         for server in servers:
             server.install(1, member(**BOTH))
         broken = servers[1]
         broken.kill()
         path = broken.state_dir / "fencing.state"
-        path.write_bytes(path.read_bytes()[:-1])
+        path.write_bytes(damage(path.read_bytes()))
         with pytest.raises(AssertionError, match=r"fencing\.state is damaged"):
             broken.start()
         assert broken.process.wait() == 11

@@ -141,9 +141,19 @@ def _seal_slot(data: bytes) -> bytes:
 
 
 def _seal_state(data: bytes) -> bytes:
-    payload = data[store.HEADER.size :]
-    head = struct.pack("<8sII", store.MAGIC, store.VERSION, len(payload))
-    return head + store._digest(head, payload) + payload
+    made = bytearray(data)
+    for at in range(0, len(made) - store.SECTOR_BYTES + 1, store.SECTOR_BYTES):
+        crc_at, data_at = at + store.HEADER.size, at + store.DATA_OFFSET
+        crc = crc32c(made[data_at : at + store.SECTOR_BYTES], crc32c(made[at:crc_at]))
+        struct.pack_into("<I", made, crc_at, crc)
+    return bytes(made)
+
+
+def _state_file() -> bytes:
+    payload = store.encode_state(store.ServerState(3, None, {"disk0": store.ExportState()}))
+    slot_bytes = store.SECTORS_MIN * store.SECTOR_BYTES
+    slots = [store.encode_slot(payload, store.Place(n, slot_bytes, 5 + n)) for n in range(2)]
+    return b"".join(slot for slot in slots if slot is not None)
 
 
 def _slot(data: bytes) -> object:
@@ -219,11 +229,7 @@ TARGETS: dict[str, Target] = {
     "state": Target(decode_state_untrusted, [encode_state(STATE)]),
     "store": Target(lambda data: decode_store_untrusted(data, PATH), [encode_store(b"payload")]),
     "record": Target(decode_record_untrusted, [birth_record(STATE)], seal=_seal_record),
-    "fencing-state": Target(
-        store.decode_state_untrusted,
-        [store.encode_state(store.ServerState(3, None, {"disk0": store.ExportState()}))],
-        seal=_seal_state,
-    ),
+    "fencing-state": Target(store.decode_file_untrusted, [_state_file()], seal=_seal_state),
     "opening": Target(
         m.decode_opening_untrusted,
         [msgspec.msgpack.encode(one) for one in (_HELLO, m.LoginProof(bytes(32)),

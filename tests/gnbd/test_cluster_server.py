@@ -305,7 +305,8 @@ def test_damaged_state_stops_the_server(server):
     server.kill()
     path = server.state_dir / "fencing.state"
     data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1
+    for slot in (0, len(data) // 2):
+        data[slot + 100] ^= 1
     path.write_bytes(data)
     with pytest.raises(AssertionError, match=r"fencing\.state is damaged"):
         server.start()

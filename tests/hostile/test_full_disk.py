@@ -26,10 +26,12 @@ def stamp(number: int) -> bytes:
 
 @contextlib.contextmanager
 def serving(tmp_path: Path, *, all_on_it: bool):
-    """A server with an export of twice the 8 MiB of its disk; its state and log are on that disk
-    too, or elsewhere."""
+    """A server with an export of twice the 8 MiB of its disk; its state is on that disk too, or
+    elsewhere."""
     with small_disk(tmp_path / "small", "8m") as disk:
-        server = GnbdServer(disk.place if all_on_it else tmp_path, "")
+        server = GnbdServer(tmp_path, "")
+        if all_on_it:
+            server.state_dir.symlink_to(disk.place)
         server.exports = export_toml("disk", disk.place / "disk0", size=f"{BLOCKS}M")
         server.exports += export_toml("ours", disk.place / "disk1", size="1M", access="cluster")
         server.join()
@@ -41,7 +43,7 @@ def serving(tmp_path: Path, *, all_on_it: bool):
 
 
 def refused(server) -> None:
-    """A start needs a few bytes for its own state; it says which."""
+    """The first start needs some room for its state; it says which."""
     done = subprocess.run(server.command(), capture_output=True, text=True, timeout=60)
     assert done.returncode == EXIT_NO_SPACE, done
     assert re.search("^gnbd-server: \\S+/state/\\S+: No space left on device\n", done.stderr), done
@@ -78,23 +80,34 @@ def test_a_full_disk_below_a_server(tmp_path):
 
 
 def test_no_place_for_the_state_of_a_server(tmp_path):
-    """A view that cannot be stored is not acknowledged, and the one before stands; the server
-    lives and takes it when there is room."""
-    before = m.Install(1, [member(1), member(2)], {}, 60_000)
+    """What a server has stored has its place: bars and starts need no room. A view that outgrows it
+    is not acknowledged, and the one before stands; the server lives and takes it when there is
+    room."""
+    before = m.Install(2, [member(1), member(2)], {}, 60_000)
+    large = [member(node, tuple(range(4000)), 4000) for node in range(1, 13)]
     with serving(tmp_path, all_on_it=True) as (server, disk):
         server.install(1, member(1), member(2))
         disk.fill()
+        server.install(2, member(1), member(2))
         for _ in range(2):
-            with pytest.raises(StackError, match="No space left"):
-                server.install(2, member(1))
+            with server.control() as control:
+                control.ask(before, m.Done)
+                with pytest.raises(StackError, match="No space left"):
+                    control.ask(m.Install(3, large, {}, 60_000), m.Done)
+        with server.control() as control:
+            assert control.ask(before, m.Done)
+        server.kill()
+        server.start()
         with server.control() as control:
             assert control.ask(before, m.Done)
         disk.make_room()
-        server.install(2, member(1))
+        server.install(3, member(1))
         server.kill()
+        (server.state_dir / "fencing.state").unlink()
         disk.fill()
         refused(server)
         disk.make_room()
         server.start()
+        server.install(3, member(1))
         with server.control() as control, pytest.raises(StackError):
             control.ask(before, m.Done)

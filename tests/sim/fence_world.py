@@ -65,7 +65,7 @@ class Server:
 
     def __init__(self, world: FenceWorld, name: int) -> None:
         self.world, self.name = world, name
-        self.disk = store.encode_state(store.ServerState())
+        self.disk = bytearray(store.encode_file(store.encode_state(store.ServerState()))[0])
         self.life = 0
         self.up = False
         self.boot()
@@ -74,11 +74,13 @@ class Server:
 
     def load(self) -> store.ServerState:
         """What a start finds."""
-        return store.decode_state_untrusted(self.disk)
+        state, self.place = store.decode_file_untrusted(bytes(self.disk))
+        return state
 
     def boot(self) -> None:
         """A new life begins."""
         state = self.load()
+        self.saving = b""
         self.life += 1
         self.up = True
         export = state.exports.get("disk", store.ExportState())
@@ -91,7 +93,10 @@ class Server:
         self.busy = False
 
     def crash(self) -> None:
-        """What is in flight may still land, at once."""
+        """What is in flight may still land, at once; any sectors of a state that is being saved."""
+        for at in range(0, len(self.saving), store.SECTOR_BYTES):
+            if self.world.rng.random() < 0.5:
+                self.write(self.saving, at)
         for write in self.flying:
             if self.world.rng.random() < 0.5:
                 self.world.landed(self, write)
@@ -106,13 +111,25 @@ class Server:
              then: Callable[[], None]) -> None:  # fmt: skip
         """Durable, then `then`."""
         export = store.ExportState(table.stored_state())
-        data = store.encode_state(store.ServerState(self.life, record, {"disk": export}))
+        payload = store.encode_state(store.ServerState(self.life, record, {"disk": export}))
+        data = store.encode_slot(payload, self.place)
+        assert data is not None
+        assert not self.saving
+        self.saving = data
 
         def done() -> None:
-            self.disk = data
+            for at in range(0, len(data), store.SECTOR_BYTES):
+                self.write(data, at)
+            self.saving = b""
+            self.place = self.place.after()
             then()
 
         self.later(4, done)
+
+    def write(self, data: bytes, at: int) -> None:
+        """One sector of a state reaches the disk."""
+        to = self.place.offset + at
+        self.disk[to : to + store.SECTOR_BYTES] = data[at : at + store.SECTOR_BYTES]
 
     # --- requests
 
