@@ -225,6 +225,7 @@ class ClientCore:
         if self.installed < self.required or not any(path.lanes for path in self.paths):
             return result
         self._maybe_flush()
+        self._declare_first()
         while True:
             queue = self.urgent if self.urgent else self.queue
             if not queue or (queue is self.queue and not self.is_open()):
@@ -301,6 +302,13 @@ class ClientCore:
             ranking = self._rankings[request.length >= LARGE_BYTES]
             if ranking is not None and ranking.probe is lane:
                 self._rank_anew()
+
+    def _declare_first(self) -> None:
+        """What is written again may be refused until a sequence number that waits is declared."""
+        if self._resync_left:
+            for request in [r for r in self.queue if r.kind == p.CMD_SEQUENCE]:
+                self.queue.remove(request)
+                self.urgent.appendleft(request)
 
     def _maybe_flush(self) -> None:
         if self.retained.wants_flush() and not self._own_flush:
@@ -428,6 +436,7 @@ class ClientCore:
 
     def _begin_resync(self) -> None:
         self._round += 1
+        self.queue.extendleft(r for r in self.urgent if r.round == 0)
         self.urgent.clear()
         pieces = self.retained.overlay()
         self._resync_left = 0

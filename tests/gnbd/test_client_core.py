@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from cluster.ids import Epoch
 from gnbd import protocol as p
-from gnbd.client import ClientCore, Request
+from gnbd.client import LANE_BYTES_MAX, ClientCore, Request
 from gnbd.intervals import IntervalSet
 from gnbd.retained import OVERLAPS_SOUGHT_MAX, Piece, Retained, owned
 
@@ -336,6 +336,57 @@ def test_old_repetitions_hold_new_writes_back():
     core.drained(drain.path, drain.generation)
     ((_, fresh),) = core.assign(0)
     assert fresh.data == b"2"
+
+
+def test_a_drain_frees_only_what_it_drained():
+    """The answer to a DRAIN may come when a later generation of that path has been lost as well."""
+    core = ClientCore(2, 1)
+    first, second = core.paths
+    core.logged_in(first, Epoch(1), 1, 4096)
+    core.lane_up(first, 0)
+    core.submit(Request(p.CMD_READ, 0, 512))
+    assert len(core.assign(0)) == 1
+    core.path_lost(first, 0)
+    core.logged_in(second, Epoch(1), 1, 4096)
+    core.lane_up(second, 0)
+    (drain,) = core.drains()
+    core.logged_in(first, Epoch(1), 1, 4096)
+    core.lane_up(first, 0)
+    core.path_lost(second, 0)
+    assert len(core.assign(0)) == 1
+    core.path_lost(first, 0)
+    core.drained(drain.path, drain.generation)
+    assert core.queue == core.urgent == type(core.queue)()
+    core.check()
+
+
+def test_a_sequence_number_goes_before_what_is_written_again():
+    """The server refuses what belongs to an older map of the volume: both would wait for ever. A
+    second restart does not lose it."""
+    core = ClientCore(1, 1)
+    (path,) = core.paths
+    core.logged_in(path, Epoch(1), 1, 4096)
+    lane = core.lane_up(path, 0)
+    core.submit(Request(p.CMD_WRITE, 0, 1, b"1"))
+    ((_, write),) = core.assign(0)
+    core.completed(lane, write.cookie, 0, 0)
+    core.path_lost(path, 0)
+    core.logged_in(path, Epoch(1), 2, 4096)
+    lane = core.lane_up(path, 0)
+    ((_, again),) = core.assign(0)
+    core.completed(lane, again.cookie, p.ESTALE, 0)
+    core.submit(Request(p.CMD_SEQUENCE, 5))
+    core.submit(Request(p.CMD_READ, 0, 1))
+    lane.bytes_in_flight = LANE_BYTES_MAX
+    assert core.assign(0) == []
+    core.path_lost(path, 0)
+    core.logged_in(path, Epoch(1), 3, 4096)
+    core.lane_up(path, 0)
+    sent = core.assign(0)
+    assert [r.kind for _, r in sent] == [p.CMD_SEQUENCE, p.CMD_WRITE]
+    for sent_on, request in sent:
+        core.completed(sent_on, request.cookie, 0, 0)
+    assert [r.kind for _, r in core.assign(0)] == [p.CMD_READ]
 
 
 def test_nothing_overtakes_a_sequence_number():
