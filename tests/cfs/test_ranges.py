@@ -132,9 +132,7 @@ async def need_room(fs: FileSystem, ino: int, offset: int, end: int) -> None:
     await state.hold(3)  # type: ignore[arg-type]
     node = state.node
     if node is None or node.root is not None:
-        blocks = await fs.core.see(
-            lambda: fs.ranges._unreserved(state, offset, end - offset)
-        )
+        blocks = await fs.core.see(lambda: fs.ranges._unreserved(state, offset, end - offset))
         assert blocks[0] == blocks[1]
     state.release(3)  # type: ignore[arg-type]
 

@@ -233,9 +233,7 @@ class ExtentWorld:
             assert logical == at
             at += size
             if place:
-                found.update(
-                    {logical + step: (place + step, unwritten) for step in range(size)}
-                )
+                found.update({logical + step: (place + step, unwritten) for step in range(size)})
                 assert before[1] + before[2] != place or before[3] != unwritten, "not joined"
             before = piece
         assert at == 400

@@ -31,7 +31,7 @@ def test_round_trip():
     [
         ("id = 3", "id = 65", "$.node.id"),
         ('"fast"', '"slow"', "$.cluster.profile"),
-        ("name = \"n3\"", "nmae = \"n3\"", "$.node"),
+        ('name = "n3"', 'nmae = "n3"', "$.node"),
         ("[cluster]", "[cluster", "node.toml"),
     ],
 )

@@ -42,7 +42,12 @@ class Server:
             return "done"
 
         return {
-            "echo": echo, "busy": busy, "crash": crash, "back": back, "fd": fd, "events": events,
+            "echo": echo,
+            "busy": busy,
+            "crash": crash,
+            "back": back,
+            "fd": fd,
+            "events": events,
         }
 
     def detach(self, session):

@@ -120,9 +120,7 @@ def test_random_path_failures_lose_and_repeat_nothing():
             seen = {me: core.links[B if me == A else A].received for me, core in cores.items()}
             for me, peer in ((A, B), (B, A)):
                 wires[me, path] = []
-                cores[me].path_up(
-                    Hello("g", peer, me, cores[peer].mesh_id, path, b"", seen[peer])
-                )
+                cores[me].path_up(Hello("g", peer, me, cores[peer].mesh_id, path, b"", seen[peer]))
             up.add(path)
 
         now = 0
@@ -153,8 +151,10 @@ def test_random_path_failures_lose_and_repeat_nothing():
             for key in ready if step > 340 else rng.sample(ready, min(len(ready), 1)):
                 while wires[key]:
                     batch = wires[key].pop(0)
-                    perform(B if key[0] == A else A, cores[B if key[0] == A else A].receive(
-                        key[0], batch))
+                    perform(
+                        B if key[0] == A else A,
+                        cores[B if key[0] == A else A].receive(key[0], batch),
+                    )
                     if step <= 340:
                         break
             for core in cores.values():

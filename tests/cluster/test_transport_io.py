@@ -29,9 +29,7 @@ class Pair:
             self.heard[number].append((source, life, body))
 
         identity = Identity(number, CLUSTER, Incarnation(incarnation), key)
-        node = Transport(
-            identity, self.hosts[NodeId(number)], PORT, timing_of("fast"), on_message
-        )
+        node = Transport(identity, self.hosts[NodeId(number)], PORT, timing_of("fast"), on_message)
         node.set_peers(self.hosts)
         self.nodes[number] = node
         return node

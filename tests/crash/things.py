@@ -490,7 +490,18 @@ class Churn(Thing):
 KINDS: dict[str, Callable[[History], Thing]] = {
     kind.kind: kind
     for kind in (
-        Appended, Committed, Block, Name, Folder, Mover, Linked, Sequence, Churn, Sparse,
-        Attributed, Swapped, Nameless,
+        Appended,
+        Committed,
+        Block,
+        Name,
+        Folder,
+        Mover,
+        Linked,
+        Sequence,
+        Churn,
+        Sparse,
+        Attributed,
+        Swapped,
+        Nameless,
     )
 }

@@ -49,9 +49,7 @@ class Verifier:
     def load(cls, base: Path) -> Verifier:
         """From the directory that `tests.crash.record` left."""
         recording = load(base)
-        logs = {
-            server: [base / name for name in names] for server, names in recording.logs.items()
-        }
+        logs = {server: [base / name for name in names] for server, names in recording.logs.items()}
         volume_map = read_map(next(iter(logs.values()))[0], recording.volume)
         return cls(recording, merged(logs, Translator(volume_map)), volume_map.size_bytes)
 

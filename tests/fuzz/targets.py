@@ -273,4 +273,3 @@ TARGETS: dict[str, Target] = {
     "exports.toml": Target(lambda data: decode_exports(data, PATH), [_EXPORTS.encode()],
                            (ConfigError,)),
 }  # fmt: skip
-

@@ -135,7 +135,7 @@ def commands(uri):
 
         h.block_status(4 * MIB, 0, extent)
         for context, allowed in ERRORS_OF.items():
-            (offset, entries), = statuses[context]
+            ((offset, entries),) = statuses[context]
             assert offset == 0
             assert set(entries[1::2]) <= allowed, entries
             assert sum(entries[::2]) >= MIB
@@ -180,8 +180,14 @@ def asynchronous(uri):
         buffers = [nbd.Buffer(8192) for _ in data]
         finish(numbers(lambda i: h.aio_pread(buffers[i], 8 * MIB + i * 8192)))
         assert [b.to_bytearray() for b in buffers] == data
-        finish({h.aio_flush(), h.aio_cache(4096, 0), h.aio_zero(8192, 8 * MIB),
-                h.aio_trim(8192, 9 * MIB)})
+        finish(
+            {
+                h.aio_flush(),
+                h.aio_cache(4096, 0),
+                h.aio_zero(8192, 8 * MIB),
+                h.aio_trim(8192, 9 * MIB),
+            }
+        )
         buffer = nbd.Buffer(8192)
         finish({h.aio_pread_structured(buffer, 8 * MIB, lambda *_: 0)})
         assert buffer.to_bytearray() == bytes(8192)

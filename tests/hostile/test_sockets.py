@@ -345,4 +345,3 @@ def test_heartbeat_datagrams(chooser):
         assert len(found) == 1
     finally:
         datagrams.close()
-

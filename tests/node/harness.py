@@ -235,9 +235,11 @@ class Server:
             f'[[exports]]\nname = "disk0"\npath = "{self.base}/disk0"\nsize = "{size}"\n'
             f'access = "cluster"\nfilters = {json.dumps(list(filters))}\n'
         )
-        token = self.cluster.node(1).ctl(
-            "server", "add", self.name, "--id", str(128 + self.number), *_addresses(self)
-        ).stdout.strip()
+        token = (
+            self.cluster.node(1)
+            .ctl("server", "add", self.name, "--id", str(128 + self.number), *_addresses(self))
+            .stdout.strip()
+        )
         done = self._command("--join", token, str(self.base / "exports.toml"))
         output = subprocess.run(done, cwd=ROOT, capture_output=True, text=True, check=False)
         assert output.returncode == 0, output.stderr

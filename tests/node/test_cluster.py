@@ -117,9 +117,7 @@ def test_group_of_instances_and_the_death_of_one(cluster):
     dead = members[1].granted["instance"]
     members[1].stop(clean=False)
     survivors = [members[0], members[2]]
-    wait_until(
-        lambda: all(m.group_events("silent") for m in survivors), "the dead one is silent"
-    )
+    wait_until(lambda: all(m.group_events("silent") for m in survivors), "the dead one is silent")
     failed = [e for e in survivors[0].group_events("view") if e["failed"]]
     assert failed[-1]["failed"] == [dead]
     survivors[0].call("group.released", {"group": "g", "instance": dead})

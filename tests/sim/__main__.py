@@ -1,4 +1,5 @@
 """python -m tests.sim --seed S --until T [--trace] [--nodes N] [--servers N] [--mutant NAME]
+python -m tests.sim --world fence|multipath --seed S --seeds N
 
 Exit code: 0 well, 127 a core crashed, 128 no liveness after the faults, 129 an invariant is broken.
 """
@@ -10,28 +11,45 @@ import contextlib
 import sys
 import time
 import traceback
+from collections.abc import Callable
 
+from tests.sim import fence_world, multipath_world
 from tests.sim.mutants import mutation
 from tests.sim.scenario import Scenario
 from tests.sim.world import LivenessFailure, Violation
 
 CRASH, LIVENESS, CORRECTNESS = 127, 128, 129
+SMALL_WORLDS = {"fence": fence_world.run, "multipath": multipath_world.run}
+
+
+def verdict(action: Callable[[], object]) -> tuple[int, str]:
+    """Exit code and text."""
+    try:
+        action()
+    except Violation as error:
+        return CORRECTNESS, f"VIOLATION {error}"
+    except LivenessFailure as error:
+        return LIVENESS, f"LIVENESS {error}"
+    except Exception:
+        return CRASH, "CRASH\n" + traceback.format_exc()
+    return 0, "ok"
+
+
+def run_small(seed: int, arguments: argparse.Namespace) -> int:
+    """One seed of a world that has no options."""
+    begin = time.perf_counter()
+    code, text = verdict(lambda: SMALL_WORLDS[arguments.world](seed))
+    if code or not arguments.quiet:
+        print(f"seed {seed}: {text}, {time.perf_counter() - begin:.2f} s", flush=True)
+    return code
 
 
 def run(seed: int, arguments: argparse.Namespace) -> int:
     """One seed."""
     scenario = Scenario(seed, arguments.nodes, arguments.servers, arguments.trace)
-    code, text = 0, "ok"
     begin = time.perf_counter()
-    try:
-        with mutation(arguments.mutant) if arguments.mutant else contextlib.nullcontext():
-            scenario.run(arguments.until)
-    except Violation as error:
-        code, text = CORRECTNESS, f"VIOLATION {error}"
-    except LivenessFailure as error:
-        code, text = LIVENESS, f"LIVENESS {error}"
-    except Exception:
-        code, text = CRASH, "CRASH\n" + traceback.format_exc()
+    with mutation(arguments.mutant) if arguments.mutant else contextlib.nullcontext():
+        code, text = verdict(lambda: scenario.run(arguments.until))
     if arguments.trace:
         print("\n".join(scenario.world.lines))
     world, checker = scenario.world, scenario.checker
@@ -47,6 +65,7 @@ def run(seed: int, arguments: argparse.Namespace) -> int:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="tests.sim")
+    parser.add_argument("--world", choices=("cluster", *SMALL_WORLDS), default="cluster")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--seeds", type=int, default=1, help="this many, from --seed on")
     parser.add_argument("--until", type=float, default=30.0, help="seconds with faults")
@@ -56,9 +75,10 @@ def main() -> int:
     parser.add_argument("--trace", action="store_true")
     parser.add_argument("--quiet", action="store_true")
     arguments = parser.parse_args()
+    one = run_small if arguments.world in SMALL_WORLDS else run
     worst = 0
     for seed in range(arguments.seed, arguments.seed + arguments.seeds):
-        worst = max(worst, run(seed, arguments))
+        worst = max(worst, one(seed, arguments))
     return worst
 
 

@@ -15,7 +15,8 @@ from cluster.ids import Incarnation
 from fencing import reservations
 from fencing.reservations import WRITE, Reservations, ReservationType
 from tests.sim.dlm_mutants import Patch
-from tests.sim.fence_world import Server, run
+from tests.sim.fence_server import Server
+from tests.sim.fence_world import run
 
 
 def fence_answered_before_the_drain(patch: Patch) -> None:

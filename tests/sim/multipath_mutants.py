@@ -1,0 +1,283 @@
+"""Bugs that several paths, caches and repetitions invite, put into ours one at a time.
+
+Each must be caught by the world (`tests/sim/multipath_world.py`); `Patch` as in `dlm_mutants`.
+Those that patch `DataServer` break a rule that `gnbd/service_io.py` or `gnbd/flushes_io.py` keeps,
+those that patch `Device` one of `gnbd/client_io.py`.
+
+Too rare for the world, so that `tests/gnbd/test_client_core.py` has them alone: a DRAIN that frees
+what was lost in a later generation of its path, and a sequence number that waits for bytes which
+are refused without it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+from fencing import admission as a
+from gnbd import protocol as p
+from gnbd.client import ClientCore
+from gnbd.retained import Piece, Retained
+from tests.sim.dlm_mutants import Patch
+from tests.sim.multipath_client import Device
+from tests.sim.multipath_server import DataServer
+from tests.sim.multipath_world import run
+
+
+def a_retry_without_a_drain(patch: Patch) -> None:
+    """What was on its way on a lost path is sent again at once: the first copy may come later,
+    after newer writes and after a fence."""
+    real = ClientCore.path_lost
+
+    def mutant(self, path, now_ns):
+        real(self, path, now_ns)
+        self._unstrand(path, path.generation)
+
+    patch(ClientCore, "path_lost", mutant)
+
+
+def a_drain_that_was_lost_is_not_asked_again(patch: Patch) -> None:
+    """DRAIN was on a path that was lost as well."""
+    real = ClientCore.path_lost
+
+    def mutant(self, path, now_ns):
+        asked = [s for other in self.paths for s in other.stranded if s.asked]
+        real(self, path, now_ns)
+        for stranded in asked:
+            stranded.asked = True
+
+    patch(ClientCore, "path_lost", mutant)
+
+
+def a_drain_confirmed_before_its_end(patch: Patch) -> None:
+    """DRAIN is answered when the connections are shut, whatever still executes."""
+    real = DataServer.drain_path
+
+    def mutant(self, job, path_id, generation):
+        waiting, self.wait_for = self.wait_for, lambda _jobs, then: then()
+        real(self, job, path_id, generation)
+        self.wait_for = waiting
+
+    patch(DataServer, "drain_path", mutant)
+
+
+def a_login_granted_before_the_drain(patch: Patch) -> None:
+    """LOGIN does not wait for what older connections of its path execute."""
+    real = DataServer.bind
+
+    def mutant(self, end, hello):
+        waiting, self.wait_for = self.wait_for, lambda _jobs, then: then()
+        real(self, end, hello)
+        self.wait_for = waiting
+
+    patch(DataServer, "bind", mutant)
+
+
+def a_login_leaves_older_connections(patch: Patch) -> None:
+    """What waits on older connections of a path executes after the LOGIN of a newer one."""
+    patch(DataServer, "expel", lambda self, victims, then: then())
+
+
+def a_flush_shares_one_that_runs(patch: Patch) -> None:
+    """A flush that comes while another one runs is answered with it: it has overtaken writes of
+    other connections."""
+    real = DataServer.flush
+
+    def mutant(self, end, then):
+        if self.flushing is not None:
+            self.flushing.then.append(then)
+        else:
+            real(self, end, then)
+
+    patch(DataServer, "flush", mutant)
+
+
+def a_flush_answered_at_once(patch: Patch) -> None:
+    """FLUSH is told before the disk has it."""
+    patch(DataServer, "flush", lambda self, _end, then: then(True))
+
+
+def a_flush_covers_what_came_meanwhile(patch: Patch) -> None:
+    """What was written while a FLUSH was on its way is not kept any more after it."""
+    real = ClientCore.completed
+
+    def mutant(self, lane, cookie, number, now_ns):
+        request = lane.in_flight[cookie]
+        if request.kind == p.CMD_FLUSH:
+            request.mark = self.retained.mark()
+        real(self, lane, cookie, number, now_ns)
+
+    patch(ClientCore, "completed", mutant)
+
+
+def a_failed_flush_counts(patch: Patch) -> None:
+    """The client forgets what it wrote although the FLUSH has failed."""
+    real = ClientCore.completed
+
+    def mutant(self, lane, cookie, number, now_ns):
+        request = lane.in_flight[cookie]
+        if request.kind == p.CMD_FLUSH:
+            self.retained.drop(request.mark)
+        real(self, lane, cookie, number, now_ns)
+
+    patch(ClientCore, "completed", mutant)
+
+
+def nothing_is_written_again(patch: Patch) -> None:
+    """A new cache generation is noted, no more."""
+    patch(ClientCore, "_begin_resync", lambda self: None)
+
+
+def older_bytes_over_newer_ones(patch: Patch) -> None:
+    """Everything that was retained is written again, in any order."""
+    patch(Retained, "overlay", lambda self: [x for x in self._pieces if not x.durable])
+
+
+def durable_bytes_are_written_again(patch: Patch) -> None:
+    """FUA writes are retained like others: another instance may have written there since."""
+    real = Retained.add
+    patch(Retained, "add", lambda self, piece, **_durable: real(self, piece))
+
+
+def durable_places_are_forgotten(patch: Patch) -> None:
+    """What a FUA write has replaced is written again over it."""
+    real = Retained.add
+
+    def mutant(self, piece: Piece, *, durable: bool = False) -> None:
+        if not durable:
+            real(self, piece)
+
+    patch(Retained, "add", mutant)
+
+
+def writes_before_all_is_written_again(patch: Patch) -> None:
+    """New requests are sent while retained bytes are: they may be overtaken by them."""
+
+    def mutant(self):
+        return self.installed >= self.required and self.barred is None
+
+    patch(ClientCore, "is_open", mutant)
+
+
+def an_earlier_round_is_forgotten(patch: Patch) -> None:
+    """New requests do not wait for bytes of an earlier round that were lost with their path."""
+    patch(ClientCore, "_has_old_round", lambda self: False)
+
+
+def paths_of_the_old_cache_go_on(patch: Patch) -> None:
+    """Who finds a new cache generation on one path trusts the others."""
+    real = ClientCore.logged_in
+
+    def mutant(self, *arguments):
+        real(self, *arguments)
+        return []
+
+    patch(ClientCore, "logged_in", mutant)
+
+
+def a_failed_flush_leaves_the_cache_generation(patch: Patch) -> None:
+    """Clients log in anew after a failed flush, and see no difference."""
+    real = DataServer.cut_off
+
+    def mutant(self, own):
+        real(self, own)
+        self.cache_generation -= 1
+
+    patch(DataServer, "cut_off", mutant)
+
+
+def a_failed_flush_cuts_nobody(patch: Patch) -> None:
+    """Only whose FLUSH failed hears of it: the next one of somebody else succeeds."""
+    patch(DataServer, "cut_off", lambda self, _own: None)
+
+
+def a_restart_leaves_the_cache_generation(patch: Patch) -> None:
+    """The generation is that of the disk, not of the process that caches it."""
+    real = DataServer.boot
+
+    def mutant(self):
+        real(self)
+        self.cache_generation = 1
+
+    patch(DataServer, "boot", mutant)
+
+
+def requests_before_the_epoch(patch: Patch) -> None:
+    """The client does not wait for a server to install what it works with."""
+    patch(ClientCore, "set_epoch", lambda self, _required: None)
+
+
+def an_epoch_counts_before_its_drain(patch: Patch) -> None:
+    """LOGIN tells the epoch that is recorded: what it barred may still execute."""
+    real = DataServer.granted
+
+    def mutant(self, end, hello):
+        before = self.admission.drained_epoch
+        self.admission.drained_epoch = self.admission.epoch
+        real(self, end, hello)
+        self.admission.drained_epoch = before
+
+    patch(DataServer, "granted", mutant)
+
+
+def a_fence_that_does_not_flush(patch: Patch) -> None:
+    """An install is answered when nothing of the barred executes, and a power cut takes what
+    survivors have read of it."""
+
+    def mutant(self, view, epoch):
+        return lambda: self.perform(view, a.Drained(epoch))
+
+    patch(DataServer, "drained", mutant)
+
+
+def nothing_waits_for_a_sequence_number(patch: Patch) -> None:
+    """Requests overtake the declaration of the map that they need."""
+    real = ClientCore._place
+
+    def mutant(self, lane, request, now_ns):
+        real(self, lane, request, now_ns)
+        self._barrier = None
+
+    patch(ClientCore, "_place", mutant)
+
+
+def a_new_path_does_not_declare(patch: Patch) -> None:
+    """LOGIN tells no sequence number."""
+    patch(Device, "declared_at_login", property(lambda self: 0))
+
+
+MUTANTS: list[Callable[[Patch], None]] = [
+    a_retry_without_a_drain,
+    a_drain_that_was_lost_is_not_asked_again,
+    a_drain_confirmed_before_its_end,
+    a_login_granted_before_the_drain,
+    a_login_leaves_older_connections,
+    a_flush_shares_one_that_runs,
+    a_flush_answered_at_once,
+    a_flush_covers_what_came_meanwhile,
+    a_failed_flush_counts,
+    nothing_is_written_again,
+    older_bytes_over_newer_ones,
+    durable_bytes_are_written_again,
+    durable_places_are_forgotten,
+    writes_before_all_is_written_again,
+    an_earlier_round_is_forgotten,
+    paths_of_the_old_cache_go_on,
+    a_failed_flush_leaves_the_cache_generation,
+    a_failed_flush_cuts_nobody,
+    a_restart_leaves_the_cache_generation,
+    requests_before_the_epoch,
+    an_epoch_counts_before_its_drain,
+    a_fence_that_does_not_flush,
+    nothing_waits_for_a_sequence_number,
+    a_new_path_does_not_declare,
+]
+
+
+def hunt(seeds: Iterable[int]) -> tuple[int, str] | None:
+    """The first seed that notices the bug in place, and what it says."""
+    for seed in seeds:
+        try:
+            run(seed)
+        except AssertionError as error:
+            return seed, str(error)
+    return None
