@@ -70,6 +70,8 @@ class LoginResult(msgspec.Struct, frozen=True, tag_field="t", tag="result"):
     generation: int = 0
     cache_generation: int = 0
     proof: bytes = b""
+    checksums: bool = False
+    """It takes READ_CHECKED and WRITE_CHECKED."""
 
 
 class ControlHello(msgspec.Struct, frozen=True, tag_field="t", tag="control"):

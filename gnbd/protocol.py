@@ -20,13 +20,22 @@ Private parts, known only to our own client and refused politely by every other 
 | command SEQUENCE | 0x4302 | offset = the volume sequence number that this nexus works with |
 | command PING | 0x4303 | length = 8; answered at once, with the size of the export (u64) |
 | command LOGOUT | 0x4304 | the nexus is done with this export: its registration goes |
+| command WRITE_CHECKED | 0x4305 | as WRITE; the trailer follows the data. What does not fit is EBADMSG and not written |
+| command READ_CHECKED | 0x4306 | as READ; the trailer follows the data |
 
 Private commands are accepted only on a connection that has logged in.
+
+The trailer: the CRC-32C (u32) of each piece of the data, which is cut at multiples of 4096 of the
+offset in the export (`trailer`); a length of 0 has none. `LoginResult.checksums` says that the
+server has these two commands; replies must be simple. With an integrity area what is stored is what
+the client sent, and the trailer of a READ is what is stored.
 """  # noqa: E501
 
 from __future__ import annotations
 
 import struct
+
+from native.checksum import Buffer, crc32c, crc32c_blocks
 
 INIT_MAGIC = 0x4E42444D41474943
 OPTION_MAGIC = 0x49484156454F5054
@@ -113,6 +122,8 @@ CMD_DRAIN = 0x4301
 CMD_SEQUENCE = 0x4302
 CMD_PING = 0x4303
 CMD_LOGOUT = 0x4304
+CMD_WRITE_CHECKED = 0x4305
+CMD_READ_CHECKED = 0x4306
 
 CMD_FLAG_FUA = 1 << 0
 CMD_FLAG_NO_HOLE = 1 << 1
@@ -136,6 +147,8 @@ EIO = 5
 ENOMEM = 12
 EINVAL = 22
 ENOSPC = 28
+EBADMSG = 74
+"""Private: the trailer of a WRITE_CHECKED does not fit its data."""
 EOVERFLOW = 75
 ENOTSUP = 95
 ESHUTDOWN = 108
@@ -150,7 +163,17 @@ LIST_MAX = 4096
 PAYLOAD_BYTES_MAX = 64 << 20
 BLOCK_BYTES_PREFERRED = 4096
 ZERO_PADDING_BYTES = 124
+CHECKED_BYTES = 4096
 SEQUENCE_MAX = (1 << 64) - 1
+
+
+def trailer(offset: int, data: Buffer) -> bytes:
+    """The checksums of a WRITE_CHECKED or READ_CHECKED."""
+    view = memoryview(data)
+    head = min(-offset % CHECKED_BYTES, len(view))
+    sums = [crc32c(view[:head])] if head else []
+    sums += crc32c_blocks(view[head:], CHECKED_BYTES)
+    return struct.pack(f">{len(sums)}I", *sums)
 
 
 def option(number: int, data: bytes = b"") -> bytes:

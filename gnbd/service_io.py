@@ -305,6 +305,7 @@ class Service:
             self.admission.drained_epoch,
             generation,
             export.cache_generation if export else 0,
+            checksums=status == m.LOGIN_OK,
         )
 
     def _login_refusal(self, hello: m.LoginHello) -> m.LoginResult | None:

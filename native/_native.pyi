@@ -121,10 +121,25 @@ class _Lib:
     def native_integrity_counters(self, area: CData, out: CData) -> None: ...
     def native_integrity_take_bad(self, area: CData, out: CData) -> int: ...
     def native_integrity_read(
-        self, area: CData, fd: int, data: CData, length: int, offset: int, bad: CData
+        self,
+        area: CData,
+        fd: int,
+        data: CData,
+        length: int,
+        offset: int,
+        sums: CData,
+        bad: CData,
     ) -> int: ...
     def native_integrity_write(
-        self, area: CData, fd: int, data: CData, length: int, offset: int, flags: int, bad: CData
+        self,
+        area: CData,
+        fd: int,
+        data: CData,
+        sums: CData,
+        length: int,
+        offset: int,
+        flags: int,
+        bad: CData,
     ) -> int: ...
     def native_integrity_begin(
         self,

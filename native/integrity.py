@@ -77,14 +77,21 @@ class Area:
         """Fill `view` from the disk `descriptor`, checked."""
         bad = ffi.new("uint64_t *")
         data = ffi.from_buffer("uint8_t[]", view, require_writable=True)
-        _check(lib.native_integrity_read(self._area, descriptor, data, len(view), offset, bad), bad)
+        _check(
+            lib.native_integrity_read(
+                self._area, descriptor, data, len(view), offset, ffi.NULL, bad
+            ),
+            bad,
+        )
 
     def write(self, descriptor: int, offset: int, view: memoryview, flags: int = 0) -> None:
         """Write all of `view`, and its sums."""
         bad = ffi.new("uint64_t *")
         data = ffi.from_buffer("uint8_t[]", view)
         _check(
-            lib.native_integrity_write(self._area, descriptor, data, len(view), offset, flags, bad),
+            lib.native_integrity_write(
+                self._area, descriptor, data, ffi.NULL, len(view), offset, flags, bad
+            ),
             bad,
         )
 

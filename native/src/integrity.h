@@ -100,14 +100,20 @@ int integrity_unsettle(struct native_integrity *area, uint64_t first, uint64_t e
 int integrity_load(struct native_integrity *area, uint64_t block, size_t count, uint32_t *sums);
 int integrity_store(struct native_integrity *area, uint64_t block, size_t count,
                     const uint32_t *sums);
+/* Finished checksums of the pieces of `data`. */
+void integrity_sums(const uint8_t *data, size_t length, uint64_t offset, uint32_t *sums);
+/* The finished checksum of a block of which that is stored. */
+uint32_t integrity_finished(uint32_t stored);
 /* A finished checksum of `length` bytes as it is stored. */
 uint32_t integrity_stored(uint32_t sum, size_t length);
 
 /* nbd_integrity_data.c */
+/* `sums`: NULL, or the finished checksums of the pieces of `data` (cut at blocks): filled, used. */
 int native_integrity_read(struct native_integrity *area, int fd, uint8_t *data, size_t length,
-                          uint64_t offset, uint64_t *bad);
+                          uint64_t offset, uint32_t *sums, uint64_t *bad);
 int native_integrity_write(struct native_integrity *area, int fd, const uint8_t *data,
-                           size_t length, uint64_t offset, int flags, uint64_t *bad);
+                           const uint32_t *sums, size_t length, uint64_t offset, int flags,
+                           uint64_t *bad);
 /* Around a change of [offset, offset + length) to `data`, or to zeroes. After a begin that fails
  * there is no end. */
 int native_integrity_begin(struct native_integrity *area, int fd,

@@ -20,9 +20,10 @@
 #include <stdint.h>
 #include <sys/uio.h>
 
-#define NBD_RECEIVE_BYTES (((size_t)4 << 20) + 4096) /* a request of 4 MiB needs no more */
+#define NBD_RECEIVE_BYTES (((size_t)4 << 20) + 12288) /* 4 MiB and their checksums need no more */
 #define NBD_ARENA_BYTES ((size_t)4 << 20)
 #define NBD_PAYLOAD_MAX ((uint32_t)64 << 20)
+#define NBD_SUMS_MAX (NBD_PAYLOAD_MAX / INTEGRITY_BLOCK_BYTES + 1) /* of one request */
 #define NBD_ALIGNMENT_MAX 4096
 #define NBD_PARTS_MAX 512
 #define NBD_PARTS_OF_ONE 64 /* that the replies to one request may take */
@@ -30,9 +31,13 @@
 #define NBD_WHY_BYTES 80
 
 enum { NBD_READ, NBD_WRITE, NBD_DISC, NBD_FLUSH, NBD_TRIM, NBD_CACHE, NBD_ZERO, NBD_STATUS };
+/* As READ and WRITE, with a trailer: the CRC-32C (u32, big endian) of each piece of the data, which
+ * is cut at multiples of 4096 of the disk. After LOGIN, with simple replies. */
+enum { NBD_WRITE_CHECKED = 0x4305, NBD_READ_CHECKED = 0x4306 };
 enum { NBD_FLAG_FUA = 1, NBD_FLAG_DF = 4, NBD_FLAG_PAYLOAD = 32 };
 enum { ACCESS_READ = 1, ACCESS_WRITE = 2, ACCESS_STALE = 4, ACCESS_CLOSED = 8 };
-enum { WIRE_EPERM = 1, WIRE_EIO = 5, WIRE_EINVAL = 22, WIRE_ENOSPC = 28, WIRE_ESTALE = 116 };
+enum { WIRE_EPERM = 1, WIRE_EIO = 5, WIRE_EINVAL = 22, WIRE_ENOSPC = 28 };
+enum { WIRE_EBADMSG = 74, WIRE_ESTALE = 116 }; /* known to our own client only */
 
 /* What native_nbd_run returns. */
 enum {
@@ -78,7 +83,10 @@ struct native_nbd {
     struct native_nbd_request request;
     char why[NBD_WHY_BYTES]; /* `request` fails; for people */
     uint64_t bad; /* address of the block that failed its checksum */
-    void *data; /* of `request`: the payload of a WRITE, room for a READ */
+    void *data; /* of `request`: the payload of a WRITE, room for a READ and its trailer */
+    const uint8_t *trailer; /* of a WRITE_CHECKED */
+    int checked;            /* `request` was one of those with a trailer */
+    uint32_t sums[NBD_SUMS_MAX]; /* its finished checksums */
 
     uint8_t *buffer; /* received, not yet executed: [start, end) */
     size_t start, end;
@@ -113,6 +121,8 @@ uint64_t native_nbd_memory_used(void);
 /* Take the next request into `request`: 1 taken, 0 more bytes are needed, -1 the connection is
  * over. */
 int nbd_take(struct native_nbd *nbd);
+/* Bytes of the trailer of `request`, were it one with a trailer. */
+size_t nbd_trailer_bytes(struct native_nbd *nbd);
 /* Its data was said to come by a flag of extended headers. */
 int nbd_has_payload(struct native_nbd *nbd);
 /* Answer what is done, wait for more bytes; 0 when the connection is over. */

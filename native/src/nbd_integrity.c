@@ -78,6 +78,23 @@ uint32_t integrity_stored(uint32_t sum, size_t length)
     return sum ^ sum_of_zeroes();
 }
 
+uint32_t integrity_finished(uint32_t stored)
+{
+    return stored ^ sum_of_zeroes();
+}
+
+void integrity_sums(const uint8_t *data, size_t length, uint64_t offset, uint32_t *sums)
+{
+    size_t part = INTEGRITY_BLOCK_BYTES - offset % INTEGRITY_BLOCK_BYTES;
+    part = part < length ? part : length;
+    if (part % INTEGRITY_BLOCK_BYTES) {
+        *sums++ = native_crc32c(data, part, 0);
+        data += part;
+        length -= part;
+    }
+    native_crc32c_blocks(data, length, INTEGRITY_BLOCK_BYTES, sums);
+}
+
 /* ---- opening ---- */
 
 static void *map_memory(size_t length)

@@ -64,29 +64,31 @@ static int read_again(struct native_integrity *area, int fd, uint64_t block, uin
 /* Up to a piece of whole blocks (the last one of the disk may be short); `data` has room for them.
  * They lie in one region. */
 static int read_blocks(struct native_integrity *area, int fd, uint8_t *data, size_t length,
-                       uint64_t block, uint64_t *bad)
+                       uint64_t block, uint32_t *finished, uint64_t *bad)
 {
     uint32_t sums[INTEGRITY_PIECE_BLOCKS];
     uint8_t again[BLOCK] __attribute__((aligned(4096)));
     int settled = integrity_is_settled(area, block); /* before the data */
     int error = native_read_exactly(fd, data, length, block * BLOCK);
+    if (!error && !settled && finished)
+        integrity_sums(data, length, block * BLOCK, finished);
     if (error || !settled)
         return error;
     error = integrity_load(area, block, (length + BLOCK - 1) / BLOCK, sums);
     for (size_t i = 0, at = 0; at < length && !error; i++, at += BLOCK) {
         size_t part = (size_t)smaller(BLOCK, length - at);
-        if (sum_of(data + at, part) == sums[i])
-            continue;
-        /* A change may be under way. */
-        error = read_again(area, fd, block + i, again, bad);
-        if (!error)
-            memcpy(data + at, again, part);
+        int right = sum_of(data + at, part) == sums[i];
+        if (!right && !(error = read_again(area, fd, block + i, again, bad)))
+            memcpy(data + at, again, part); /* a change was under way */
+        if (finished) /* from what is stored: data that has changed since is found by the client */
+            finished[i] = right && part == BLOCK ? integrity_finished(sums[i])
+                                                 : native_crc32c(data + at, part, 0);
     }
     return error;
 }
 
 int native_integrity_read(struct native_integrity *area, int fd, uint8_t *data, size_t length,
-                          uint64_t offset, uint64_t *bad)
+                          uint64_t offset, uint32_t *sums, uint64_t *bad)
 {
     uint8_t whole[BLOCK] __attribute__((aligned(4096)));
     uint64_t size_bytes = area->size_bytes;
@@ -97,15 +99,18 @@ int native_integrity_read(struct native_integrity *area, int fd, uint8_t *data, 
         size_t part;
         if (within || length < left) { /* some of a block */
             part = (size_t)smaller(length, left);
-            error = read_blocks(area, fd, whole, within + left, block, bad);
+            error = read_blocks(area, fd, whole, within + left, block, NULL, bad);
             if (!error)
                 memcpy(data, whole + within, part);
+            if (!error && sums)
+                *sums = native_crc32c(data, part, 0);
         } else {
             part = (size_t)smaller(length, PIECE_BYTES - offset % PIECE_BYTES);
             if (offset + part != size_bytes)
                 part -= part % BLOCK;
-            error = read_blocks(area, fd, data, part, block, bad);
+            error = read_blocks(area, fd, data, part, block, sums, bad);
         }
+        sums = sums ? sums + (within + part + BLOCK - 1) / BLOCK : NULL;
         data += part;
         offset += part;
         length -= part;
@@ -244,10 +249,11 @@ int native_integrity_end(struct native_integrity *area, int fd,
 }
 
 int native_integrity_write(struct native_integrity *area, int fd, const uint8_t *data,
-                           size_t length, uint64_t offset, int flags, uint64_t *bad)
+                           const uint32_t *sums, size_t length, uint64_t offset, int flags,
+                           uint64_t *bad)
 {
     struct native_integrity_change change;
-    int error = native_integrity_begin(area, fd, &change, data, NULL, length, offset, bad);
+    int error = native_integrity_begin(area, fd, &change, data, sums, length, offset, bad);
     if (error)
         return error;
     error = native_write_exactly(fd, data, length, offset, flags);
@@ -307,11 +313,11 @@ uint64_t native_integrity_check(struct native_integrity *area, int fd, uint8_t *
             *skipped += (part + BLOCK - 1) / BLOCK;
             continue;
         }
-        if (!native_integrity_read(area, fd, memory, part, offset, &address))
+        if (!native_integrity_read(area, fd, memory, part, offset, NULL, &address))
             continue;
         for (uint64_t at = offset; at < offset + part; at += BLOCK) { /* which ones */
             size_t one = (size_t)smaller(BLOCK, offset + part - at);
-            int error = native_integrity_read(area, fd, memory, one, at, &address);
+            int error = native_integrity_read(area, fd, memory, one, at, NULL, &address);
             if (error == EBADMSG) {
                 if (found < max)
                     bad[found] = at;

@@ -79,9 +79,9 @@ static int receive_nothing(struct native_nbd *nbd, size_t length)
 }
 
 /* A WRITE that is longer than the receive buffer gets a buffer of its own, if there is memory. */
-static int receive_long(struct native_nbd *nbd, size_t header)
+static int receive_long(struct native_nbd *nbd, size_t header, size_t length)
 {
-    size_t length = nbd->request.length, have = nbd->end - nbd->start - header;
+    size_t have = nbd->end - nbd->start - header;
     native_nbd_send(nbd);
     nbd_release(nbd);
     nbd_memory_take(&nbd->payload, length);
@@ -118,6 +118,13 @@ int nbd_has_payload(struct native_nbd *nbd)
     return nbd->extended && nbd->request.flags & NBD_FLAG_PAYLOAD;
 }
 
+size_t nbd_trailer_bytes(struct native_nbd *nbd)
+{
+    size_t within = nbd->request.offset % INTEGRITY_BLOCK_BYTES;
+    size_t end = within + nbd->request.length + INTEGRITY_BLOCK_BYTES - 1;
+    return nbd->request.length ? end / INTEGRITY_BLOCK_BYTES * sizeof(uint32_t) : 0;
+}
+
 /* Take the next request: 1 taken, 0 more bytes are needed, -1 the connection is over. */
 int nbd_take(struct native_nbd *nbd)
 {
@@ -129,17 +136,22 @@ int nbd_take(struct native_nbd *nbd)
     if (!parse(nbd, nbd->buffer + nbd->start))
         return -1;
     nbd->data = NULL;
-    if (request->kind != NBD_WRITE && !nbd_has_payload(nbd)) {
+    int checked = request->kind == NBD_WRITE_CHECKED;
+    if (request->kind != NBD_WRITE && !checked && !nbd_has_payload(nbd)) {
         nbd->start += header;
         return 1;
     }
     if (request->length > NBD_PAYLOAD_MAX)
         return -1;
-    if (header + request->length > NBD_RECEIVE_BYTES) {
-        return receive_long(nbd, header) ? 1 : -1;
+    size_t body = request->length + (checked ? nbd_trailer_bytes(nbd) : 0);
+    if (header + body > NBD_RECEIVE_BYTES) {
+        if (!receive_long(nbd, header, body))
+            return -1;
+        nbd->trailer = nbd->data ? (uint8_t *)nbd->data + request->length : NULL;
+        return 1;
     }
-    if (have < header + request->length) {
-        if (nbd->start + header + request->length > NBD_RECEIVE_BYTES) {
+    if (have < header + body) {
+        if (nbd->start + header + body > NBD_RECEIVE_BYTES) {
             native_nbd_send(nbd);
             memmove(nbd->buffer, nbd->buffer + nbd->start, have);
             nbd->start = 0;
@@ -148,6 +160,7 @@ int nbd_take(struct native_nbd *nbd)
         return 0;
     }
     nbd->data = nbd->buffer + nbd->start + header;
-    nbd->start += header + request->length;
+    nbd->trailer = nbd->buffer + nbd->start + header + request->length;
+    nbd->start += header + body;
     return 1;
 }

@@ -152,16 +152,21 @@ static struct native_integrity *area_of(struct native_nbd *nbd)
 static int read_run(struct native_nbd *nbd, int fd, uint8_t *data, size_t length, uint64_t offset)
 {
     struct native_integrity *area = area_of(nbd);
-    return area ? native_integrity_read(area, fd, data, length, offset, &nbd->bad)
-                : native_read_exactly(fd, data, length, offset);
+    uint32_t *sums = nbd->checked ? nbd->sums : NULL;
+    if (area)
+        return native_integrity_read(area, fd, data, length, offset, sums, &nbd->bad);
+    int error = native_read_exactly(fd, data, length, offset);
+    if (!error && sums)
+        integrity_sums(data, length, offset, sums);
+    return error;
 }
 
 static int write_run(struct native_nbd *nbd, int fd, int flags)
 {
     struct native_nbd_request *request = &nbd->request;
     struct native_integrity *area = area_of(nbd);
-    return area ? native_integrity_write(area, fd, nbd->data, request->length, request->offset,
-                                         flags, &nbd->bad)
+    return area ? native_integrity_write(area, fd, nbd->data, nbd->checked ? nbd->sums : NULL,
+                                         request->length, request->offset, flags, &nbd->bad)
                 : native_write_exactly(fd, nbd->data, request->length, request->offset, flags);
 }
 
@@ -237,12 +242,23 @@ static int read_with_holes(struct native_nbd *nbd, int fd, uint8_t *room)
     return error;
 }
 
-static int read_plainly(struct native_nbd *nbd, int fd, uint8_t *room)
+/* The data of a READ, and the trailer behind it. */
+static void reply_read(struct native_nbd *nbd)
 {
     struct native_nbd_request *request = &nbd->request;
-    int error = read_run(nbd, fd, room, request->length, request->offset);
+    size_t length = request->length, trailer = nbd->checked ? nbd_trailer_bytes(nbd) : 0;
+    for (size_t at = 0; at < trailer; at += sizeof(uint32_t)) {
+        uint32_t wire = htobe32(nbd->sums[at / sizeof wire]);
+        memcpy((uint8_t *)nbd->data + length + at, &wire, sizeof wire);
+    }
+    nbd_reply_read(nbd, request->cookie, request->offset, nbd->data, length + trailer);
+}
+
+static int read_plainly(struct native_nbd *nbd, int fd)
+{
+    int error = read_run(nbd, fd, nbd->data, nbd->request.length, nbd->request.offset);
     if (!error)
-        nbd_reply_read(nbd, request->cookie, request->offset, room, request->length);
+        reply_read(nbd);
     return error;
 }
 
@@ -264,7 +280,8 @@ static int execute_read(struct native_nbd *nbd)
     struct native_nbd_request *request = &nbd->request;
     uint16_t known = NBD_FLAG_FUA | (nbd->structured ? NBD_FLAG_DF : 0);
     uint32_t wrong = mistake(nbd, known, WIRE_EINVAL);
-    uint8_t *room = wrong ? NULL : nbd_room(nbd, request->length); /* may send */
+    size_t trailer = nbd->checked && !wrong ? nbd_trailer_bytes(nbd) : 0;
+    uint8_t *room = wrong ? NULL : nbd_room(nbd, request->length + trailer); /* may send */
     uint32_t error;
     int result = check(nbd, ACCESS_READ, &error);
     if (result != GO_ON)
@@ -277,16 +294,32 @@ static int execute_read(struct native_nbd *nbd)
     }
     int fd = atomic_load(&nbd->export->fd);
     nbd->data = room;
+    request->kind = NBD_READ;
     if (fd < 0)
         return NBD_REQUEST;
     int sparse = nbd->structured && !(request->flags & NBD_FLAG_DF) &&
                  request->length >= HOLE_BYTES_MIN;
-    int failed = sparse ? read_with_holes(nbd, fd, room) : read_plainly(nbd, fd, room);
+    int failed = sparse ? read_with_holes(nbd, fd, room) : read_plainly(nbd, fd);
     if (failed)
         nbd_reply(nbd, request->cookie, wire_error(nbd, failed));
     else
         count_read(nbd);
     return GO_ON;
+}
+
+/* What was sent is what was meant: nothing else is written. 0 or an error. */
+static uint32_t check_trailer(struct native_nbd *nbd)
+{
+    struct native_nbd_request *request = &nbd->request;
+    size_t trailer = nbd_trailer_bytes(nbd);
+    integrity_sums(nbd->data, request->length, request->offset, nbd->sums);
+    for (size_t at = 0; at < trailer; at += sizeof(uint32_t)) {
+        uint32_t wire;
+        memcpy(&wire, nbd->trailer + at, sizeof wire);
+        if (be32toh(wire) != nbd->sums[at / sizeof wire])
+            return because(nbd, WIRE_EBADMSG, "checksum mismatch in what was received");
+    }
+    return 0;
 }
 
 static int execute_write(struct native_nbd *nbd)
@@ -302,11 +335,14 @@ static int execute_write(struct native_nbd *nbd)
                     : mistake(nbd, NBD_FLAG_FUA, WIRE_ENOSPC);
     if (!error && !(nbd->data && align_data(nbd)))
         error = because(nbd, ENOMEM, NO_MEMORY);
+    if (!error && nbd->checked)
+        error = check_trailer(nbd);
     if (error) {
         nbd_reply(nbd, request->cookie, error);
         return GO_ON;
     }
     int fd = atomic_load(&nbd->export->fd);
+    request->kind = NBD_WRITE;
     if (fd < 0)
         return NBD_REQUEST;
     int durable = request->flags & NBD_FLAG_FUA;
@@ -345,7 +381,9 @@ void native_nbd_done(struct native_nbd *nbd, uint32_t error)
 {
     struct native_nbd_request *request = &nbd->request;
     if (request->kind == NBD_READ && !error) {
-        nbd_reply_read(nbd, request->cookie, request->offset, nbd->data, request->length);
+        if (nbd->checked)
+            integrity_sums(nbd->data, request->length, request->offset, nbd->sums);
+        reply_read(nbd);
         count_read(nbd);
         return;
     }
@@ -368,10 +406,19 @@ static int execute(struct native_nbd *nbd)
         }
         nbd->request.flags &= ~NBD_FLAG_PAYLOAD;
     }
-    switch (nbd->request.kind) {
+    uint16_t kind = nbd->request.kind;
+    nbd->checked = kind == NBD_READ_CHECKED || kind == NBD_WRITE_CHECKED;
+    if (nbd->checked && (!nbd->logged_in || nbd->structured)) {
+        native_nbd_why(nbd, "only after LOGIN, with simple replies");
+        nbd_reply(nbd, nbd->request.cookie, WIRE_EINVAL);
+        return GO_ON;
+    }
+    switch (kind) {
     case NBD_READ:
+    case NBD_READ_CHECKED:
         return execute_read(nbd);
     case NBD_WRITE:
+    case NBD_WRITE_CHECKED:
         return execute_write(nbd);
     case NBD_DISC:
         native_nbd_send(nbd);
@@ -407,7 +454,7 @@ static void count_refused(struct native_nbd *nbd)
 {
     uint32_t kind = nbd->request.kind;
     atomic_fetch_add(&nbd->export->refused, 1);
-    if (kind == NBD_WRITE || kind == NBD_FLUSH || kind == NBD_TRIM || kind == NBD_ZERO)
+    if (kind == NBD_WRITE || kind == NBD_WRITE_CHECKED || kind == NBD_FLUSH || kind == NBD_TRIM || kind == NBD_ZERO)
         atomic_fetch_add(&nbd->export->refused_writes, 1);
 }
 

@@ -50,6 +50,7 @@ from gnbd.handshake import (
     parse_go_untrusted,
 )
 from gnbd.identity import ServerIdentity, decode_server_token_untrusted, encode_server_token
+from gnbd.integrity import Header, decode_header_untrusted, encode_header
 from native import crc32c
 from node.guard_messages import decode_attach_untrusted, is_detach_untrusted
 
@@ -125,6 +126,10 @@ def _crc_at_8(data: bytes, length: int) -> bytes:
 
 def _seal_record(data: bytes) -> bytes:
     return data[:8] + struct.pack("<I", zlib.crc32(data[12:])) + data[12:]
+
+
+def _seal_header(data: bytes) -> bytes:
+    return data[:-4] + struct.pack("<I", crc32c(data[:-4]))
 
 
 def _seal_slot(data: bytes) -> bytes:
@@ -230,6 +235,11 @@ TARGETS: dict[str, Target] = {
     "store": Target(lambda data: decode_store_untrusted(data, PATH), [encode_store(b"payload")]),
     "record": Target(decode_record_untrusted, [birth_record(STATE)], seal=_seal_record),
     "fencing-state": Target(store.decode_file_untrusted, [_state_file()], seal=_seal_state),
+    "integrity": Target(
+        decode_header_untrusted,
+        [encode_header(Header("disk0", "/srv/disk0.img", 1 << 30))],
+        seal=_seal_header,
+    ),
     "opening": Target(
         m.decode_opening_untrusted,
         [msgspec.msgpack.encode(one) for one in (_HELLO, m.LoginProof(bytes(32)),

@@ -75,14 +75,30 @@ static uint64_t some_length(void)
     return kind < 4 ? some_number() : kind == 4 ? draw(6 << 20) : sizes[draw(9)];
 }
 
+/* Of the last `length` bytes; now and then it is wrong. */
+static void put_trailer(uint64_t offset, size_t length)
+{
+    static uint32_t sums[2048];
+    size_t count = length ? (offset % 4096 + length + 4095) / 4096 : 0;
+    assert(count <= sizeof sums / sizeof *sums);
+    if (length && input_length >= length)
+        integrity_sums(input + input_length - length, length, offset, sums);
+    for (size_t i = 0; i < count; i++) {
+        uint32_t wire = htobe32(draw(200) ? sums[i] : 1);
+        put(&wire, sizeof wire);
+    }
+}
+
 static void make_request(void)
 {
-    static const uint16_t kinds[] = {0, 0, 0, 1, 1, 1, 3, 4, 5, 6, 7, 0x4301, 0x4303, 99};
-    uint16_t kind = draw(200) ? kinds[draw(14)] : NBD_DISC;
+    static const uint16_t kinds[] = {0, 0, 0, 1, 1, 1, 3, 4, 5, 6, 7, 0x4301, 0x4303, 99,
+                                     NBD_WRITE_CHECKED, NBD_WRITE_CHECKED, NBD_READ_CHECKED,
+                                     NBD_READ_CHECKED};
+    uint16_t kind = draw(200) ? kinds[draw(18)] : NBD_DISC;
     uint16_t flags = draw(4) ? 0 : (uint16_t)draw(draw(2) ? 64 : 65536);
     uint64_t offset = some_number(), length = some_length(), cookie = draw(0);
     int extended = input[STYLE] % 3 == NBD_EXTENDED;
-    if (kind == NBD_WRITE) {
+    if (kind == NBD_WRITE || kind == NBD_WRITE_CHECKED) {
         length = length > (5 << 20) || length == 200000 ? 4096 : length;
         flags |= extended && draw(8) ? NBD_FLAG_PAYLOAD : 0;
     }
@@ -99,8 +115,11 @@ static void make_request(void)
         memcpy(&wire.length, &compact, sizeof compact);
     }
     put(&wire, extended ? 32 : 28);
-    if (kind == NBD_WRITE || (extended && flags & NBD_FLAG_PAYLOAD && length < 70000))
+    if (kind == NBD_WRITE || kind == NBD_WRITE_CHECKED ||
+        (extended && flags & NBD_FLAG_PAYLOAD && length < 70000))
         put(NULL, length);
+    if (kind == NBD_WRITE_CHECKED)
+        put_trailer(offset, length);
 }
 
 static void mutate(void)

@@ -150,8 +150,12 @@ static void change(struct native_integrity *area)
         for (size_t i = 0; i < length; i += 97)
             data[i] = (uint8_t)draw(256);
     if (!zero) {
-        assert(!native_integrity_write(area, DATA, data, length, offset, draw(8) ? 0 : RWF_DSYNC,
-                                       &bad));
+        static uint32_t sums[32];
+        int trailer = (int)draw(2);
+        if (trailer)
+            integrity_sums(data, length, offset, sums);
+        assert(!native_integrity_write(area, DATA, data, trailer ? sums : NULL, length, offset,
+                                       draw(8) ? 0 : RWF_DSYNC, &bad));
         return;
     }
     struct native_integrity_change change;
@@ -169,7 +173,7 @@ static void read_something(struct native_integrity *area)
     uint64_t bad = 0, offset = draw(DISK_BYTES), length = draw(sizeof data);
     if (length > DISK_BYTES - offset)
         length = DISK_BYTES - offset;
-    assert(!native_integrity_read(area, DATA, data, length, offset, &bad));
+    assert(!native_integrity_read(area, DATA, data, length, offset, NULL, &bad));
     assert(!memcmp(data, disks[0].now + offset, length));
 }
 
@@ -251,7 +255,7 @@ static void damage(void)
     struct native_integrity *area = open_area();
     disks[0].now[at] ^= 0x40;
     settle_some(area, 100);
-    int error = native_integrity_read(area, DATA, &byte, 1, at, &bad);
+    int error = native_integrity_read(area, DATA, &byte, 1, at, NULL, &bad);
     assert(error == EBADMSG && bad == at / 4096 * 4096);
     disks[0].now[at] ^= 0x40;
     native_integrity_free(area);
@@ -267,7 +271,7 @@ static void check_all(void)
     writes_left = UINT64_MAX;
     if (draw(2))
         settle_some(area, draw(2) ? 100 : 2);
-    int error = native_integrity_read(area, DATA, data, DISK_BYTES, 0, &bad);
+    int error = native_integrity_read(area, DATA, data, DISK_BYTES, 0, NULL, &bad);
     if (error)
         printf("error %d at %llu\n", error, (unsigned long long)bad);
     assert(!error);
