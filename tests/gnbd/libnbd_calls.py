@@ -1,23 +1,49 @@
 """Every call of libnbd's Python module against an export of 128 MiB; run by Debian's own python3,
 which has that module: /usr/bin/python3 libnbd_calls.py URI [UNIX-SOCKET]. Silent when all is well.
+With a socket it also demands that no call was left out but those of `LOCAL`.
 """
 
 import contextlib
 import errno
 import select
+import socket
 import sys
+from urllib.parse import urlsplit
 
 import nbd
 
 MIB = 1 << 20
 SIZE = 128 * MIB
 ERRORS_OF = {"base:allocation": {0, 3}, "x-cfs:reservation": {2}}
+LOCAL = {
+    "clear_debug_callback", "get_debug", "set_debug", "set_debug_callback", "get_handle_name",
+    "set_handle_name", "get_package_name", "get_version", "get_private_data",
+    "set_private_data", "supports_uri", "supports_tls", "get_pread_initialize",
+    "set_pread_initialize", "get_request_block_size", "set_request_block_size",
+    "get_handshake_flags", "get_request_structured_replies", "get_strict_mode", "get_full_info",
+    "get_opt_mode", "get_export_name", "get_uri", "set_uri_allow_local_file",
+    "set_uri_allow_tls", "set_uri_allow_transports", "aio_connect", "connect_command",
+    "aio_connect_command", "kill_subprocess", "connect_vsock", "aio_connect_vsock",
+    "connect_systemd_socket_activation", "aio_connect_systemd_socket_activation", "get_tls",
+    "set_tls", "set_tls_certificates", "set_tls_psk_file", "get_tls_username",
+    "set_tls_username", "get_tls_verify_peer", "set_tls_verify_peer",
+}  # fmt: skip
+"""Settings of the handle, servers that libnbd starts itself, and TLS, which test_tls.py has."""
+used = set()
+
+
+class Handle(nbd.NBD):
+    """Notes what is called."""
+
+    def __getattribute__(self, name):
+        used.add(name)
+        return super().__getattribute__(name)
 
 
 @contextlib.contextmanager
 def connected(uri, *contexts, **settings):
     """A handle in transmission."""
-    handle = nbd.NBD()
+    handle = Handle()
     for name, value in settings.items():
         getattr(handle, f"set_{name}")(value)
     for context in contexts:
@@ -40,7 +66,7 @@ def refused(number, call, *arguments, **more):
 
 def negotiate(uri):
     """Option mode: LIST, INFO, contexts, GO; refusals leave the haggling alive."""
-    handle = nbd.NBD()
+    handle = Handle()
     handle.set_opt_mode(True)
     handle.set_full_info(True)
     handle.set_export_name("plain")
@@ -71,11 +97,96 @@ def negotiate(uri):
     assert handle.can_meta_context("base:allocation")
     assert handle.can_meta_context("x-cfs:reservation")
     handle.shutdown()
-    handle = nbd.NBD()
+    handle = Handle()
     handle.set_opt_mode(True)
     handle.connect_uri(uri)
     handle.opt_abort()
     assert handle.aio_is_closed()
+
+
+def wait_until(handle, condition):
+    """Let libnbd work."""
+    while not condition():
+        assert handle.poll(20_000) == 1, "the server answers"
+
+
+def work(handle, condition):
+    """The same by a poll of our own."""
+    poll = select.poll()
+    while not condition():
+        directions = handle.aio_get_direction()
+        wanted = select.POLLIN if directions & nbd.AIO_DIRECTION_READ else 0
+        wanted |= select.POLLOUT if directions & nbd.AIO_DIRECTION_WRITE else 0
+        poll.register(handle.aio_get_fd(), wanted)
+        ready = poll.poll(20_000)
+        assert ready, "the server answers, and hangs up after DISC"
+        if ready[0][1] & (select.POLLIN | select.POLLHUP):
+            handle.aio_notify_read()
+        else:
+            handle.aio_notify_write()
+
+
+def negotiate_asynchronously(uri):
+    """The same by the aio calls."""
+    handle = Handle()
+    handle.set_opt_mode(True)
+    assert handle.aio_is_created()
+    handle.aio_connect_uri(uri)
+    assert handle.aio_is_connecting()
+    wait_until(handle, handle.aio_is_negotiating)
+    names, contexts, ends = [], [], []
+
+    def end(error):
+        assert error.value == 0
+        ends.append(1)
+        return 1
+
+    handle.aio_opt_list(lambda name, _: names.append(name) and 0, end)
+    wait_until(handle, lambda: len(ends) == 1)
+    assert "plain" in names
+    handle.set_export_name("plain")
+    handle.aio_opt_list_meta_context(lambda name: contexts.append(name) and 0, end)
+    wait_until(handle, lambda: len(ends) == 2)
+    assert set(contexts) == set(ERRORS_OF)
+    handle.add_meta_context("nothing:known")
+    handle.clear_meta_contexts()
+    handle.add_meta_context("base:allocation")
+    assert handle.get_nr_meta_contexts() == 1
+    assert handle.get_meta_context(0) == "base:allocation"
+    handle.aio_opt_info(end)
+    wait_until(handle, lambda: len(ends) == 3)
+    assert handle.get_size() == SIZE
+    handle.aio_opt_go(end)
+    wait_until(handle, lambda: len(ends) == 4 and handle.aio_is_ready())
+    assert handle.can_meta_context("base:allocation")
+    assert "READY" in handle.connection_state()
+    handle.shutdown()
+    handle = Handle()
+    handle.set_opt_mode(True)
+    handle.connect_uri(uri)
+    handle.aio_opt_abort()
+    wait_until(handle, handle.aio_is_closed)
+
+
+def connections(uri, path):
+    """Every way to connect."""
+    where = urlsplit(uri)
+    host, port = where.hostname, str(where.port)
+
+    def tcp():
+        return socket.create_connection((host, where.port)).detach()
+
+    for name, arguments in (
+        ("connect_tcp", (host, port)), ("connect_unix", (path,)), ("connect_socket", (tcp(),)),
+        ("aio_connect_tcp", (host, port)), ("aio_connect_unix", (path,)),
+        ("aio_connect_socket", (tcp(),)),
+    ):  # fmt: skip
+        handle = Handle()
+        handle.set_export_name("plain")
+        getattr(handle, name)(*arguments)
+        wait_until(handle, handle.aio_is_ready)
+        assert handle.get_size() == SIZE, name
+        handle.shutdown()
 
 
 def flags(uri):
@@ -164,7 +275,7 @@ def errors(uri):
 
 def asynchronous(uri):
     """64 requests in flight by the aio calls, completed in any order."""
-    with connected(uri) as h:
+    with connected(uri, "base:allocation") as h:
         data = [bytes([i]) * 8192 for i in range(64)]
 
         def finish(cookies):
@@ -191,27 +302,38 @@ def asynchronous(uri):
         buffer = nbd.Buffer(8192)
         finish({h.aio_pread_structured(buffer, 8 * MIB, lambda *_: 0)})
         assert buffer.to_bytearray() == bytes(8192)
+        entries = []
+        seen = h.aio_block_status(MIB, 0, lambda *arguments: entries.append(arguments) or 0)
+        assert h.aio_in_flight() == 1
+        wait_until(h, lambda: h.aio_peek_command_completed() == seen)
+        assert h.aio_command_completed(seen)
+        assert entries
+        assert not h.aio_in_flight()
+        assert not h.aio_is_dead()
+        assert not h.aio_is_processing()
         h.aio_disconnect(0)
-        poll = select.poll()
-        poll.register(h.aio_get_fd(), select.POLLIN)
-        while not h.aio_is_closed():
-            assert poll.poll(20_000), "the server hangs up after DISC"
-            h.aio_notify_read()
+        work(h, h.aio_is_closed)
 
 
 def large(uri):
     """Requests up to the largest that the server says it takes."""
     with connected(uri) as h:
         data = bytes(range(256)) * (64 * MIB // 256)
-        h.pwrite(data, 64 * MIB)
+        cookie = h.aio_pwrite(nbd.Buffer.from_bytearray(bytearray(data)), 64 * MIB)
+        work(h, lambda: h.aio_command_completed(cookie))
         assert h.pread(64 * MIB, 64 * MIB) == data
         h.trim(64 * MIB, 64 * MIB)
         assert h.pread(64 * MIB, 64 * MIB) == bytes(64 * MIB)
 
 
 if __name__ == "__main__":
-    for judge in (negotiate, flags, commands, errors, asynchronous, large):
-        target = sys.argv[1] if judge is negotiate else f"{sys.argv[1]}/plain"
-        judge(target)
+    for judge in (negotiate, negotiate_asynchronously):
+        judge(sys.argv[1])
+    for judge in (flags, commands, errors, asynchronous, large):
+        judge(f"{sys.argv[1]}/plain")
     if len(sys.argv) > 2:
         commands(f"nbd+unix:///plain?socket={sys.argv[2]}")
+        connections(*sys.argv[1:])
+        public = {name for name in dir(nbd.NBD) if not name.startswith("_")}
+        left_out = public - used - LOCAL
+        assert not left_out, left_out

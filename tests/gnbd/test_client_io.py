@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import random
 from collections.abc import Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 
 import pytest
 import trio
@@ -37,8 +37,8 @@ def server(tmp_path):
 
 
 @asynccontextmanager
-async def opened(server, who=ME, export="disk0", info=None, **options):
-    with trio.fail_after(DEADLINE_S):
+async def opened(server, who=ME, export="disk0", info=None, deadline_s=DEADLINE_S, **options):
+    with trio.fail_after(deadline_s):
         async with trio.open_nursery() as nursery:
             device = await open_device(
                 info or server.info, export, who, server.secret(who), nursery, Options(**options)
@@ -116,15 +116,16 @@ def test_many_tasks(server):
 
 
 def test_server_killed_again_and_again(server):
-    """kill -9 of a server whose cache is volatile: no flushed and no acknowledged byte is lost,
-    and the client only sees a delay."""
-    blocks = 64
+    """kill -9, at random, of a server whose cache is volatile, under four clients: no flushed and
+    no acknowledged byte is lost, and they only see a delay."""
+    seed = random.SystemRandom().randrange(1 << 32)
+    print(f"seed {seed}")
     latest: dict[int, bytes] = {}
     durable: dict[int, bytes] = {}
     written = [0]
 
     async def writer(device, index, stop):
-        chance = random.Random(index)
+        chance = random.Random(seed + index)
         count = 0
         while not stop.is_set():
             block = chance.randrange(8) * 8 + index
@@ -139,8 +140,9 @@ def test_server_killed_again_and_again(server):
                 durable.update(seen)
 
     async def killer(stop):
-        for _ in range(3):
-            goal = written[0] + 300
+        chance = random.Random(seed)
+        for _ in range(4):
+            goal = written[0] + chance.randrange(10, 500)
             await eventually(lambda g=goal: written[0] >= g)
             server.kill()
             image = (server.directory / "disk0.img").read_bytes()
@@ -155,16 +157,21 @@ def test_server_killed_again_and_again(server):
         return int(data.split(b".")[0].split()[1]) if data[0] else -1
 
     async def body():
-        async with opened(server) as device:
+        async with AsyncExitStack() as stack:
+            devices = [
+                await stack.enter_async_context(opened(server, instance(number), deadline_s=60))
+                for number in range(1, 5)
+            ]
             stop = trio.Event()
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(killer, stop)
                 for index in range(8):
-                    nursery.start_soon(writer, device, index, stop)
-            for block in range(blocks):
-                if block in latest:
+                    nursery.start_soon(writer, devices[index % 4], index, stop)
+            for block in latest:
+                for device in devices:
                     assert await device.read(block * 4096, 4096) == latest[block]
-            await device.flush()
+            for device in devices:
+                await device.flush()
 
     trio_test(body)
     server.kill()

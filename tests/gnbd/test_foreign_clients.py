@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import subprocess
 from pathlib import Path
 
 import pytest
 
+from gnbd import messages as m
+from gnbd import protocol as p
 from tests.gnbd.harness import export_toml, running, wait_for
+from tests.gnbd.raw import RawClient
 
 MIB = 1 << 20
 
@@ -21,8 +25,16 @@ def server(tmp_path_factory):
     exports += 'description = "a disk for everybody"\n'
     exports += export_toml("cached", directory / "cached.img", size="128M", filters='"volatile"')
     exports += export_toml("secret", directory / "secret.img", access="cluster")
-    with running(directory, exports) as server:
+    head = f'unix_sockets = ["{directory}/nbd.sock"]\n'
+    with running(directory, exports, head=head) as server:
         yield server
+
+
+def report(server, export: str) -> m.ExportReport:
+    """What the server says of an export."""
+    with server.control() as control:
+        found = control.ask(m.ExportsRequest(), m.ExportsReport).exports
+    return next(one for one in found if one.name == export)
 
 
 def run(*command: str, **more) -> subprocess.CompletedProcess[str]:
@@ -182,14 +194,52 @@ def test_ext4_through_nbdfuse(server, tmp_path):
     assert (tmp_path / "file").read_bytes() == (tmp_path / "tree" / "file").read_bytes()
 
 
+def test_a_killed_client_leaves_whole_writes_and_nothing_else(server, tmp_path):
+    """kill -9 of a copy at random points, beside a client that verifies: what it had sent is there
+    in whole requests, its connections go, the other one notices nothing."""
+    seed = random.SystemRandom().randrange(1 << 32)
+    print(f"seed {seed}")
+    chance = random.Random(seed)
+    piece, count = 256 << 10, 256
+    source = tmp_path / "source"
+    source.write_bytes(b"".join(bytes([1 + n % 255]) * piece for n in range(count)))
+    verifies = subprocess.Popen(
+        ["fio", "--name=v", "--ioengine=nbd", f"--uri={server.uri}/cached", "--rw=randwrite",
+         "--bs=4k", "--iodepth=16", "--size=16M", "--verify=crc32c", "--do_verify=1"],
+        cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    try:
+        for _ in range(4):
+            with RawClient(server, "plain") as client:
+                assert client.request(p.CMD_TRIM, 0, length=piece * count) == 0
+            goal = chance.randrange(piece * count)
+            copy = ("nbdcopy", "--connections=4", "--requests=8", f"--request-size={piece}")
+            before = report(server, "plain").counters["written_bytes"]
+            with subprocess.Popen([*copy, str(source), f"{server.uri}/plain"]) as client:
+                wait_for(
+                    lambda g=before + goal: report(server, "plain").counters["written_bytes"] >= g,
+                    "it has written so much",
+                )
+                client.kill()
+            wait_for(lambda: not report(server, "plain").connections, "its connections go")
+            assert run("nbdcopy", f"{server.uri}/plain", str(tmp_path / "back")).returncode == 0
+            back = (tmp_path / "back").read_bytes()
+            for n in range(count):
+                found = set(back[n * piece : (n + 1) * piece])
+                assert found in ({0}, {1 + n % 255}), n
+        output, _ = verifies.communicate(timeout=60)
+        assert verifies.returncode == 0, output
+    finally:
+        verifies.kill()
+        verifies.wait()
+
+
 def test_a_clean_stop_flushes_everything(tmp_path):
     """SIGTERM: what was only in the volatile cache is in the file afterwards."""
     path = tmp_path / "disk.img"
     exports = export_toml("disk", path, filters='"volatile"')
     with running(tmp_path, exports, joined=False) as server:
-        # -t none would flush at close: a raw socket leaves the write unflushed
-        from tests.gnbd.raw import RawClient
-
+        # qemu-io would flush at close: a raw socket leaves the write unflushed
         with RawClient(server, "disk") as client:
             assert client.request(1, 4096, b"x" * 4096) == 0
             assert path.read_bytes()[4096:8192] == bytes(4096)
@@ -200,5 +250,5 @@ def test_a_clean_stop_flushes_everything(tmp_path):
 def test_libnbd_makes_every_call(server):
     """libnbd's Python module: negotiation, each command and flag, errors, asynchronous calls."""
     script = Path(__file__).with_name("libnbd_calls.py")
-    done = run("/usr/bin/python3", str(script), server.uri)
+    done = run("/usr/bin/python3", str(script), server.uri, str(server.directory / "nbd.sock"))
     assert done.returncode == 0, done.stdout + done.stderr
