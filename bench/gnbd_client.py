@@ -15,16 +15,17 @@ async def rate(
     """MiB/s of reads or writes; `kind` as fio's rw."""
     blocks = device.size_bytes // size_bytes
     data = bytes(size_bytes)
+    # Drawing a place costs almost as much as a request.
+    places = [random.randrange(blocks) for _ in range(1 << 16)]
     done, next_block = 0, 0
+    is_random, is_read = kind.startswith("rand"), "read" in kind
 
     async def worker() -> None:
         nonlocal done, next_block
         while True:
-            if kind.startswith("rand"):
-                block = random.randrange(blocks)
-            else:
-                block, next_block = next_block % blocks, next_block + 1
-            if "read" in kind:
+            next_block += 1
+            block = places[next_block % len(places)] if is_random else next_block % blocks
+            if is_read:
                 await device.read(block * size_bytes, size_bytes)
             else:
                 await device.write(block * size_bytes, data)

@@ -55,7 +55,7 @@ class Request:
     """One NBD request on its way. `into` receives a READ; `result` is what was read."""
 
     __slots__ = ("cookie", "data", "flags", "into", "kind", "length", "mark", "offset", "order",
-                 "result", "round", "waiter")  # fmt: skip
+                 "place", "result", "round", "waiter")  # fmt: skip
 
     def __init__(
         self,
@@ -76,19 +76,17 @@ class Request:
         self.result: bytes = b""
         self.mark = 0
         self.cookie = 0
+        self.place = 0
+        """Of the transport, while it is in flight."""
         self.order = 0
         """Rises with each `submit`."""
         self.round = 0
         """Not 0: sends retained bytes again, in that round."""
 
-    def header(self) -> bytes:
-        return p.REQUEST.pack(
-            p.REQUEST_MAGIC, self.flags, self.kind, self.cookie, self.offset, self.length
-        )
-
     def finish(self, error: StackError | None) -> None:
-        if self.waiter is not None:
-            self.waiter.done(error)
+        waiter, self.waiter = self.waiter, None
+        if waiter is not None:
+            waiter.done(error)
 
 
 class Lane:

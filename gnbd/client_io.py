@@ -31,6 +31,8 @@ from gnbd.connection_io import Connection, connect
 from gnbd.control_client_io import drive
 from gnbd.dialogues import go_dialogue, greeting_dialogue, login_dialogue, starttls_dialogue
 from gnbd.link_io import REQUEST_BYTES_MAX, Group, Link
+from gnbd.retained import owned
+from native.buffers import unset_bytes
 
 RETRY_FIRST_S = 0.02
 RETRY_MAX_S = 0.25
@@ -219,21 +221,42 @@ class GnbdDevice:
         for request in requests:
             core.submit(request)
         self.pump()
-        await group.wait()
+        try:
+            await group.wait()
+        except trio.Cancelled:
+            self._forsake(requests)
+            raise
 
     async def _run_one(self, group: Group, request: Request) -> None:
         if self._closed:
             raise StackError("the device is closed")
         self.core.submit(request)
         link = self._place_now(request)
-        if link is None:
-            self.pump()
-        elif link.take_lead():
-            link.kick()
-            await link.lead(group)
-        else:
-            link.kick()
-        await group.wait()
+        try:
+            if link is None:
+                self.pump()
+            elif link.take_lead():
+                link.kick()
+                await link.lead(group)
+            else:
+                link.kick()
+            await group.wait()
+        except trio.Cancelled:
+            self._forsake([request])
+            raise
+
+    def _forsake(self, requests: list[Request]) -> None:
+        """Their caller is cancelled and takes its memory back; they go on without it."""
+        for request in requests:
+            if request.waiter is None:
+                continue
+            request.waiter = None
+            if request.data is not None:
+                request.data = owned(request.data)
+            elif request.into is not None:
+                request.into, request.result = None, unset_bytes(request.length)
+            for link in self._links.values():
+                link.forsake(request)
 
     def _place_now(self, request: Request) -> Link | None:
         """The link that takes the one request which has just been submitted; None: `pump`."""
@@ -325,8 +348,7 @@ class GnbdDevice:
                         return
                     connection.patient()  # from here on `_ping_loop` judges
                     lane = self.core.lane_up(path, boottime_ns())
-                    link = Link(self, lane, connection.sock, scope)
-                    link.wire = connection.wire
+                    link = Link(self, lane, connection.sock, connection.wire, scope)
                     links.append(link)
                     self._links[id(link.lane)] = link
                     nursery.start_soon(link.receive_loop)
@@ -341,6 +363,7 @@ class GnbdDevice:
             for link in links:
                 self._links.pop(id(link.lane), None)
                 link.interrupt()
+                link.close()
             for connection in connections:
                 connection.close()
             self.core.path_lost(path, boottime_ns())
@@ -420,7 +443,7 @@ class GnbdDevice:
         for other in cut:
             self._scopes[other.index].cancel()
             for lane in other.lanes:
-                self._links.pop(id(lane), None)
+                self._links.pop(id(lane)).close()
             self.core.path_lost(other, boottime_ns())
         return True
 
@@ -429,6 +452,8 @@ class GnbdDevice:
             case m.LOGIN_OK:
                 return True
             case m.LOGIN_BARRED:
+                for link in self._links.values():  # their callers go on at once
+                    link.close()
                 self.core.bar(result.message)
                 self._retry_now()
             case m.LOGIN_OLD_GENERATION:

@@ -1,9 +1,14 @@
 """One client connection in transmission, and the caller that waits (trio).
 
-Hot path of the client: a request costs no task. Its caller sends it and parks on a counter
-(`Group`); a sender, parked unless the socket is full, sends what is left over; a receiver parses
-many replies per recv. When nothing is in flight the receiver rests, and the caller of the next
-request takes the replies in its place (`lead`) until its own has come: one switch of tasks less.
+C moves the bytes (`native.link`), under TLS to and from a thread that encrypts them.
+
+A request costs no task. Its caller posts it and parks on a counter (`Group`). The first few under
+way are sent at once; with more, those that are posted in one turn of the scheduler go out together,
+by the sender. A receiver takes many replies in one call. When nothing is in flight the receiver
+rests, and the caller of the next request takes the replies in its place (`lead`) until its own has
+come: one switch of tasks less.
+
+Memory of a request belongs to the link until the reply, `Link.forsake` or `Link.close`.
 """
 
 from __future__ import annotations
@@ -16,13 +21,16 @@ import structlog
 import trio
 
 from cluster.device import Buffer
-from cluster.errors import ProtocolError, StackError
+from cluster.errors import StackError
 from cluster.paths_io import boottime_ns
 from gnbd import protocol as p
 from gnbd.client import WITH_DATA, Lane, Request
+from native.buffers import unset_bytes
+from native.link import NO_DATA, RECEIVES, SENDS, OutOfStepError
+from native.link import Link as Transport
 
-RECEIVE_BYTES = 256 << 10
-SEND_PARTS_MAX = 512
+SENT_AT_ONCE_MAX = 2
+"""Requests under way on a lane: a further one waits for its neighbours."""
 REQUEST_BYTES_MAX = 4 << 20
 PROBES_MIN = 2
 """A single probe of a closed window may go without an answer: Linux answers one in 500 ms
@@ -70,17 +78,17 @@ class Group:
                 self.link.interrupt()
 
     async def wait(self) -> None:
-        """Return when all requests are done. A cancelled caller leaves them to finish alone."""
+        """Return when all requests are done. A cancelled caller leaves them to finish alone, after
+        `Link.forsake`."""
         if self.left:
             self.task = trio.lowlevel.current_task()
-
-            def abort(_raise_cancel: object) -> trio.lowlevel.Abort:
-                self.task = None
-                return trio.lowlevel.Abort.SUCCEEDED
-
-            await trio.lowlevel.wait_task_rescheduled(abort)
+            await trio.lowlevel.wait_task_rescheduled(self._abort)
         if self.error is not None:
             raise self.error
+
+    def _abort(self, _raise_cancel: object) -> trio.lowlevel.Abort:
+        self.task = None
+        return trio.lowlevel.Abort.SUCCEEDED
 
 
 class _Pong:
@@ -99,26 +107,28 @@ class Link:
     """One connection in transmission: socket, sender, receiver."""
 
     def __init__(
-        self, owner: Owner, lane: Lane, sock: socket.socket, scope: trio.CancelScope
+        self,
+        owner: Owner,
+        lane: Lane,
+        sock: socket.socket,
+        wire: socket.socket,
+        scope: trio.CancelScope,
     ) -> None:
+        """`wire` leads to the server; `sock`, which carries what is said, is another one under
+        TLS."""
         self._owner = owner
         self.lane = lane
-        self._sock = self.wire = sock
-        """`wire` is another one under TLS."""
+        self._sock = sock
+        self._wire = wire
+        self._transport = Transport(sock.fileno())
         self._scope = scope
-        self._out: list[Buffer] = []
         self._sender: trio.lowlevel.Task | None = None
-        self._sender_busy = False
+        """The sender while it has nothing to do."""
+        self._posted = False
         self._receiver: trio.lowlevel.Task | None = None
         """The receiver while it rests."""
         self._led = False
         self._leader_waits = False
-        self._buffer = bytearray(RECEIVE_BYTES)
-        self._view = memoryview(self._buffer)
-        # One long READ is received at a time; a fresh buffer for each would cost page faults.
-        self._scratch = memoryview(bytearray(REQUEST_BYTES_MAX))
-        self._start = 0
-        self._end = 0
         self.pinged_ns = 0
         """When the PING that is under way was sent; 0: none is."""
         self._unheard_ns = 0
@@ -141,7 +151,7 @@ class Link:
         acknowledgement alone may be old."""
         now_ns = boottime_ns()
         try:
-            info = self.wire.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO.size)
+            info = self._wire.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO.size)
         except OSError:
             return True
         probes, segments, last_heard_ms = _TCP_INFO.unpack(info)
@@ -160,64 +170,69 @@ class Link:
 
     def post(self, request: Request) -> None:
         """Append one request to what goes out."""
-        self._out.append(request.header())
-        if request.kind == p.CMD_WRITE:
-            assert request.data is not None
-            self._out.append(request.data)
+        kind = request.kind
+        memory: Buffer | None
+        if kind in WITH_DATA:
+            ways, memory = RECEIVES, request.into
+            if memory is None:
+                memory = request.result = unset_bytes(request.length)
+        else:
+            ways, memory = (SENDS if request.data is not None else NO_DATA), request.data
+        try:
+            request.place = self._transport.post(
+                request.cookie, kind, request.flags, request.offset, request.length, ways, memory
+            )
+        except OSError:  # it has just been closed: the request is one of those that are lost
+            self._scope.cancel()
+        self._posted = True
 
     def kick(self) -> None:
-        """Send at once; what the socket does not take is the sender's."""
-        self._wake_receiver()
-        if self._sender_busy or not self._out:
+        """Send: now, or together with what others post in this turn."""
+        if self._receiver is not None and not self._led:
+            self._wake_receiver()
+        if self._sender is None or not self._posted:
             return
-        if self._send_some() and self._out and self._sender is not None:
+        if len(self.lane.in_flight) > SENT_AT_ONCE_MAX or self._send():
             task, self._sender = self._sender, None
-            self._sender_busy = True
             trio.lowlevel.reschedule(task)
 
-    def _send_some(self) -> bool:
-        """One non-blocking sendmsg. False if the connection is broken."""
-        parts = self._out[:SEND_PARTS_MAX]
+    def _send(self) -> bool:
+        """Whether something is left that the socket does not take now."""
+        self._posted = False
         try:
-            sent = self._sock.sendmsg(parts)
-        except BlockingIOError:
-            return True
+            return self._transport.send()
         except OSError:
             self._scope.cancel()
             return False
-        index = 0
-        while index < len(parts) and sent >= len(parts[index]):
-            sent -= len(parts[index])
-            index += 1
-        del self._out[:index]
-        if sent:
-            self._out[0] = memoryview(self._out[0])[sent:]
-        return True
 
     async def send_loop(self) -> None:
-        """Sends what is left over and what was collected."""
+        """Sends what was collected, and what is left over."""
         while True:
-            if not self._out:
-                self._sender_busy = False
-                self._sender = trio.lowlevel.current_task()
-
-                def abort(_raise_cancel: object) -> trio.lowlevel.Abort:
-                    self._sender = None
-                    return trio.lowlevel.Abort.SUCCEEDED
-
-                await trio.lowlevel.wait_task_rescheduled(abort)
-                continue
-            self._sender_busy = True
-            before = len(self._out)
-            first = len(self._out[0])
-            if not self._send_some():
-                return
-            if self._out and len(self._out) == before and len(self._out[0]) == first:
+            if self._send():
                 try:
                     await trio.lowlevel.wait_writable(self._sock)
                 except (OSError, trio.ClosedResourceError):
                     self._scope.cancel()
                     return
+            elif not self._posted:
+                self._sender = trio.lowlevel.current_task()
+                await trio.lowlevel.wait_task_rescheduled(self._abort_sender)
+
+    def _abort_sender(self, _raise_cancel: object) -> trio.lowlevel.Abort:
+        self._sender = None
+        return trio.lowlevel.Abort.SUCCEEDED
+
+    def forsake(self, request: Request) -> None:
+        """Nobody waits for it any more: its caller's memory is not used from now on."""
+        if request.cookie in self.lane.in_flight:
+            memory = request.result if request.kind in WITH_DATA else request.data
+            if memory is not None:
+                self._transport.move(request.place, request.cookie, memory, request.length)
+
+    def close(self) -> None:
+        """No memory of any request is used from now on. Ends the path."""
+        self._transport.close()
+        self._scope.cancel()
 
     # -- receiving -------------------------------------------------------------------------
 
@@ -225,31 +240,27 @@ class Link:
         """Takes replies until the connection ends, then gives up the whole path."""
         try:
             while True:
-                if self._led or not (self.lane.in_flight or self._end > self._start):
-                    await self._rest()
+                if self._led or not self.lane.in_flight:
+                    self._receiver = trio.lowlevel.current_task()
+                    await trio.lowlevel.wait_task_rescheduled(self._abort_receiver)
                     continue
-                while self._end - self._start >= p.REPLY.size:
-                    if not (self._short_reply() or await self._reply()):
-                        return
+                await trio.lowlevel.wait_readable(self._sock)
+                self._receive()
                 self._owner.pump()
-                if self.lane.in_flight or self._end > self._start:
-                    count = await self._recv_into(self._room())
-                    if count == 0:
-                        return
-                    self._end += count
-        except (OSError, ProtocolError, trio.ClosedResourceError) as error:
+        except (OSError, OutOfStepError, trio.ClosedResourceError) as error:
             log.debug("connection lost", server=self._owner.name, error=str(error))
         finally:
             self._scope.cancel()
 
-    async def _rest(self) -> None:
-        self._receiver = trio.lowlevel.current_task()
+    def _abort_receiver(self, _raise_cancel: object) -> trio.lowlevel.Abort:
+        self._receiver = None
+        return trio.lowlevel.Abort.SUCCEEDED
 
-        def abort(_raise_cancel: object) -> trio.lowlevel.Abort:
-            self._receiver = None
-            return trio.lowlevel.Abort.SUCCEEDED
-
-        await trio.lowlevel.wait_task_rescheduled(abort)
+    def _receive(self) -> None:
+        """Raises OSError when the connection has ended, OutOfStepError."""
+        completed, lane = self._owner.completed, self.lane
+        for cookie, number in self._transport.receive():
+            completed(lane, cookie, number)
 
     def _wake_receiver(self) -> None:
         if self._receiver is not None and not self._led:
@@ -264,8 +275,8 @@ class Link:
         return True
 
     async def lead(self, group: Group) -> None:
-        """Take replies until those of `group` are here or something unusual comes. What remains to
-        be done is the receiver's, also when this is cancelled."""
+        """Take replies until those of `group` are here. What remains to be done is the receiver's,
+        also when this is cancelled."""
         group.link = self
         try:
             while group.left:
@@ -274,26 +285,18 @@ class Link:
                     await trio.lowlevel.wait_readable(self._sock)
                 finally:
                     self._leader_waits = False
-                try:
-                    count = self._sock.recv_into(self._room())
-                except BlockingIOError:
-                    continue
-                if count == 0:
-                    self._scope.cancel()
-                    break
-                self._end += count
-                while self._end - self._start >= p.REPLY.size:
-                    if not self._short_reply():
-                        return
+                self._receive()
+                if group.left:
+                    self._owner.pump()
         except trio.ClosedResourceError:
             pass  # `interrupt`: the group is done by other means, or the path has ended.
-        except OSError as error:
+        except (OSError, OutOfStepError) as error:
             log.debug("connection lost", server=self._owner.name, error=str(error))
             self._scope.cancel()
         finally:
             group.link = None
             self._led = False
-            if self.lane.in_flight or self._end > self._start:
+            if self.lane.in_flight:
                 self._wake_receiver()
         self._owner.pump()
 
@@ -301,72 +304,3 @@ class Link:
         """Whoever leads stops waiting for this connection. Call it before the socket is closed."""
         if self._leader_waits:
             trio.lowlevel.notify_closing(self._sock)
-
-    def _room(self) -> memoryview:
-        """Where the next bytes go; never empty."""
-        if self._start == self._end:
-            self._start = self._end = 0
-            return self._view
-        if self._start:
-            rest = self._end - self._start
-            self._buffer[:rest] = self._buffer[self._start : self._end]
-            self._start, self._end = 0, rest
-        return self._view[self._end :]
-
-    async def _recv_into(self, view: memoryview) -> int:
-        while True:
-            await trio.lowlevel.wait_readable(self._sock)
-            try:
-                return self._sock.recv_into(view)
-            except BlockingIOError:
-                continue
-
-    def _short_reply(self) -> bool:
-        """One reply that is whole in the buffer. False if it is not, or is something special."""
-        start = self._start
-        magic, number, cookie = p.REPLY.unpack_from(self._buffer, start)
-        request = self.lane.in_flight.get(cookie)
-        if magic != p.REPLY_MAGIC or request is None:
-            return False
-        start += p.REPLY.size
-        if request.kind in WITH_DATA and number == 0:
-            end = start + request.length
-            if request.into is not None or end > self._end:
-                return False
-            request.result = bytes(self._view[start:end])
-            start = end
-        self._start = start
-        self._owner.completed(self.lane, cookie, number)
-        return True
-
-    async def _reply(self) -> bool:
-        """Any reply. False if the server hung up in the middle."""
-        magic, number, cookie = p.REPLY.unpack_from(self._buffer, self._start)
-        request = self.lane.in_flight.get(cookie)
-        if magic != p.REPLY_MAGIC or request is None:
-            raise ProtocolError("a reply that nobody waits for")
-        self._start += p.REPLY.size
-        if request.kind in WITH_DATA and number == 0:
-            have = min(request.length, self._end - self._start)
-            if not await self._long_read(request, have):
-                return False
-        self._owner.completed(self.lane, cookie, number)
-        return True
-
-    async def _long_read(self, request: Request, have: int) -> bool:
-        """A READ whose bytes go where they are wanted, without the receive buffer."""
-        into = request.into
-        target = self._scratch[: request.length] if into is None else into
-        target[:have] = self._view[self._start : self._start + have]
-        self._start += have
-        while have < request.length:
-            try:
-                count = self._sock.recv_into(target[have:])
-            except BlockingIOError:
-                count = await self._recv_into(target[have:])
-            if count == 0:
-                return False
-            have += count
-        if into is None:
-            request.result = bytes(target)
-        return True

@@ -6,6 +6,7 @@
 | `parity` | XOR of buffers |
 | `gate` | the lease word in shared memory (rules R5, G2) |
 | `buffers`, `ring`, `ring_io` | aligned memory; block I/O in batches; the same for trio |
+| `nbd`, `link` | the server's and the client's side of an NBD connection in transmission |
 | `notify` | invalidations of a FUSE mount's kernel caches, from any thread or process |
 | `requests` | the shared table of a mount's unanswered requests |
 | `fuse`, `fuse_io` | the session extension below pyfuse3: **only in mount processes** |

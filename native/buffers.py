@@ -3,14 +3,30 @@
 | call | gives |
 |---|---|
 | `aligned(n)` | one new buffer of n bytes, freed with its last view |
+| `unset_bytes(n)` | new bytes of any content, for C to fill before anybody else sees them |
 | `AlignedPool(size, limit)` | buffers of one size, reused; at most `limit` exist |
 """
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 
 ALIGNMENT = mmap.PAGESIZE
+_SHORT_BYTES = 8192
+
+_new_bytes = ctypes.pythonapi.PyBytes_FromStringAndSize
+_new_bytes.argtypes = [ctypes.c_char_p, ctypes.c_ssize_t]
+_new_bytes.restype = ctypes.py_object
+
+
+def unset_bytes(length_bytes: int) -> bytes:
+    """As CPython itself makes bytes: memory first, then the content. Zeroing 1 MiB that is about to
+    be overwritten costs as much as receiving it."""
+    if length_bytes <= _SHORT_BYTES:  # zeroes are cheaper than the call
+        return bytes(length_bytes)
+    result: bytes = _new_bytes(None, length_bytes)
+    return result
 
 
 def aligned(length_bytes: int) -> memoryview:

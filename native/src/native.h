@@ -6,6 +6,7 @@
 #include "gate.h"
 #include "integrity.h"
 #include "nbd.h"
+#include "nbd_link.h"
 #include "notify.h"
 #include "process.h"
 #include "ring.h"

@@ -499,3 +499,81 @@ def test_a_lone_caller_that_takes_replies(server, relayed):
             release()
 
     trio_test(body)
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_a_cancelled_reader_gets_its_memory_back(server, several):
+    """What the server answers later goes nowhere, and the device goes on."""
+
+    async def body():
+        async with opened(server) as device:
+            parts = 3 if several else 1
+            size = parts * REQUEST_BYTES_MAX
+            await device.write(0, b"r" * size)
+            with server.control() as control:
+                control.ask(m.FilterCommand("disk0", "add", "delay", {"read_ms": 400}), m.Done)
+            memory = bytearray(size)
+            with trio.move_on_after(0.1) as scope:
+                await device.read_into(0, memoryview(memory))
+            assert scope.cancelled_caught
+            seen = bytes(memory)
+            await eventually(lambda: not device.status()["pending"])
+            assert memory == seen
+            memory.clear()
+            assert await device.read(512, 512) == b"r" * 512
+
+    trio_test(body)
+
+
+def test_a_cancelled_writer_may_use_its_memory_again(server, relayed):
+    """More than the connections take in: what has not left is sent from a copy, also when the path
+    breaks and all is sent once more."""
+    info, relays = relayed
+    count = 6
+
+    async def body():
+        async with opened(server, info=info) as device:
+            await eventually(lambda: device.status()["paths"] == [1, 1])
+            for relay in relays:
+                relay.stall()
+            size = count * REQUEST_BYTES_MAX
+            memory = bytearray(b"w" * size)
+            with trio.move_on_after(0.1) as scope:
+                await device.write(0, memory)
+            assert scope.cancelled_caught
+            memory[:] = b"!" * size
+            relays[0].cut()
+            for relay in relays:
+                relay.release()
+            await eventually(lambda: not device.status()["pending"])
+            memory.clear()  # not possible while anybody holds it
+            assert await device.read(0, size) == b"w" * size
+
+    trio_test(body)
+
+
+def test_who_is_barred_gets_its_memory_back(server, relayed):
+    """One path learns it while requests hang on the other: nothing fills their memory later."""
+    info, relays = relayed
+
+    async def body():
+        async with opened(server, info=info) as device:
+            await eventually(lambda: device.status()["paths"] == [1, 1])
+            memories = [bytearray(4096), bytearray(1 << 20)]
+            for relay in relays:
+                relay.stall()
+            async with trio.open_nursery() as nursery:
+                for memory in memories:
+                    nursery.start_soon(read_barred, device, memory)
+                await trio.testing.wait_all_tasks_blocked()
+                barred = m.LoginResult(m.LOGIN_BARRED, message="for the test")
+                device._login_answer(device.core.paths[0], barred)
+            for relay in relays:
+                relay.release()
+
+    async def read_barred(device, memory):
+        with pytest.raises(BarredError):
+            await device.read_into(0, memoryview(memory))
+        assert not any(link._transport._pins for link in device._links.values())
+
+    trio_test(body)

@@ -7,15 +7,15 @@ import random
 
 import pytest
 
-from tests.gnbd.sanitized.campaign import build, build_power, cut_power, replay, run
+from tests.gnbd.sanitized.campaign import HARNESSES, build, build_power, cut_power, replay, run
 
 INPUTS = 10_000
 LIVES = 3_000
 
 
-@pytest.fixture(scope="module")
-def program(tmp_path_factory):
-    return build(tmp_path_factory.mktemp("harness"))
+@pytest.fixture(scope="module", params=HARNESSES)
+def program(tmp_path_factory, request):
+    return build(tmp_path_factory.mktemp("harness"), request.param)
 
 
 def test_what_was_found_once_is_mended(program):
@@ -24,7 +24,8 @@ def test_what_was_found_once_is_mended(program):
 
 
 def test_made_up_streams(program):
-    """No sanitizer complains, replies are whole, no memory and no access is left behind."""
+    """No sanitizer complains; replies are whole, or taken to their places; no memory and no access
+    is left behind."""
     seed = random.SystemRandom().randrange(1 << 62)
     print(f"seed {seed}")
     run(program, seed, INPUTS, 120)

@@ -1,4 +1,5 @@
-"""Builds the harness and runs it; a finding is kept in the corpus, which every test run replays."""
+"""Builds the harnesses and runs them; a finding is kept in the corpus, which every test run
+replays."""
 
 from __future__ import annotations
 
@@ -9,7 +10,8 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 NATIVE = HERE.parents[2] / "native" / "src"
-CORPUS = HERE / "corpus"
+HARNESSES = ("harness", "link_harness")
+"""Of the server's transmission and of the client's."""
 FLAGS = [
     "-std=gnu11", "-g", "-O1", "-Wall", "-Wextra", "-Werror", "-pthread", "-fno-omit-frame-pointer",
     "-fsanitize=address,undefined", "-fno-sanitize-recover=all",
@@ -21,13 +23,18 @@ class Finding(AssertionError):
     """An input that the C code does not take as it must."""
 
 
-def build(directory: Path) -> Path:
-    """The harness with the C sources of the transmission, under both sanitizers."""
-    program = directory / "harness"
-    sources = [*sorted(NATIVE.glob("nbd_*.c")), NATIVE / "crc32c.c"]
-    command = [os.environ.get("CC", "gcc"), *FLAGS, str(HERE / "harness.c"), *map(str, sources)]
-    subprocess.run([*command, "-o", str(program)], check=True)
+def build(directory: Path, harness: str) -> Path:
+    """A harness with the C sources of the transmission, under both sanitizers."""
+    program = directory / harness
+    sources = [HERE / f"{harness}.c", *sorted(NATIVE.glob("nbd_*.c")), NATIVE / "crc32c.c"]
+    command = [os.environ.get("CC", "gcc"), *FLAGS, *map(str, sources), "-o", str(program)]
+    subprocess.run(command, check=True)
     return program
+
+
+def corpus(program: Path) -> Path:
+    """Where the inputs of a harness are kept."""
+    return HERE / ("corpus" if program.name == "harness" else "link_corpus")
 
 
 def build_power(directory: Path) -> Path:
@@ -59,7 +66,7 @@ def _call(program: Path, timeout_s: float, *arguments: object) -> subprocess.Com
 
 def replay(program: Path) -> int:
     """All inputs that were kept; how many. Raises Finding."""
-    files = sorted(CORPUS.iterdir())
+    files = sorted(corpus(program).iterdir())
     for file in files:
         done = _call(program, 60, "replay", file)
         if done.returncode:
@@ -73,11 +80,12 @@ def run(program: Path, seed: int, count: int, timeout_s: float) -> None:
     try:
         done = _call(program, timeout_s, "run", seed, count, current)
     except subprocess.TimeoutExpired as stuck:
-        raise Finding(f"it hangs; kept as {_keep(current, seed)}") from stuck
+        raise Finding(f"it hangs; kept as {_keep(program, current, seed)}") from stuck
     if done.returncode:
-        raise Finding(f"kept as {_keep(current, seed)}\n{done.stderr[:TEXT_MAX]}")
+        raise Finding(f"kept as {_keep(program, current, seed)}\n{done.stderr[:TEXT_MAX]}")
 
 
-def _keep(current: Path, seed: int) -> Path:
-    CORPUS.mkdir(exist_ok=True)
-    return Path(shutil.copy(current, CORPUS / f"found-{seed}"))
+def _keep(program: Path, current: Path, seed: int) -> Path:
+    folder = corpus(program)
+    folder.mkdir(exist_ok=True)
+    return Path(shutil.copy(current, folder / f"found-{seed}"))
