@@ -259,7 +259,16 @@ class FileBackend(Backend):
             self._write(offset, aligned, flags)
 
     def flush(self) -> None:
-        os.fdatasync(self.fd)
+        try:
+            os.fdatasync(self.fd)
+        except OSError:
+            self.drop_refused()
+            raise
+
+    def drop_refused(self) -> None:
+        """The disk has refused something. The kernel keeps it in its cache as if it was written: it
+        would be read until memory runs short, and the next fdatasync says that all is well."""
+        os.posix_fadvise(self.fd, 0, 0, os.POSIX_FADV_DONTNEED)
 
     def trim(self, offset: int, length: int) -> None:
         self._make_zeroes(FALLOC_PUNCH_HOLE, offset, length)

@@ -227,6 +227,7 @@ class Transmission:
 
     def _durable_write_failed(self, error: int) -> None:
         self._export.flushes.write_failed()
+        self._export.disk.drop_refused()
         self._service.flush_failed(self._export, self._connection)
         self._answer_last(error)
 

@@ -45,3 +45,16 @@ def small_disk(place: Path, size: str = "1m") -> Iterator[SmallDisk]:
         yield SmallDisk(place)
     finally:
         subprocess.run(["umount", "-l", place], check=True)
+
+
+@contextlib.contextmanager
+def loop_device(image: Path) -> Iterator[Path]:
+    """A block device over a file."""
+    done = subprocess.run(
+        ["losetup", "--find", "--show", image], check=True, capture_output=True, text=True
+    )
+    device = Path(done.stdout.strip())
+    try:
+        yield device
+    finally:
+        subprocess.run(["losetup", "--detach", device], check=True)

@@ -190,6 +190,13 @@ def a_failed_flush_cuts_nobody(patch: Patch) -> None:
     patch(DataServer, "cut_off", lambda self, _own: None)
 
 
+def what_the_disk_refused_is_read(patch: Patch) -> None:
+    """After a failed flush the pages stay in the cache until memory runs short, and the next flush
+    succeeds: a fence is answered, and what survivors have read of the dead goes."""
+    real = DataServer.drop_refused
+    patch(DataServer, "drop_refused", lambda self: self.later(300, lambda: real(self)))
+
+
 def a_restart_leaves_the_cache_generation(patch: Patch) -> None:
     """The generation is that of the disk, not of the process that caches it."""
     real = DataServer.boot
@@ -264,6 +271,7 @@ MUTANTS: list[Callable[[Patch], None]] = [
     paths_of_the_old_cache_go_on,
     a_failed_flush_leaves_the_cache_generation,
     a_failed_flush_cuts_nobody,
+    what_the_disk_refused_is_read,
     a_restart_leaves_the_cache_generation,
     requests_before_the_epoch,
     an_epoch_counts_before_its_drain,

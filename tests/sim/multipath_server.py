@@ -141,6 +141,8 @@ class DataServer(Server):
         self.cached = [0] * BLOCKS
         self.stored = [0] * BLOCKS
         self.dirty: list[list[int]] = [[] for _ in range(BLOCKS)]
+        self.refused: set[int] = set()
+        """Pages that are not on the disk, and nobody will write them there."""
         self.host_up = True
         self.ends: list[End] = []
         super().__init__(world, name)
@@ -180,6 +182,7 @@ class DataServer(Server):
 
     def lose_cache(self) -> None:
         """What was not flushed is there or not."""
+        self.drop_refused()
         for block in range(BLOCKS):
             self.cached[block] = self.world.rng.choice([self.stored[block], *self.dirty[block]])
             self.stored[block] = self.cached[block]
@@ -371,6 +374,7 @@ class DataServer(Server):
             self.world.judge.lands(self.name, block, value, job.nexus)
             self.cached[block] = value
             self.dirty[block].append(value)
+            self.refused.discard(block)
             if call.flags & p.CMD_FLAG_FUA and not partly:
                 self.stored[block] = value
                 self.dirty[block] = []
@@ -411,14 +415,21 @@ class DataServer(Server):
             then(good)
 
     def lose_dirty(self) -> None:
-        """The kernel could not write some pages, marks them clean, and drops them."""
+        """The kernel could not write some pages, and believes that they are on the disk."""
         for block in range(BLOCKS):
             if self.dirty[block]:
                 if self.world.rng.random() < 0.5:
-                    self.cached[block] = self.stored[block]
+                    self.refused.add(block)
                 else:
                     self.stored[block] = self.cached[block]
                 self.dirty[block] = []
+        self.drop_refused()
+
+    def drop_refused(self) -> None:
+        """They are read from the disk again."""
+        for block in self.refused:
+            self.cached[block] = self.stored[block]
+        self.refused = set()
 
     def cut_off(self, own: End | None) -> None:
         """Acknowledged writes may be lost: all clients log in anew and see it."""

@@ -1,0 +1,56 @@
+"""A disk that takes a write into the page cache and refuses it later: what is read afterwards is
+what is on the disk.
+
+The kernel keeps such a page, as if it had been written, until memory runs short, and the next
+fdatasync succeeds. Whoever reads the new bytes meanwhile decides by something that will be gone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from gnbd import protocol as p
+from tests.gnbd.harness import GnbdServer, running
+from tests.gnbd.raw import RawClient
+from tests.hostile.disks import SmallDisk, loop_device, small_disk
+
+MIB = 1 << 20
+PIECE = 64 << 10
+
+
+@contextlib.contextmanager
+def serving(tmp_path: Path, filters: str) -> Iterator[tuple[GnbdServer, SmallDisk]]:
+    """A block device whose blocks have no place yet in the small file system below."""
+    with small_disk(tmp_path / "small", "8m") as disk:
+        image = disk.place / "image"
+        with image.open("wb") as file:
+            file.truncate(32 * MIB)
+        with loop_device(image) as device:
+            exports = f'[[exports]]\nname = "disk"\npath = "{device}"\nfilters = [{filters}]\n'
+            with running(tmp_path, exports, joined=False) as server:
+                yield server, disk
+
+
+@pytest.mark.parametrize("filters", ["", '"stats"'], ids=["C", "Python"])
+@pytest.mark.parametrize("how", ["flush", "durable"])
+def test_what_was_refused_is_not_read(tmp_path, how, filters):
+    with serving(tmp_path, filters) as (server, disk):
+        with RawClient(server, "disk") as client:
+            assert client.request(p.CMD_WRITE, 0, b"o" * PIECE, flags=p.CMD_FLAG_FUA) == 0
+            disk.fill()
+            flags = p.CMD_FLAG_FUA if how == "durable" else 0
+            assert client.request(p.CMD_WRITE, 0, b"n" * PIECE, flags=flags) == 0
+            error = client.request(p.CMD_WRITE, MIB, b"n" * PIECE, flags=flags)
+            if how == "flush":
+                assert error == 0
+                assert client.read(MIB, PIECE) == b"n" * PIECE
+                error = client.request(p.CMD_FLUSH)
+            assert error == p.EIO
+        with RawClient(server, "disk") as client:
+            assert client.read(MIB, PIECE) == bytes(PIECE)
+            assert client.read(0, PIECE) == b"n" * PIECE
+            assert client.request(p.CMD_FLUSH) == 0
