@@ -14,6 +14,7 @@ from fencing import block_pr as pr
 from fencing.block_pr_io import fence_disks, open_disk, register_on_disks
 from fencing.methods import Verdict
 from fencing.reservations import Request, Reservations, ServiceAction, Status
+from tests.hostile.disks import loop_device
 
 SPC_TYPE = {1: 1, 2: 3, 3: 5, 4: 6, 5: 7, 6: 8}
 KERNEL_TYPE = {spc: kernel for kernel, spc in SPC_TYPE.items()} | {0: 0}
@@ -187,14 +188,8 @@ def test_clear_and_two_keys(path):
 def loop(tmp_path):
     image = tmp_path / "image"
     image.write_bytes(bytes(1 << 20))
-    done = subprocess.run(
-        ["losetup", "--find", "--show", image], capture_output=True, text=True, check=True
-    )
-    device = done.stdout.strip()
-    try:
-        yield device
-    finally:
-        subprocess.run(["losetup", "--detach", device], check=True)
+    with loop_device(image) as device:
+        yield str(device)
 
 
 def test_a_loop_device_has_no_reservations(loop):

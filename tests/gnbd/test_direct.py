@@ -13,6 +13,7 @@ from gnbd import protocol as p
 from gnbd.backends_io import FileBackend
 from tests.gnbd.harness import export_toml, running
 from tests.gnbd.raw import RawClient
+from tests.hostile.disks import loop_device
 
 MIB = 1 << 20
 
@@ -82,10 +83,7 @@ def test_a_loop_device(tmp_path):
     alignment_here(tmp_path)
     image = tmp_path / "image"
     image.write_bytes(bytes(8 * MIB))
-    loop = subprocess.run(
-        ["losetup", "-f", "--show", image], check=True, capture_output=True, text=True
-    ).stdout.strip()
-    try:
+    with loop_device(image) as loop:
         exports = f'[[exports]]\nname = "loop"\npath = "{loop}"\ndirect = true\n'
         with running(tmp_path, exports, joined=False) as server, RawClient(server) as client:
             client.go("loop")
@@ -95,5 +93,3 @@ def test_a_loop_device(tmp_path):
             assert client.request(p.CMD_TRIM, 0, length=MIB) == 0
             assert server.stop() == 0
         assert image.read_bytes()[MIB : MIB + 4096] == b"l" * 4096
-    finally:
-        subprocess.run(["losetup", "-d", loop], check=True)

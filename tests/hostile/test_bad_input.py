@@ -30,6 +30,7 @@ from cluster.paths_io import encode_store, lock_directory
 from cluster.state import NodeInfo, encode_state, initial_state
 from cvm.metadata import DATA_OFFSET_BYTES, PvLabel, encode_label
 from gnbd.identity import ServerIdentity, encode_identity, encode_server_token
+from tests.hostile.disks import loop_device
 from tests.hostile.tools import one_sentence, run, snapshot
 
 ID, KEY, OTHER = "ab" * 16, "cd" * 32, "ef" * 16
@@ -448,13 +449,10 @@ def test_a_mounted_device_is_left_alone(place):
     image.write_bytes(b"")
     SIGNATURES["ext4"][0](image)
     (place / "mnt").mkdir()
-    loop = subprocess.run(
-        ["losetup", "-f", "--show", image], check=True, capture_output=True, text=True
-    ).stdout.strip()
-    try:
+    with loop_device(image) as loop:
         subprocess.run(["mount", loop, place / "mnt"], check=True)
         try:
-            lay_out(place, exports("{dir}/disk0", loop))
+            lay_out(place, exports("{dir}/disk0", str(loop)))
             (place / "gnbd").mkdir()
             (place / "gnbd/lock").touch()
             for typed, code in ((f"mkfs.cfs --yes {loop}", 5), (f"fsck.cfs {loop}", 8), (SERVE, 5)):
@@ -464,8 +462,6 @@ def test_a_mounted_device_is_left_alone(place):
                 assert f"{loop} is mounted or in use" in one_sentence(tool, ended)
         finally:
             subprocess.run(["umount", place / "mnt"], check=True)
-    finally:
-        subprocess.run(["losetup", "-d", loop], check=True)
 
 
 @pytest.mark.parametrize("kind", ["TCP", "UDP"])
