@@ -52,6 +52,7 @@ class EventName(enum.StrEnum):
     JOURNAL_REPLAYED = "journal.replayed"
     JOURNAL_DAMAGED = "journal.damaged"
     FS_DAMAGED = "fs.damaged"
+    DISK_DAMAGED = "disk.damaged"
     VOLUME_CHANGED = "volume.changed"
     VOLUME_SUSPENDED = "volume.suspended"
     VOLUME_RESUMED = "volume.resumed"

@@ -56,9 +56,9 @@ class Control:
             self._broken = False
             return answer
 
-    async def ping(self) -> Epoch:
-        """A sign of life (R3); gives the installed epoch."""
-        return expect(await self.ask(m.Ping()), m.Done).epoch
+    async def ping(self) -> m.Done:
+        """A sign of life (R3)."""
+        return expect(await self.ask(m.Ping()), m.Done)
 
     async def install(
         self,

@@ -49,6 +49,7 @@ class ControlServer:
         self._identity = identity
         self._local = local
         self._session: ControlSession | None = None
+        self._damages_told = service.damages.count
         self.trusted = False
 
     def handle_untrusted(self, data: bytes) -> bytes:
@@ -88,7 +89,8 @@ class ControlServer:
         service = self._service
         match request:
             case m.Ping():
-                return m.Done(service.admission.epoch)
+                damaged, self._damages_told = service.damages.after(self._damages_told)
+                return m.Done(service.admission.epoch, damaged=damaged)
             case m.Install():
                 return service.install(NodeId(frame.sender), frame.incarnation, request)
             case m.ClusterCall(payload):

@@ -17,6 +17,7 @@ from cluster.paths_io import boottime_ns
 from fencing.reservations import Reservations
 from gnbd import protocol as p
 from gnbd.backends_io import Backend, FileBackend
+from gnbd.damages_io import Damages
 from gnbd.exports import Export, parse_filter
 from gnbd.filters.stack_io import stack_filter
 from gnbd.flushes_io import Flushes
@@ -183,15 +184,16 @@ class ExportRuntime:
         self.disk.area = integrity.area if integrity is not None else None
         self.shared.protect(self.disk.area)
 
-    def keep(self, flush: Callable[[], None]) -> None:
+    def keep(self, flush: Callable[[], None], damages: Damages) -> None:
         """Begin the upkeep of the integrity area, if there is one. `flush` makes all data
-        durable."""
+        durable; what is found to be wrong goes to `damages`."""
         with self._upkeep:
             if self.integrity is not None:
                 nothing = self.backend.read_only
                 self.keeper = Keeper(
-                    self.name, self.integrity, self.disk.fd, (lambda: None) if nothing else flush
-                )
+                    self.name, self.integrity, self.disk.fd, damages,
+                    (lambda: None) if nothing else flush,
+                )  # fmt: skip
 
     def start_scrub(self, rate_bytes_s: int) -> Scrub:
         """Raises UsageError, BusyError."""

@@ -15,6 +15,7 @@ from collections.abc import Callable
 
 import structlog
 
+from gnbd.damages_io import Damages
 from gnbd.filters.bucket import SECOND_NS, Bucket
 from gnbd.integrity_io import Integrity
 from native.integrity import REGION_BYTES
@@ -30,13 +31,19 @@ class Keeper:
     """Runs until `stop`."""
 
     def __init__(
-        self, name: str, integrity: Integrity, descriptor: int, flush: Callable[[], None]
+        self,
+        name: str,
+        integrity: Integrity,
+        descriptor: int,
+        damages: Damages,
+        flush: Callable[[], None],
     ) -> None:
         """`descriptor`: of the disk; `flush` makes its data durable, or raises OSError."""
         self._name = name
         self._integrity = integrity
         self._area = integrity.area
         self._descriptor = descriptor
+        self._damages = damages
         self._flush = flush
         self._ended = threading.Event()
         self._said: set[int] = set()
@@ -83,6 +90,7 @@ class Keeper:
         for offset in self._area.take_bad():
             if offset not in self._said and len(self._said) < SAID_MAX:
                 self._said.add(offset)
+                self._damages.add(self._name, offset)
                 log.error("checksum mismatch", export=self._name, offset=offset)
 
     def _settle(self) -> None:

@@ -245,10 +245,12 @@ authentication it has: nothing that decides for the cluster."""
 
 
 class Done(msgspec.Struct, frozen=True, tag_field="t", tag="done"):
-    """Success; `epoch` is the installed one."""
+    """Success; `epoch` is the installed one. `damaged`, in the answer to a Ping: blocks (export,
+    address in bytes) that were found to be wrong since the Ping before in this session."""
 
     epoch: Epoch = Epoch(0)
     message: str = ""
+    damaged: list[tuple[str, int]] = []
 
 
 REFUSALS: dict[str, type[StackError]] = {

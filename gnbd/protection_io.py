@@ -39,7 +39,7 @@ def _put_on(service: Service, export: ExportRuntime, path: Path) -> None:
         service.renew_gates(export)
     _wait_for_others(service, export)
     # Only now: a write that knew nothing of the area may have come after the sum of its block.
-    export.keep(lambda: service.flush(export))
+    export.keep(lambda: service.flush(export), service.damages)
     log.info("integrity on", export=export.name)
 
 

@@ -28,6 +28,7 @@ from fencing.store import ExportState, ServerState
 from fencing.store_io import StateFile
 from gnbd import messages as m
 from gnbd import protocol as p
+from gnbd.damages_io import Damages
 from gnbd.export_io import (
     CACHE_GENERATION_ERRORS,
     Connection,
@@ -74,6 +75,7 @@ class Service:
         self.start_count = state.start_count + 1
         self._exports_stored = dict(state.exports)
         self.exports: dict[str, ExportRuntime] = {}
+        self.damages = Damages()
         self.admission = a.Admission(state.record, boottime_ns())
         self._grown = GrownSizes(Path(config.state_dir) / "grown.json")
         for export in config.exports:
@@ -97,7 +99,7 @@ class Service:
         life = secrets.randbits(30) << 16 | self.start_count & 0xFFFF
         export.cache_generation = life * CACHE_GENERATION_ERRORS
         self.exports[config.name] = export
-        export.keep(lambda: self.flush(export))
+        export.keep(lambda: self.flush(export), self.damages)
         return export
 
     def _state(
@@ -225,8 +227,7 @@ class Service:
                         connection.shut()
 
     def renew_gates(self, export: ExportRuntime) -> None:
-        """What executes now belongs to gates for which `wait_drained` waits; nobody's rights
-        change."""
+        """`wait_drained` waits for everything that executes now; nobody's rights change."""
         for nexus, gate in list(export.gates.items()):
             self._revoke(export, nexus, gate.word)
 

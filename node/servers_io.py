@@ -25,6 +25,7 @@ from cluster.messages import Install, Message
 from cluster.wire import Keys
 from gnbd.control_client_io import Control, open_control
 from gnbd.control_session import Peer
+from gnbd.messages import Done
 
 QUEUE_MAX = 64
 REGISTER_TIMEOUT_S = 2.0
@@ -216,6 +217,12 @@ class ServerLinks:
             return True
         return False
 
+    def _note_damage(self, link: _Link, lane: _Lane, answer: Done) -> None:
+        """Both sessions are told; one says it."""
+        for export, offset in answer.damaged if lane is link.install else ():
+            text = f"server {link.info.name}: export {export}: checksum mismatch at {offset}"
+            self._note(EventName.DISK_DAMAGED, text)
+
     async def _work(self, link: _Link, lane: _Lane, control: Control, timeout_s: float) -> None:
         """Pass messages and answers; ping when idle, as a sign of life both ways (R3). Returns when
         the session should be made anew on another network."""
@@ -226,7 +233,7 @@ class ServerLinks:
                 message = await lane.receive.receive()
             if message is None:
                 with trio.fail_after(REGISTER_TIMEOUT_S):
-                    await control.ping()
+                    self._note_damage(link, lane, await control.ping())
                 pings += 1
                 if pings % APART_PINGS == 0 and await self._should_move(link, lane):
                     return

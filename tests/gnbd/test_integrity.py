@@ -11,6 +11,7 @@ from contextlib import contextmanager
 
 import pytest
 
+from gnbd import messages as m
 from gnbd import protocol as p
 from gnbd.integrity_io import area_path
 from tests.gnbd.harness import GnbdServer, export_toml, free_port, running, wait_for
@@ -367,6 +368,27 @@ def test_scrub_finds_what_nobody_reads(server):
     stopped = said(server, "scrub", "disk", "stop")
     assert stopped["state"] == "stopped"
     assert stopped["checked_bytes"] < SIZE
+
+
+def test_members_of_the_cluster_are_told(tmp_path):
+    """In the answers to their pings, each once: for the event stream."""
+    exports = export_toml("disk", tmp_path / "disk.img", size=str(SIZE)) + ON
+    with running(tmp_path, exports) as server, server.control() as control:
+        assert control.ask(m.Ping(), m.Done).damaged == []
+        damage(server, 3 * MIB)
+        with RawClient(server, "disk") as client:
+            assert client.request(p.CMD_READ, 3 * MIB, length=1) == p.EIO
+            assert client.request(p.CMD_READ, 3 * MIB, length=1) == p.EIO
+        found: list[tuple[str, int]] = []
+
+        def told() -> bool:
+            found.extend(control.ask(m.Ping(), m.Done).damaged)
+            return bool(found)
+
+        wait_for(told, "it is told")
+        assert found == [("disk", 3 * MIB)]
+        with server.control() as later:
+            assert later.ask(m.Ping(), m.Done).damaged == []
 
 
 def test_scrub_needs_sums(tmp_path):

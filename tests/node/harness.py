@@ -227,13 +227,13 @@ class Server:
         self.addresses = [f"127.{cluster.octet}.{200 + number}.{net}" for net in (1, 2)]
         self.process = None
 
-    def configure(self, size="256M", filters=("volatile",), head=""):
+    def configure(self, size="256M", filters=("volatile",), head="", more=""):
         self.base.mkdir(parents=True)
         listen = json.dumps(self.addresses)
         (self.base / "exports.toml").write_text(
             f'state_dir = "{self.base}/state"\nlisten = {listen}\n{head}'
             f'[[exports]]\nname = "disk0"\npath = "{self.base}/disk0"\nsize = "{size}"\n'
-            f'access = "cluster"\nfilters = {json.dumps(list(filters))}\n'
+            f'access = "cluster"\nfilters = {json.dumps(list(filters))}\n{more}'
         )
         token = (
             self.cluster.node(1)

@@ -1,6 +1,9 @@
 """Clusters with block servers: installs, votes of servers, volumes through the node."""
 
-from node_harness import Instance, Server, wait_until
+import subprocess
+import sys
+
+from node_harness import ROOT, Instance, Server, wait_until
 
 
 def serve(cluster, count):
@@ -73,3 +76,21 @@ def test_volume_commands_on_every_node_and_a_change_of_an_open_volume(cluster):
     first.tool("cvm.cli", "lvextend", "-L", "192m", "vg0/vol0")
     assert len(calls) == 2
     assert first.call("cvm.lvs", {"names": []}) == second.call("cvm.lvs", {"names": []})
+
+
+def test_a_damaged_block_is_in_the_event_stream(cluster):
+    """Found by a scrub on the storage host; every node says so."""
+    (first,) = cluster.up(1)
+    server = Server(cluster, 1)
+    server.configure(size="16M", filters=(), more='integrity = "crc32c"\n')
+    server.start()
+    with open(server.base / "disk0", "r+b") as disk:
+        disk.seek(8 << 20)
+        disk.write(b"?")
+    code = "from gnbd.control_cli import control_main; control_main()"
+    arguments = ["-s", f"{server.base}/state/gnbd.sock", "scrub", "disk0", "--rate", "0", "--wait"]
+    done = subprocess.run([sys.executable, "-c", code, *arguments], cwd=ROOT, capture_output=True)
+    assert done.returncode == 11, done.stderr
+    wait_until(lambda: first.events("disk.damaged"), "the event")
+    (event,) = first.events("disk.damaged")
+    assert event["text"] == f"server s1: export disk0: checksum mismatch at {8 << 20}"
