@@ -22,6 +22,7 @@ Private parts, known only to our own client and refused politely by every other 
 | command LOGOUT | 0x4304 | the nexus is done with this export: its registration goes |
 | command WRITE_CHECKED | 0x4305 | as WRITE; the trailer follows the data. What does not fit is EBADMSG and not written |
 | command READ_CHECKED | 0x4306 | as READ; the trailer follows the data |
+| command COMPARE_AND_WRITE | 0x4307 | data: what must be there, then as much to write; length = of both; FUA. Alone on the export; EMISCOMPARE with the offset of the first byte that differs, and nothing is written |
 
 Private commands are accepted only on a connection that has logged in.
 
@@ -47,6 +48,7 @@ CHUNK_MAGIC = 0x668E33EF
 CHUNK_DONE = 1
 CHUNK_BLOCK_STATUS = 5
 CHUNK_BLOCK_STATUS_EXT = 6
+CHUNK_ERROR_OFFSET = 0x8002
 
 EXTENDED_REQUEST_MAGIC = 0x21E41C71
 EXTENDED_CHUNK_MAGIC = 0x6E8A278C
@@ -124,6 +126,7 @@ CMD_PING = 0x4303
 CMD_LOGOUT = 0x4304
 CMD_WRITE_CHECKED = 0x4305
 CMD_READ_CHECKED = 0x4306
+CMD_COMPARE_AND_WRITE = 0x4307
 
 CMD_FLAG_FUA = 1 << 0
 CMD_FLAG_NO_HOLE = 1 << 1
@@ -150,6 +153,8 @@ ENOSPC = 28
 EBADMSG = 74
 """Private: the trailer of a WRITE_CHECKED does not fit its data."""
 EOVERFLOW = 75
+EMISCOMPARE = 84
+"""Private: COMPARE AND WRITE has found something else. (EILSEQ, as the kernel's targets say it.)"""
 ENOTSUP = 95
 ESHUTDOWN = 108
 ESTALE = 116
@@ -161,6 +166,7 @@ STRANGER_OPTION_BYTES_MAX = 64 << 10
 """Of a client that has not proved that it belongs to the cluster."""
 LIST_MAX = 4096
 PAYLOAD_BYTES_MAX = 64 << 20
+COMPARE_BYTES_MAX = 64 << 10
 BLOCK_BYTES_PREFERRED = 4096
 ZERO_PADDING_BYTES = 124
 CHECKED_BYTES = 4096

@@ -1,8 +1,8 @@
 """The transmission phase of one connection: `native.nbd` serves it, this executes the rest.
 
-READ and WRITE of a bare file never come here. FLUSH, TRIM, CACHE, WRITE_ZEROES, BLOCK_STATUS, what
-was agreed at LOGIN, and every request of an export with filters do, one at a time, in order, inside
-the access of the nexus (R5) that has been checked for it.
+READ and WRITE of a bare file never come here. FLUSH, TRIM, CACHE, WRITE_ZEROES, BLOCK_STATUS,
+COMPARE AND WRITE, what else was agreed at LOGIN, and every request of an export with filters do,
+one at a time, in order, inside the access of the nexus (R5) that has been checked for it.
 """
 
 from __future__ import annotations
@@ -25,21 +25,23 @@ _WIRE_ERRORS = {p.EPERM, p.EIO, p.ENOMEM, p.EINVAL, p.ENOSPC, p.EOVERFLOW, p.ENO
 _PLAIN_FLAGS = p.CMD_FLAG_FUA
 _ZERO_FLAGS = p.CMD_FLAG_FUA | p.CMD_FLAG_NO_HOLE | p.CMD_FLAG_FAST_ZERO
 _FLAGS = {
-    p.CMD_READ: 0, p.CMD_WRITE: 0, p.CMD_FLUSH: _PLAIN_FLAGS, p.CMD_TRIM: _PLAIN_FLAGS,
-    p.CMD_CACHE: _PLAIN_FLAGS, p.CMD_WRITE_ZEROES: _ZERO_FLAGS,
-    p.CMD_BLOCK_STATUS: p.CMD_FLAG_FUA | p.CMD_FLAG_REQ_ONE,
+    p.CMD_FLUSH: _PLAIN_FLAGS, p.CMD_TRIM: _PLAIN_FLAGS, p.CMD_CACHE: _PLAIN_FLAGS,
+    p.CMD_WRITE_ZEROES: _ZERO_FLAGS, p.CMD_BLOCK_STATUS: p.CMD_FLAG_FUA | p.CMD_FLAG_REQ_ONE,
 }  # fmt: skip
-"""That each command may have; C has checked READ and WRITE."""
+"""That each command may have."""
+_CHECKED_IN_C = {p.CMD_READ, p.CMD_WRITE, p.CMD_COMPARE_AND_WRITE}
 _PRIVATE = {p.CMD_DRAIN, p.CMD_SEQUENCE, p.CMD_PING, p.CMD_LOGOUT}
 _OPERATIONS = {
     p.CMD_READ: "read", p.CMD_WRITE: "write", p.CMD_FLUSH: "flush", p.CMD_TRIM: "trim",
     p.CMD_WRITE_ZEROES: "zero", p.CMD_CACHE: "cache", p.CMD_BLOCK_STATUS: "status",
+    p.CMD_COMPARE_AND_WRITE: "write",
 }  # fmt: skip
 """As the filters call them."""
 _EXTENT = struct.Struct(">II")
 _CONTEXT = struct.Struct(">I")
 _EXTENT_EXT = struct.Struct(">QQ")
 _CONTEXT_EXT = struct.Struct(">II")
+_ERROR_HEAD = struct.Struct(">IH")
 
 
 class Transmission:
@@ -54,6 +56,8 @@ class Transmission:
         self._contexts = entered.contexts
         self._style = entered.style
         self._flush_lost = False
+        self._durable_write = False
+        self._differs_at: int | None = None
         self._why = ""
         self._nexus = connection.session.instance if connection.session else None
         self._native = nbd.Connection(
@@ -91,13 +95,16 @@ class Transmission:
     def _execute(self, request: Request) -> None:
         """One request, and its answer."""
         kind = request.kind
-        if kind in _PRIVATE:
+        if kind in _PRIVATE or (kind == p.CMD_COMPARE_AND_WRITE and self._nexus is None):
             self._private(request)
             return
         operation = _OPERATIONS.get(kind, "")
         backend = self._export.backend
-        lost = backend.loses_reply(operation, request.offset, request.length)
+        length = request.length // 2 if kind == p.CMD_COMPARE_AND_WRITE else request.length
+        lost = backend.loses_reply(operation, request.offset, length)
         self._why = ""
+        self._durable_write = False
+        self._differs_at = None
         try:
             error = self._checked(request)
             if not error:
@@ -105,13 +112,17 @@ class Transmission:
         except OSError as problem:
             error = self._no(_wire_error(problem), problem.strerror or "")
             nothing_done = isinstance(problem, ChecksumError)
-            if kind == p.CMD_WRITE and request.flags & p.CMD_FLAG_FUA and not nothing_done:
+            if self._durable_write and not nothing_done:
                 self._durable_write_failed(error)
                 return
             if self._flush_lost:
                 self._answer_last(error)
                 return
-        if not lost and (kind != p.CMD_BLOCK_STATUS or error):
+        if lost:
+            self._native.leave()
+        elif self._differs_at is not None:
+            self._miscompare(self._differs_at)
+        elif kind != p.CMD_BLOCK_STATUS or error:
             self._native.done(error, self._why)
         if owed_s := backend.owed_s(operation):
             self._native.send()
@@ -119,11 +130,11 @@ class Transmission:
 
     def _checked(self, request: Request) -> int:
         """What the request may not ask, as an NBD error."""
+        if request.kind in _CHECKED_IN_C:
+            return 0
         known = _FLAGS.get(request.kind)
         if known is None:
             return self._no(p.EINVAL, "unknown command")
-        if request.kind in (p.CMD_READ, p.CMD_WRITE):
-            return 0
         if request.flags & ~known:
             return self._no(p.EINVAL, "unknown flags")
         if request.kind == p.CMD_FLUSH:
@@ -155,7 +166,10 @@ class Transmission:
                 backend.read_into(offset, self._native.data(length))
                 return 0
             case p.CMD_WRITE:
-                backend.write(offset, self._native.data(length), durable)
+                self._write(offset, self._native.data(length), durable)
+                return 0
+            case p.CMD_COMPARE_AND_WRITE:
+                self._compare_and_write(offset, self._native.data(length), durable)
                 return 0
             case p.CMD_TRIM:
                 backend.trim(offset, length)
@@ -176,6 +190,33 @@ class Transmission:
             self._service.flush(self._export, self._connection)
             self._flush_lost = False
         return 0
+
+    def _write(self, offset: int, data: memoryview, durable: bool) -> None:
+        self._durable_write = durable
+        self._export.backend.write(offset, data, durable)
+        self._durable_write = False
+
+    def _compare_and_write(self, offset: int, data: memoryview, durable: bool) -> None:
+        """`data`: what must be there, and as much to write. Nobody else executes anything."""
+        expected, new = data[: len(data) // 2], data[len(data) // 2 :]
+        found = bytearray(len(expected))
+        self._export.backend.read_into(offset, memoryview(found))
+        position = first_difference(bytes(expected), bytes(found))
+        if position is None:
+            self._write(offset, new, durable)
+        else:
+            self._differs_at = offset + position
+
+    def _miscompare(self, offset: int) -> None:
+        """In the client's style. A simple reply with an error has no data: this one has."""
+        if self._style == nbd.SIMPLE:
+            self._native.done(p.EMISCOMPARE)
+            self._native.put(p.SIZE.pack(offset))
+            return
+        why = f"the byte at {offset} differs".encode()
+        body = _ERROR_HEAD.pack(p.EMISCOMPARE, len(why)) + why + p.SIZE.pack(offset)
+        self._native.chunk(p.CHUNK_ERROR_OFFSET, body, last=True)
+        self._native.leave()
 
     def _status(self, request: Request) -> None:
         """One chunk for each agreed context."""
@@ -236,6 +277,14 @@ class Transmission:
         self._native.done(error, self._why)
         self._native.send()
         self._connection.shut()
+
+
+def first_difference(one: bytes, other: bytes) -> int | None:
+    """Index of the first byte that differs between two of one length."""
+    if one == other:
+        return None
+    differing = int.from_bytes(one) ^ int.from_bytes(other)
+    return len(one) - (differing.bit_length() + 7) // 8
 
 
 def _wire_error(problem: OSError) -> int:

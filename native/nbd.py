@@ -68,6 +68,7 @@ class Export:
 
     def __init__(self) -> None:
         self._export = ffi.new("struct native_nbd_export *")
+        lib.native_nbd_export_init(self._export)
         lib.native_nbd_export_set(self._export, -1, 0, 1, 1)
 
     def set(self, descriptor: int, size_bytes: int, *, read_only: bool, alignment: int = 1) -> None:
@@ -96,8 +97,9 @@ class Event(enum.IntEnum):
     ACCESS = 1
     """The access was closed: give the new one."""
     REQUEST = 2
-    """Execute `request`, then `done`. READ, WRITE, FLUSH, TRIM, CACHE, WRITE_ZEROES and
-    BLOCK_STATUS are inside the access, which allows them; ranges of READ and WRITE are checked."""
+    """Execute `request`, then `done`. READ, WRITE, FLUSH, TRIM, CACHE, WRITE_ZEROES, BLOCK_STATUS
+    and COMPARE AND WRITE are inside the access, which allows them; ranges of READ, WRITE and
+    COMPARE AND WRITE are checked. The last one is alone on its export until `done` or `leave`."""
     FAILED = 3
     """A WRITE with FUA has failed with `request.error`; then `done`."""
 

@@ -1,6 +1,7 @@
 /* The transmission phase of one NBD connection; what it is for stands in native/nbd.py.
  *
  * nbd_access.c  the access word of a nexus (rule R5)
+ * nbd_alone.c   one request alone on its export
  * nbd_receive.c takes requests from what was received
  * nbd_serve.c   executes them
  * nbd_reply.c   gathers replies and sends them
@@ -15,6 +16,7 @@
 
 #include "integrity.h"
 
+#include <pthread.h>
 #include <stdatomic.h>
 #include <stddef.h>
 #include <stdint.h>
@@ -24,6 +26,7 @@
 #define NBD_ARENA_BYTES ((size_t)4 << 20)
 #define NBD_PAYLOAD_MAX ((uint32_t)64 << 20)
 #define NBD_SUMS_MAX (NBD_PAYLOAD_MAX / INTEGRITY_BLOCK_BYTES + 1) /* of one request */
+#define NBD_COMPARE_MAX ((uint32_t)64 << 10) /* bytes that are compared */
 #define NBD_ALIGNMENT_MAX 4096
 #define NBD_PARTS_MAX 512
 #define NBD_PARTS_OF_ONE 64 /* that the replies to one request may take */
@@ -34,6 +37,7 @@ enum { NBD_READ, NBD_WRITE, NBD_DISC, NBD_FLUSH, NBD_TRIM, NBD_CACHE, NBD_ZERO, 
 /* As READ and WRITE, with a trailer: the CRC-32C (u32, big endian) of each piece of the data, which
  * is cut at multiples of 4096 of the disk. After LOGIN, with simple replies. */
 enum { NBD_WRITE_CHECKED = 0x4305, NBD_READ_CHECKED = 0x4306 };
+enum { NBD_COMPARE = 0x4307 }; /* its data is what must be there, then what to write */
 enum { NBD_FLAG_FUA = 1, NBD_FLAG_DF = 4, NBD_FLAG_PAYLOAD = 32 };
 enum { ACCESS_READ = 1, ACCESS_WRITE = 2, ACCESS_STALE = 4, ACCESS_CLOSED = 8 };
 enum { WIRE_EPERM = 1, WIRE_EIO = 5, WIRE_EINVAL = 22, WIRE_ENOSPC = 28 };
@@ -58,6 +62,11 @@ struct native_nbd_export {
     _Atomic uint32_t read_only;
     _Atomic uint32_t alignment; /* of offsets, lengths and memory; a power of two */
     _Atomic(struct native_integrity *) integrity; /* NULL: none */
+
+    _Atomic uint32_t inside, alone; /* requests that execute; whether one wants to alone */
+    pthread_mutex_t lock;
+    pthread_cond_t changed;
+    uint32_t turn, waiting, passing; /* of those that had to wait, under the lock */
 };
 
 /* native.nbd.Request unpacks it. */
@@ -78,6 +87,7 @@ struct native_nbd {
     int logged_in, structured, extended, entered, broken; /* extended ones are structured too */
     int refused; /* `request` was taken, and is not executed because all is over */
     int pending; /* `request` was taken and waits for a new access word */
+    int alone;   /* `request` executes alone on the export */
     struct native_nbd_export *export;
     struct native_access *access;
     struct native_nbd_request request;
@@ -110,6 +120,12 @@ void native_access_set(struct native_access *access, uint32_t word);
 uint32_t native_access_in_flight(struct native_access *access);
 void native_access_wait_idle(struct native_access *access);
 
+/* nbd_alone.c */
+void nbd_join(struct native_nbd_export *export);
+void nbd_part(struct native_nbd_export *export);
+void nbd_begin_alone(struct native_nbd_export *export); /* inside of nothing */
+void nbd_end_alone(struct native_nbd_export *export);
+
 /* nbd_memory.c */
 /* Nothing may be held, and the gate must be left: it may wait. `data` is NULL without memory. */
 void nbd_memory_take(struct nbd_memory *memory, size_t length);
@@ -123,7 +139,9 @@ uint64_t native_nbd_memory_used(void);
 int nbd_take(struct native_nbd *nbd);
 /* Bytes of the trailer of `request`, were it one with a trailer. */
 size_t nbd_trailer_bytes(struct native_nbd *nbd);
-/* Its data was said to come by a flag of extended headers. */
+/* Data comes with `request`. */
+int nbd_has_data(struct native_nbd *nbd);
+/* It was said to come by a flag of extended headers. */
 int nbd_has_payload(struct native_nbd *nbd);
 /* Answer what is done, wait for more bytes; 0 when the connection is over. */
 int nbd_receive(struct native_nbd *nbd);
@@ -164,6 +182,7 @@ void native_nbd_put(struct native_nbd *nbd, const uint8_t *data, size_t length);
 void native_nbd_leave(struct native_nbd *nbd);
 void native_nbd_send(struct native_nbd *nbd);
 void native_nbd_close(struct native_nbd *nbd);
+void native_nbd_export_init(struct native_nbd_export *export);
 void native_nbd_export_set(struct native_nbd_export *export, int fd, uint64_t size_bytes,
                            int read_only, uint32_t alignment);
 void native_nbd_export_protect(struct native_nbd_export *export, struct native_integrity *area);

@@ -125,6 +125,13 @@ size_t nbd_trailer_bytes(struct native_nbd *nbd)
     return nbd->request.length ? end / INTEGRITY_BLOCK_BYTES * sizeof(uint32_t) : 0;
 }
 
+int nbd_has_data(struct native_nbd *nbd)
+{
+    uint16_t kind = nbd->request.kind;
+    return kind == NBD_WRITE || kind == NBD_WRITE_CHECKED ||
+           (kind == NBD_COMPARE && nbd->logged_in) || nbd_has_payload(nbd);
+}
+
 /* Take the next request: 1 taken, 0 more bytes are needed, -1 the connection is over. */
 int nbd_take(struct native_nbd *nbd)
 {
@@ -137,7 +144,7 @@ int nbd_take(struct native_nbd *nbd)
         return -1;
     nbd->data = NULL;
     int checked = request->kind == NBD_WRITE_CHECKED;
-    if (request->kind != NBD_WRITE && !checked && !nbd_has_payload(nbd)) {
+    if (!nbd_has_data(nbd)) {
         nbd->start += header;
         return 1;
     }

@@ -82,6 +82,12 @@ void native_nbd_leave(struct native_nbd *nbd)
     if (nbd->entered) {
         nbd->entered = 0;
         native_access_leave(nbd->access);
+        if (!nbd->alone)
+            nbd_part(nbd->export);
+    }
+    if (nbd->alone) {
+        nbd->alone = 0;
+        nbd_end_alone(nbd->export);
     }
 }
 
@@ -104,7 +110,11 @@ static int check(struct native_nbd *nbd, uint32_t wanted, uint32_t *error)
         nbd->refused = 1;
         return NBD_ENDED;
     }
+    if (!nbd->alone && nbd->entered && atomic_load(&nbd->export->alone))
+        native_nbd_leave(nbd); /* another one wants to be alone */
     if (!nbd->entered) {
+        if (!nbd->alone)
+            nbd_join(nbd->export);
         native_access_enter(nbd->access);
         nbd->entered = 1;
     }
@@ -355,6 +365,39 @@ static int execute_write(struct native_nbd *nbd)
     return GO_ON;
 }
 
+static uint32_t compare_mistake(struct native_nbd *nbd)
+{
+    struct native_nbd_request range = nbd->request;
+    range.length /= 2;
+    if (atomic_load(&nbd->export->read_only))
+        return because(nbd, WIRE_EPERM, "the export is read-only");
+    if (range.flags & ~NBD_FLAG_FUA)
+        return because(nbd, WIRE_EINVAL, "unknown flags");
+    if (nbd->request.length & 1 || range.length > NBD_COMPARE_MAX)
+        return because(nbd, WIRE_EINVAL, "not twice a length up to 64 KiB");
+    if (!is_aligned(nbd, &range))
+        return because(nbd, WIRE_EINVAL, "not a multiple of the minimum block size");
+    return beyond(nbd, &range) ? because(nbd, WIRE_ENOSPC, "beyond the end of the export") : 0;
+}
+
+/* COMPARE AND WRITE: Python executes it, and is alone until the answer is made. */
+static int execute_compare(struct native_nbd *nbd)
+{
+    uint32_t error;
+    native_nbd_leave(nbd);
+    nbd_begin_alone(nbd->export);
+    nbd->alone = 1;
+    int result = check(nbd, ACCESS_WRITE, &error);
+    if (result != GO_ON) {
+        native_nbd_leave(nbd);
+        return result;
+    }
+    if (!error && !(error = compare_mistake(nbd)))
+        return NBD_REQUEST;
+    native_nbd_done(nbd, error);
+    return GO_ON;
+}
+
 /* What Python executes: with the access checked where one table row says which. */
 static int hand_over(struct native_nbd *nbd)
 {
@@ -387,19 +430,22 @@ void native_nbd_done(struct native_nbd *nbd, uint32_t error)
         count_read(nbd);
         return;
     }
-    if (request->kind == NBD_WRITE && !error) {
+    if ((request->kind == NBD_WRITE || nbd->alone) && !error) {
         atomic_fetch_add(&nbd->export->writes, 1);
-        atomic_fetch_add(&nbd->export->written_bytes, request->length);
+        atomic_fetch_add(&nbd->export->written_bytes, request->length / (nbd->alone ? 2 : 1));
     }
     if (request->kind == NBD_FLUSH)
         atomic_fetch_add(&nbd->export->flushes, 1);
     nbd_reply(nbd, request->cookie, error);
+    if (nbd->alone)
+        native_nbd_leave(nbd);
 }
 
 static int execute(struct native_nbd *nbd)
 {
     if (nbd_has_payload(nbd)) {
-        if (nbd->request.kind != NBD_WRITE) { /* none of ours has data: it was taken, no more */
+        if (nbd->request.kind != NBD_WRITE &&
+            !(nbd->request.kind == NBD_COMPARE && nbd->logged_in)) { /* it was taken, no more */
             native_nbd_why(nbd, "this command has no payload");
             nbd_reply(nbd, nbd->request.cookie, WIRE_EINVAL);
             return GO_ON;
@@ -420,6 +466,8 @@ static int execute(struct native_nbd *nbd)
     case NBD_WRITE:
     case NBD_WRITE_CHECKED:
         return execute_write(nbd);
+    case NBD_COMPARE:
+        return nbd->logged_in ? execute_compare(nbd) : hand_over(nbd);
     case NBD_DISC:
         native_nbd_send(nbd);
         return NBD_ENDED;
@@ -454,7 +502,8 @@ static void count_refused(struct native_nbd *nbd)
 {
     uint32_t kind = nbd->request.kind;
     atomic_fetch_add(&nbd->export->refused, 1);
-    if (kind == NBD_WRITE || kind == NBD_WRITE_CHECKED || kind == NBD_FLUSH || kind == NBD_TRIM || kind == NBD_ZERO)
+    if (kind == NBD_WRITE || kind == NBD_WRITE_CHECKED || kind == NBD_FLUSH || kind == NBD_TRIM ||
+        kind == NBD_ZERO || kind == NBD_COMPARE)
         atomic_fetch_add(&nbd->export->refused_writes, 1);
 }
 

@@ -24,6 +24,8 @@ class RawClient:
         self.sock.sendall(struct.pack(">I", flags))
         self.cookie = 0
         self.why = ""
+        self.offset = -1
+        self.structured = False
         if export is not None:
             replies = self.option(p.OPT_GO, p.go_data(export))
             assert replies[-1][0] == p.REP_ACK, replies
@@ -76,16 +78,16 @@ class RawClient:
         return self.cookie
 
     def reply(self) -> tuple[int, int]:
-        """Cookie and error; `why` is what an error chunk says."""
+        """Cookie and error; `why` and `offset` are what an error chunk says."""
         head = self.take(16)
         magic, error, cookie = p.REPLY.unpack(head)
         if magic == p.CHUNK_MAGIC:
             _, _, kind, cookie, length = p.CHUNK.unpack(head + self.take(4))
             payload = self.take(length)
-            assert kind == 0x8001
             error, size = struct.unpack_from(">IH", payload)
-            assert len(payload) == 6 + size
-            self.why = payload[6:].decode()
+            assert (kind, len(payload) - 6 - size) in ((0x8001, 0), (p.CHUNK_ERROR_OFFSET, 8))
+            self.why = payload[6 : 6 + size].decode()
+            self.offset = p.SIZE.unpack(payload[6 + size :])[0] if len(payload) > 6 + size else -1
             return cookie, error
         assert magic == p.REPLY_MAGIC
         return cookie, error
@@ -95,6 +97,13 @@ class RawClient:
         cookie = self.send(kind, offset, data, length, flags)
         got, error = self.reply()
         assert got == cookie
+        return error
+
+    def compare_and_write(self, offset: int, expected: bytes, new: bytes, flags: int = 0) -> int:
+        """The error; with simple replies the offset of the difference follows it."""
+        error = self.request(p.CMD_COMPARE_AND_WRITE, offset, expected + new, flags=flags)
+        if error == p.EMISCOMPARE and not self.structured:
+            (self.offset,) = p.SIZE.unpack(self.take(p.SIZE.size))
         return error
 
     def read(self, offset: int, length: int) -> bytes:

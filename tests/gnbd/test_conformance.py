@@ -98,6 +98,7 @@ def test_errors_of_the_transmission(server):
             p.CMD_SEQUENCE,
             p.CMD_PING,
             p.CMD_LOGOUT,
+            p.CMD_COMPARE_AND_WRITE,
         ):
             assert client.request(command) == p.EINVAL
         assert client.request(p.CMD_FLUSH, flags=p.CMD_FLAG_FUA) == 0

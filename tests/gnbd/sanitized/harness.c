@@ -93,12 +93,12 @@ static void make_request(void)
 {
     static const uint16_t kinds[] = {0, 0, 0, 1, 1, 1, 3, 4, 5, 6, 7, 0x4301, 0x4303, 99,
                                      NBD_WRITE_CHECKED, NBD_WRITE_CHECKED, NBD_READ_CHECKED,
-                                     NBD_READ_CHECKED};
-    uint16_t kind = draw(200) ? kinds[draw(18)] : NBD_DISC;
+                                     NBD_READ_CHECKED, NBD_COMPARE};
+    uint16_t kind = draw(200) ? kinds[draw(sizeof kinds / sizeof *kinds)] : NBD_DISC;
     uint16_t flags = draw(4) ? 0 : (uint16_t)draw(draw(2) ? 64 : 65536);
     uint64_t offset = some_number(), length = some_length(), cookie = draw(0);
     int extended = input[STYLE] % 3 == NBD_EXTENDED;
-    if (kind == NBD_WRITE || kind == NBD_WRITE_CHECKED) {
+    if (kind == NBD_WRITE || kind == NBD_WRITE_CHECKED || kind == NBD_COMPARE) {
         length = length > (5 << 20) || length == 200000 ? 4096 : length;
         flags |= extended && draw(8) ? NBD_FLAG_PAYLOAD : 0;
     }
@@ -115,8 +115,9 @@ static void make_request(void)
         memcpy(&wire.length, &compact, sizeof compact);
     }
     put(&wire, extended ? 32 : 28);
-    if (kind == NBD_WRITE || kind == NBD_WRITE_CHECKED ||
-        (extended && flags & NBD_FLAG_PAYLOAD && length < 70000))
+    int has_data = kind == NBD_WRITE || kind == NBD_WRITE_CHECKED ||
+                   (kind == NBD_COMPARE && input[LOGGED_IN] % 2);
+    if (has_data || (extended && flags & NBD_FLAG_PAYLOAD && length < 70000))
         put(NULL, length);
     if (kind == NBD_WRITE_CHECKED)
         put_trailer(offset, length);
@@ -316,6 +317,30 @@ static uint64_t smaller(uint64_t a, uint64_t b)
     return a < b ? a : b;
 }
 
+/* COMPARE AND WRITE; whether it differs is drawn, so that both happen. */
+static void serve_compare(struct native_nbd *nbd, int style)
+{
+    struct native_nbd_request *request = native_nbd_request_of(nbd);
+    const uint8_t *data = native_nbd_data_of(nbd);
+    uint64_t length = request->length / 2, cookie = request->cookie;
+    uint8_t error[] = {0, 0, 0, 84, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0};
+    assert(atomic_load(&export.alone) && !atomic_load(&export.inside));
+    for (uint64_t i = 0, sum = 0; i < request->length; i++)
+        sum += data[i];
+    if (draw(2)) {
+        if (length)
+            python_writes(data + length, length, request->offset);
+        native_nbd_done(nbd, 0);
+    } else if (style == NBD_SIMPLE) {
+        native_nbd_done(nbd, 84);
+        native_nbd_put(nbd, (const uint8_t *)&cookie, 8);
+    } else {
+        native_nbd_chunk(nbd, 0x8002, 1, error, sizeof error);
+        native_nbd_leave(nbd);
+    }
+    assert(!atomic_load(&export.alone));
+}
+
 /* What Python does (gnbd/transmission_io.py). */
 static void serve_request(struct native_nbd *nbd, int style)
 {
@@ -345,6 +370,16 @@ static void serve_request(struct native_nbd *nbd, int style)
             request->length)
             python_writes(NULL, smaller(request->length, DISK_BYTES - request->offset),
                           request->offset);
+        break;
+    case NBD_COMPARE:
+        if (!(input[LOGGED_IN] % 2)) {
+            error = WIRE_EINVAL;
+            break;
+        }
+        if (!error) {
+            serve_compare(nbd, style);
+            return;
+        }
         break;
     case 0x4303:
         native_nbd_leave(nbd);
@@ -395,6 +430,7 @@ static void serve(int sock, int style)
     native_nbd_free(nbd);
     assert(!native_access_in_flight(access));
     assert(!native_nbd_memory_used());
+    assert(!atomic_load(&export.alone) && !atomic_load(&export.inside));
 }
 
 static void run_input(void)
@@ -449,6 +485,7 @@ static void run(uint64_t seed, uint64_t count, const char *path)
 int main(int count, char **arguments)
 {
     pthread_t thread;
+    native_nbd_export_init(&export);
     int sums = memfd_create("sums", MFD_CLOEXEC), error;
     bare = memfd_create("disk", MFD_CLOEXEC);
     protected = memfd_create("protected", MFD_CLOEXEC);
