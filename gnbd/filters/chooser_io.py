@@ -5,7 +5,9 @@ from __future__ import annotations
 import random
 import threading
 
+from gnbd.backends_io import Backend
 from gnbd.exports import FilterSpec
+from gnbd.filters.filter_io import Filter
 
 _CLASSES = {"write": ("write", "trim", "zero"), "read": ("read", "cache", "status")}
 PER_MILLE_ALL = 1000
@@ -45,3 +47,15 @@ class Chooser:
                 return False
             self._left -= self._left > 0
             return True
+
+
+class Choosing(Filter):
+    """A filter that does something to the requests that its chooser takes."""
+
+    def __init__(self, below: Backend, spec: FilterSpec) -> None:
+        super().__init__(below, spec)
+        self._chooser = Chooser(spec)
+
+    def configure(self, spec: FilterSpec) -> None:
+        super().configure(spec)
+        self._chooser = Chooser(spec)

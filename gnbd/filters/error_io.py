@@ -5,24 +5,13 @@ from __future__ import annotations
 import errno
 import os
 
-from gnbd.backends_io import Backend
-from gnbd.exports import FilterSpec
-from gnbd.filters.chooser_io import Chooser
-from gnbd.filters.filter_io import Filter
+from gnbd.filters.chooser_io import Choosing
 
 
-class Error(Filter):
+class Error(Choosing):
     """Fails requests before they reach what is below."""
 
     kind = "error"
-
-    def __init__(self, below: Backend, spec: FilterSpec) -> None:
-        super().__init__(below, spec)
-        self._chooser = Chooser(spec)
-
-    def configure(self, spec: FilterSpec) -> None:
-        super().configure(spec)
-        self._chooser = Chooser(spec)
 
     def _maybe_fail(self, operation: str, offset: int = 0, length: int = 0) -> None:
         if self._chooser.takes(operation, offset, length):

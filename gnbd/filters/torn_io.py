@@ -8,24 +8,13 @@ from __future__ import annotations
 import os
 import signal
 
-from gnbd.backends_io import Backend
-from gnbd.exports import FilterSpec
-from gnbd.filters.chooser_io import Chooser
-from gnbd.filters.filter_io import Filter
+from gnbd.filters.chooser_io import Choosing
 
 
-class Torn(Filter):
+class Torn(Choosing):
     """Dies once."""
 
     kind = "torn"
-
-    def __init__(self, below: Backend, spec: FilterSpec) -> None:
-        super().__init__(below, spec)
-        self._chooser = Chooser(spec)
-
-    def configure(self, spec: FilterSpec) -> None:
-        super().configure(spec)
-        self._chooser = Chooser(spec)
 
     def write(self, offset: int, view: memoryview, fua: bool) -> None:
         if self._chooser.takes("write", offset, len(view)):
