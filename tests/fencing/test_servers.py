@@ -29,26 +29,13 @@ from tests.gnbd.harness import (
     running,
     wait_for,
 )
-from tests.gnbd.raw import RawClient
+from tests.gnbd.raw import logged_in, login_status
 
 ME = instance(1)
 OTHER = instance(2)
 BOTH = {"live": (1, 2), "next_": 3}
 WITHOUT_ME = {"live": (2,), "next_": 3}
 BROKEN = (StackError, OSError, EOFError)
-
-
-def login(server, who, export="disk0", generation=1) -> RawClient:
-    client = RawClient(server)
-    result = client.login(who, export, generation=generation)
-    assert result.status == m.LOGIN_OK, result
-    client.go(export)
-    return client
-
-
-def login_status(server, who, generation=1) -> int:
-    with RawClient(server) as client:
-        return client.login(who, "disk0", generation=generation).status
 
 
 def stored(server):
@@ -124,7 +111,7 @@ def test_install_killed_at_every_point(mortal):
         one = member(1, (1, 2), 3, incarnation=point + 1)
         two = member(2)
         mortal.install(epoch, one, two, node=2)
-        login(mortal, victim).sock.close()
+        logged_in(mortal, victim).sock.close()
         without = member(1, (2,), 3, incarnation=point + 1)
         answered = mortal.dies(point, lambda: mortal.install(epoch + 1, without, two, node=2))  # noqa: B023
         assert not answered
@@ -150,7 +137,7 @@ def test_preempt_killed_at_every_point(mortal):
     for point in mortal.points:
         mortal.install(1, member(**BOTH))
         for who in (ME, OTHER):
-            login(mortal, who, generation=point + 1).sock.close()
+            logged_in(mortal, who, generation=point + 1).sock.close()
         known = keys(mortal)
         assert set(known) == {ME, OTHER}
         assert not mortal.dies(point, lambda: preempt(mortal, OTHER, known[ME], known[OTHER]))  # noqa: B023
@@ -224,7 +211,7 @@ def test_killed_in_the_drain_of_an_install(tmp_path):
         for server in servers:
             server.install(1, member(**BOTH))
         slow = servers[0]
-        victim = login(slow, ME)
+        victim = logged_in(slow, ME)
         with slow.control() as control:
             control.ask(m.FilterCommand("disk0", "set", "delay", {"write_ms": 5000}), m.Done)
         victim.send(p.CMD_WRITE, 0, b"v" * 4096)
@@ -297,16 +284,10 @@ def slow(tmp_path):
 
 def flood(server, who):
     """64 writes of one nexus in flight on 8 connections; each writes its own block."""
-    clients = [login(server, who) for _ in range(8)]
+    clients = [logged_in(server, who) for _ in range(8)]
     for index in range(64):
         clients[index % 8].send(p.CMD_WRITE, index * 4096, bytes([index + 1]) * 4096)
     return clients
-
-
-def writes(server):
-    with server.control() as control:
-        report = control.ask(m.ExportsRequest(), m.ExportsReport)
-    return report.exports[0].counters["writes"]
 
 
 def blocks(server):
@@ -334,9 +315,9 @@ def to_the_end(clients):
 @pytest.mark.parametrize("how", ["install", "preempt"])
 def test_64_writes_on_8_connections_are_finished_or_discarded_before_the_answer(slow, how):
     """What the disk holds when the fence is answered is what it holds ever after."""
-    survivor = login(slow, OTHER)
+    survivor = logged_in(slow, OTHER)
     clients = flood(slow, ME)
-    wait_for(lambda: writes(slow) > 0, "the first write")
+    wait_for(lambda: slow.report("disk0").counters["writes"] > 0, "the first write")
     if how == "install":
         slow.install(2, member(**WITHOUT_ME))
     else:
@@ -360,7 +341,7 @@ def test_two_preempts_at_once(tmp_path):
         server.install(1, member(**BOTH))
         for number in range(12):
             export = f"disk{number}"
-            clients = {who: login(server, who, export) for who in (ME, OTHER)}
+            clients = {who: logged_in(server, who, export) for who in (ME, OTHER)}
             known = keys(server, export)
             barrier, results = threading.Barrier(2), {}
 

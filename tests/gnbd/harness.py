@@ -151,6 +151,12 @@ class GnbdServer:
         with open_blocking(list(self.addresses), self.port, self.identity.keys, peer) as control:
             yield control
 
+    def report(self, export: str) -> m.ExportReport:
+        """What it says of an export."""
+        with self.control() as control:
+            found = control.ask(m.ExportsRequest(), m.ExportsReport).exports
+        return next(one for one in found if one.name == export)
+
     def install(
         self, epoch: int, *members: MemberInfo, dead_ms: int = 60_000, node: int = 1
     ) -> None:

@@ -109,3 +109,23 @@ class RawClient:
     def read(self, offset: int, length: int) -> bytes:
         assert self.request(p.CMD_READ, offset, length=length) == 0
         return self.take(length)
+
+
+def logged_in(server, who, export="disk0", **more) -> RawClient:
+    """In transmission, as an instance."""
+    client = RawClient(server)
+    result = client.login(who, export, **more)
+    assert result.status == m.LOGIN_OK, result
+    client.go(export)
+    return client
+
+
+def login_result(server, who, export="disk0", **more) -> m.LoginResult:
+    """What a LOGIN is told."""
+    with RawClient(server) as client:
+        return client.login(who, export, **more)
+
+
+def login_status(server, who, **more) -> int:
+    """Whether it is granted."""
+    return login_result(server, who, **more).status

@@ -59,12 +59,6 @@ async def eventually(condition: Callable[[], bool]) -> None:
         await trio.sleep(0.005)
 
 
-def report(server, export="disk0"):
-    with server.control() as control:
-        answer = control.ask(m.ExportsRequest(), m.ExportsReport)
-    return next(e for e in answer.exports if e.name == export)
-
-
 def test_every_operation(server):
     """Sizes from a sector to more than one request, all kinds, many at once."""
 
@@ -234,11 +228,11 @@ def test_epoch_gate(server):
                 await device.read(0, 4096)
                 done.set()
 
-            before = report(server).counters["reads"]
+            before = server.report("disk0").counters["reads"]
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(reader)
                 await trio.testing.wait_all_tasks_blocked()
-                assert report(server).counters["reads"] == before
+                assert server.report("disk0").counters["reads"] == before
                 assert not done.is_set()
                 await trio.to_thread.run_sync(lambda: server.install(2, MEMBERS))
                 device.note_installed(Epoch(2))
@@ -315,7 +309,7 @@ def test_retained_bytes_are_bounded(server):
                 for index in range(200):
                     nursery.start_soon(device.write, index << 20, data)
             assert device.core.retained.bytes <= RETAINED_BYTES_MAX
-            assert report(server).counters["flushes"] >= 2
+            assert server.report("disk0").counters["flushes"] >= 2
 
     trio_test(body)
 

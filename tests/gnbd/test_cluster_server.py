@@ -13,7 +13,7 @@ from gnbd import messages as m
 from gnbd import protocol as p
 from gnbd.control_client import InstallRefusedError
 from tests.gnbd.harness import export_toml, instance, member, running, wait_for
-from tests.gnbd.raw import RawClient
+from tests.gnbd.raw import RawClient, logged_in, login_result, login_status
 
 ME = instance(1)
 OTHER = instance(2)
@@ -28,14 +28,6 @@ def server(tmp_path):
         yield server
 
 
-def logged_in(server, who=ME, export="disk0", **more) -> RawClient:
-    client = RawClient(server)
-    result = client.login(who, export, **more)
-    assert result.status == m.LOGIN_OK, result
-    client.go(export)
-    return client
-
-
 def replies_to_the_end(client: RawClient) -> None:
     """Take replies until the server hangs up."""
     try:
@@ -45,20 +37,15 @@ def replies_to_the_end(client: RawClient) -> None:
         return
 
 
-def login_status(server, who=ME, **more) -> m.LoginResult:
-    with RawClient(server) as client:
-        return client.login(who, "disk0", **more)
-
-
 def test_nothing_before_an_install(server):
     """R3: a fresh server serves nobody; afterwards the members and nobody else."""
-    assert login_status(server).status == m.LOGIN_NOT_SERVING
+    assert login_status(server, ME) == m.LOGIN_NOT_SERVING
     server.install(1, member(live=(1,), next_=2))
-    assert login_status(server).status == m.LOGIN_OK
-    assert login_status(server, instance(0)).status == m.LOGIN_BARRED
-    assert login_status(server, instance(9)).status == m.LOGIN_OK  # >= next: may start any time
-    assert login_status(server, instance(1, node=3)).status == m.LOGIN_UNKNOWN
-    assert login_status(server, secret=b"x" * 32).status == m.LOGIN_REFUSED
+    assert login_status(server, ME) == m.LOGIN_OK
+    assert login_status(server, instance(0)) == m.LOGIN_BARRED
+    assert login_status(server, instance(9)) == m.LOGIN_OK  # >= next: may start any time
+    assert login_status(server, instance(1, node=3)) == m.LOGIN_UNKNOWN
+    assert login_status(server, ME, secret=b"x" * 32) == m.LOGIN_REFUSED
 
 
 def test_without_login_nothing(server):
@@ -75,38 +62,38 @@ def test_without_login_nothing(server):
 def test_bars_survive_kill_and_restart(server):
     """A barred instance is barred after kill -9; nobody is served before a new install."""
     server.install(1, member(live=(1, 2), next_=3))
-    victim = logged_in(server)
+    victim = logged_in(server, ME)
     assert victim.request(p.CMD_WRITE, 0, b"v" * 512) == 0
     server.install(2, member(live=(2,), next_=3))
     with pytest.raises((EOFError, ConnectionError)):
         victim.request(p.CMD_WRITE, 0, b"w" * 512)
-    assert login_status(server).status == m.LOGIN_BARRED
+    assert login_status(server, ME) == m.LOGIN_BARRED
     server.kill()
     server.start()
-    assert login_status(server).status == m.LOGIN_BARRED
-    assert login_status(server, OTHER).status == m.LOGIN_NOT_SERVING
+    assert login_status(server, ME) == m.LOGIN_BARRED
+    assert login_status(server, OTHER) == m.LOGIN_NOT_SERVING
     with pytest.raises(StackError, match="older"):
         server.install(1, member(live=(1, 2), next_=3))
     with pytest.raises(StackError, match="another keep-list"):
         server.install(2, member(live=(1, 2), next_=3))
     server.install(2, member(live=(2,), next_=3))
-    assert login_status(server, OTHER).status == m.LOGIN_OK
-    assert login_status(server).status == m.LOGIN_BARRED
+    assert login_status(server, OTHER) == m.LOGIN_OK
+    assert login_status(server, ME) == m.LOGIN_BARRED
 
 
 def test_late_requests_of_the_barred_are_counted_and_not_executed(server):
     """A node that was paused does not know that it is barred, and sends what it had in mind."""
     server.install(1, member(live=(1, 2), next_=3))
-    victim = logged_in(server)
+    victim = logged_in(server, ME)
     assert victim.request(p.CMD_WRITE, 0, b"v" * 4096) == 0
     server.install(2, member(live=(2,), next_=3))
-    before = counters(server, "disk0")
+    before = server.report("disk0").counters
     victim.send(p.CMD_WRITE, 0, b"l" * 4096)
     victim.send(p.CMD_READ, 0, length=512)
     victim.send(p.CMD_WRITE, 4096, b"l" * (3 << 20))
     victim.send(p.CMD_FLUSH)
-    wait_for(lambda: counters(server, "disk0")["refused"] == 4, "all are counted")
-    after = counters(server, "disk0")
+    wait_for(lambda: server.report("disk0").counters["refused"] == 4, "all are counted")
+    after = server.report("disk0").counters
     assert after["refused_writes"] == 3
     assert {**after, "refused": 0, "refused_writes": 0} == before
     with pytest.raises((EOFError, ConnectionError)):
@@ -119,7 +106,7 @@ def test_late_requests_of_the_barred_are_counted_and_not_executed(server):
 def test_install_makes_accepted_writes_durable_first(server):
     """The answer of an install means: what was accepted before is durable (volatile cache!)."""
     server.install(1, member(live=(1, 2), next_=3))
-    with logged_in(server) as victim:
+    with logged_in(server, ME) as victim:
         assert victim.request(p.CMD_WRITE, 0, b"v" * 512) == 0
         server.install(2, member(live=(2,), next_=3))
     server.kill()
@@ -129,7 +116,7 @@ def test_install_makes_accepted_writes_durable_first(server):
 def test_volatile_loses_unflushed_writes(server):
     """A kill loses what was not flushed and nothing that was."""
     server.install(1, member(live=(1,), next_=2))
-    with logged_in(server) as client:
+    with logged_in(server, ME) as client:
         assert client.request(p.CMD_WRITE, 0, b"a" * 512) == 0
         assert client.request(p.CMD_FLUSH) == 0
         assert client.request(p.CMD_WRITE, 0, b"b" * 512) == 0
@@ -150,7 +137,7 @@ def test_fence_with_writes_in_flight(server):
     survivor = logged_in(server, OTHER, "slow")
 
     def begun() -> bool:
-        return survivor.read(0, 1) == b"v" or counters(server, "slow")["writes"] > 0
+        return survivor.read(0, 1) == b"v" or server.report("slow").counters["writes"] > 0
 
     wait_for(begun, "the first write")
     server.install(2, member(live=(2,), next_=3))
@@ -162,12 +149,6 @@ def test_fence_with_writes_in_flight(server):
     after = image.read_bytes()
     assert after[: 80 * 1024] == b"s" * 80 * 1024
     assert after[80 * 1024 :] == frozen[80 * 1024 :]
-
-
-def counters(server, export) -> dict[str, int]:
-    with server.control() as control:
-        report = control.ask(m.ExportsRequest(), m.ExportsReport)
-    return next(e.counters for e in report.exports if e.name == export)
 
 
 def test_a_repeated_install_waits_for_the_first_drain(server):
@@ -206,7 +187,7 @@ def test_login_drains_older_generations(server):
     same = logged_in(server, ME, "slow", generation=5)
     for index in range(10):
         old.send(p.CMD_WRITE, index * 4096, b"o" * 4096)
-    wait_for(lambda: counters(server, "slow")["writes"] > 0, "the first write")
+    wait_for(lambda: server.report("slow").counters["writes"] > 0, "the first write")
     new = logged_in(server, ME, "slow", generation=6)
     frozen = (server.directory / "slow.img").read_bytes()
     assert frozen[9 * 4096] == 0
@@ -226,7 +207,7 @@ def test_drain_on_another_path(server):
     second = logged_in(server, ME, "slow", path=1, generation=5)
     for index in range(10):
         first.send(p.CMD_WRITE, index * 4096, b"o" * 4096)
-    wait_for(lambda: counters(server, "slow")["writes"] > 0, "the first write")
+    wait_for(lambda: server.report("slow").counters["writes"] > 0, "the first write")
     assert second.request(p.CMD_DRAIN, 5, length=0) == 0
     frozen = (server.directory / "slow.img").read_bytes()
     assert frozen[9 * 4096] == 0
@@ -242,12 +223,12 @@ def test_drain_on_another_path(server):
 def test_cache_generation_changes_with_each_life(server):
     """R7: a restart may have lost unflushed writes, and LOGIN says so."""
     server.install(1, member(live=(1,), next_=2))
-    before = login_status(server, generation=1).cache_generation
-    assert login_status(server, generation=2).cache_generation == before
+    before = login_result(server, ME, generation=1).cache_generation
+    assert login_result(server, ME, generation=2).cache_generation == before
     server.kill()
     server.start()
     server.install(1, member(live=(1,), next_=2))
-    assert login_status(server, generation=1).cache_generation not in (0, before)
+    assert login_result(server, ME, generation=1).cache_generation not in (0, before)
 
 
 def test_failed_flush_changes_the_cache_generation(tmp_path):
@@ -256,26 +237,26 @@ def test_failed_flush_changes_the_cache_generation(tmp_path):
                           filters='"error:operation=flush,count=0"')  # fmt: skip
     with running(tmp_path, exports) as server:
         server.install(1, member(live=(1,), next_=2))
-        before = login_status(server, generation=1).cache_generation
-        with logged_in(server, generation=2) as client:
+        before = login_result(server, ME, generation=1).cache_generation
+        with logged_in(server, ME, generation=2) as client:
             with server.control() as control:
                 command = {"operation": "flush", "count": 1}
                 control.ask(m.FilterCommand("disk0", "set", "error", command), m.Done)
             assert client.request(p.CMD_FLUSH) == p.EIO
             with pytest.raises((EOFError, ConnectionError)):
                 client.request(p.CMD_FLUSH)
-        assert login_status(server, generation=3).cache_generation == before + 1
+        assert login_result(server, ME, generation=3).cache_generation == before + 1
 
 
 def test_silence_stops_the_server(server):
     """R3's second line: without a member's message for dead_ms nobody is served."""
     server.install(1, member(live=(1,), next_=2), dead_ms=300)
-    client = logged_in(server)
-    wait_for(lambda: login_status(server, generation=9).status == m.LOGIN_NOT_SERVING, "silence")
+    client = logged_in(server, ME)
+    wait_for(lambda: login_status(server, ME, generation=9) == m.LOGIN_NOT_SERVING, "silence")
     with pytest.raises((EOFError, ConnectionError)):
         client.request(p.CMD_PING)
     server.install(1, member(live=(1,), next_=2))
-    assert login_status(server, generation=10).status == m.LOGIN_OK
+    assert login_status(server, ME, generation=10) == m.LOGIN_OK
 
 
 def test_minimum_sequence(server):
@@ -417,7 +398,7 @@ def test_login_does_not_claim_an_install_that_is_not_drained(server):
     generation = 1
 
     def barred() -> bool:
-        return login_status(server).status == m.LOGIN_BARRED
+        return login_status(server, ME) == m.LOGIN_BARRED
 
     wait_for(barred, "the new keep-list")
     while not done:
@@ -430,7 +411,7 @@ def test_login_does_not_claim_an_install_that_is_not_drained(server):
             thread.join()
             assert image.read_bytes() == frozen, "the victim wrote in the installed epoch"
     thread.join()
-    assert login_status(server, OTHER, generation=generation + 1).epoch == 2
+    assert login_result(server, OTHER, generation=generation + 1).epoch == 2
 
 
 def test_failed_flush_reaches_who_has_only_logged_in(tmp_path):
@@ -457,14 +438,14 @@ def test_failed_flush_of_an_install_changes_the_cache_generation(tmp_path):
                           filters='"error:operation=flush,count=0"')  # fmt: skip
     with running(tmp_path, exports) as server:
         server.install(1, member(live=(1, 2), next_=3))
-        before = login_status(server, generation=1).cache_generation
+        before = login_result(server, ME, generation=1).cache_generation
         with server.control() as control:
             command = {"operation": "flush", "count": 1}
             control.ask(m.FilterCommand("disk0", "set", "error", command), m.Done)
         with pytest.raises(StackError):
             server.install(2, member(live=(1,), next_=3))
         server.install(2, member(live=(1,), next_=3))
-        assert login_status(server, generation=2).cache_generation == before + 1
+        assert login_result(server, ME, generation=2).cache_generation == before + 1
 
 
 def test_a_failed_flush_is_no_success_for_the_others(tmp_path):

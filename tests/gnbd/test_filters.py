@@ -13,7 +13,7 @@ from gnbd.exports import FILTER_KINDS, FilterSpec, checked_filter, parse_filter
 from gnbd.filters.bucket import Bucket
 from gnbd.filters.chooser_io import Chooser
 from tests.gnbd.harness import export_toml, instance, member, running, wait_for
-from tests.gnbd.raw import RawClient
+from tests.gnbd.raw import RawClient, logged_in
 
 SECOND_NS = 1_000_000_000
 
@@ -32,12 +32,6 @@ def change(server, action: str, text: str, export: str = "disk") -> None:
         control.ask(m.FilterCommand(export, action, spec.kind, spec.parameters), m.Done)
 
 
-def report(server, name: str) -> m.ExportReport:
-    with server.control() as control:
-        reports = control.ask(m.ExportsRequest(), m.ExportsReport).exports
-    return next(r for r in reports if r.name == name)
-
-
 def test_every_kind_comes_changes_and_goes_under_a_client(server, tmp_path):
     """One connection works through all of it."""
     specs = [
@@ -51,11 +45,11 @@ def test_every_kind_comes_changes_and_goes_under_a_client(server, tmp_path):
             assert client.request(p.CMD_WRITE, 0, bytes([number]) * 512) == 0
             change(server, "set", text)
             assert client.read(0, 512) == bytes([number]) * 512
-        assert report(server, "disk").filters == specs
+        assert server.report("disk").filters == specs
         for text in specs:
             change(server, "remove", text.partition(":")[0])
             assert client.request(p.CMD_FLUSH) == 0
-        assert report(server, "disk").filters == []
+        assert server.report("disk").filters == []
     with pytest.raises(UsageError):
         change(server, "remove", "stats")
 
@@ -112,13 +106,13 @@ def test_stats_count_what_is_below_them(server):
         change(server, "add", "error:operation=flush")  # above: they never come down
         assert client.request(p.CMD_FLUSH) == p.EIO
     with RawClient(server, "disk"):
-        seen = report(server, "disk").filter_reports["stats"]
+        seen = server.report("disk").filter_reports["stats"]
         assert (seen["write_count"], seen["write_bytes"]) == (3, 3072)
         assert (seen["read_count"], seen["read_bytes"]) == (1, 512)
         assert seen["write_p50_us"] <= seen["write_p99_us"]
         assert "flush_count" not in seen
         change(server, "set", "stats")
-        assert report(server, "disk").filter_reports == {}
+        assert server.report("disk").filter_reports == {}
 
 
 def test_a_limited_client_rests_and_holds_up_no_bar(server):
@@ -126,19 +120,15 @@ def test_a_limited_client_rests_and_holds_up_no_bar(server):
     is barred meanwhile, for which nobody waits."""
     server.install(1, member(live=(1,), next_=2), member(node=2, live=(1,), next_=2))
     change(server, "add", "rate:write_bytes_s=1", "shared")
-    with RawClient(server) as victim:
-        assert victim.login(instance(), "shared").status == m.LOGIN_OK
-        victim.go("shared")
+    with logged_in(server, instance(), "shared") as victim:
         assert victim.request(p.CMD_WRITE, 0, b"a" * 4096) == 0
         victim.send(p.CMD_WRITE, 0, b"b" * 4096)
         server.install(2, member(node=2, live=(1,), next_=2), node=2)
         with pytest.raises((EOFError, ConnectionError)):
             victim.reply()
-    with RawClient(server) as other:
-        assert other.login(instance(node=2), "shared").status == m.LOGIN_OK
-        other.go("shared")
+    with logged_in(server, instance(node=2), "shared") as other:
         assert other.read(0, 4096) == b"a" * 4096
-    wait_for(lambda: report(server, "shared").connections == 0, "the connections end")
+    wait_for(lambda: server.report("shared").connections == 0, "the connections end")
 
 
 def test_a_limited_client_does_not_delay_a_stop(server):

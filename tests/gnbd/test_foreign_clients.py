@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from gnbd import messages as m
 from gnbd import protocol as p
 from tests.gnbd.harness import export_toml, running, wait_for
 from tests.gnbd.raw import RawClient
@@ -28,13 +27,6 @@ def server(tmp_path_factory):
     head = f'unix_sockets = ["{directory}/nbd.sock"]\n'
     with running(directory, exports, head=head) as server:
         yield server
-
-
-def report(server, export: str) -> m.ExportReport:
-    """What the server says of an export."""
-    with server.control() as control:
-        found = control.ask(m.ExportsRequest(), m.ExportsReport).exports
-    return next(one for one in found if one.name == export)
 
 
 def run(*command: str, **more) -> subprocess.CompletedProcess[str]:
@@ -214,14 +206,14 @@ def test_a_killed_client_leaves_whole_writes_and_nothing_else(server, tmp_path):
                 assert client.request(p.CMD_TRIM, 0, length=piece * count) == 0
             goal = chance.randrange(piece * count)
             copy = ("nbdcopy", "--connections=4", "--requests=8", f"--request-size={piece}")
-            before = report(server, "plain").counters["written_bytes"]
+            before = server.report("plain").counters["written_bytes"]
             with subprocess.Popen([*copy, str(source), f"{server.uri}/plain"]) as client:
                 wait_for(
-                    lambda g=before + goal: report(server, "plain").counters["written_bytes"] >= g,
+                    lambda g=before + goal: server.report("plain").counters["written_bytes"] >= g,
                     "it has written so much",
                 )
                 client.kill()
-            wait_for(lambda: not report(server, "plain").connections, "its connections go")
+            wait_for(lambda: not server.report("plain").connections, "its connections go")
             assert run("nbdcopy", f"{server.uri}/plain", str(tmp_path / "back")).returncode == 0
             back = (tmp_path / "back").read_bytes()
             for n in range(count):

@@ -40,7 +40,7 @@ from gnbd import server_io
 from gnbd.export_io import Connection
 from node.guard_mounts_io import MountSocket
 from tests.gnbd.harness import export_toml, instance, member, running
-from tests.gnbd.raw import RawClient
+from tests.gnbd.raw import RawClient, logged_in
 
 ID = bytes(16)
 KEYS = Keys(1, {1: bytes(32)})
@@ -101,9 +101,7 @@ def test_nbd_before_and_after_login(tmp_path, chooser):
         for _ in range(ROUNDS):
             send_noise(server, noise(chooser, chooser.choice(strangers)))
         for number in range(ROUNDS // 4):
-            with RawClient(server) as client:
-                assert client.login(me, "disk0", generation=number + 1).status == m.LOGIN_OK
-                client.go("disk0")
+            with logged_in(server, me, generation=number + 1) as client:
                 try:
                     client.sock.sendall(noise(chooser, request * 3))
                     client.sock.shutdown(socket.SHUT_WR)
