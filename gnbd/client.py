@@ -253,11 +253,17 @@ class ClientCore:
             len(self.queue) != 1
             or self.urgent
             or self._barrier is not None
+            or self._resync_left
+            or self.installed < self.required
             or self.retained.wants_flush()
-            or not any(path.lanes for path in self.paths)
-            or any(path.stranded for path in self.paths)
-            or not self.is_open()
         ):
+            return None
+        is_up = False
+        for path in self.paths:
+            if path.stranded:
+                return None
+            is_up = is_up or bool(path.lanes)
+        if not is_up:
             return None
         request = self.queue[0]
         ranking = self._ranking(request, now_ns)

@@ -231,15 +231,17 @@ class GnbdDevice:
         if self._closed:
             raise StackError("the device is closed")
         self.core.submit(request)
-        link = self._place_now(request)
+        lane = None if self._declaring.left else self.core.assign_one(boottime_ns())
         try:
-            if link is None:
+            if lane is None:
                 self.pump()
-            elif link.take_lead():
-                link.kick()
-                await link.lead(group)
             else:
+                link = self._links[id(lane)]
+                link.post(request)
+                leads = link.take_lead()
                 link.kick()
+                if leads:
+                    await link.lead(group)
             await group.wait()
         except trio.Cancelled:
             self._forsake([request])
@@ -257,15 +259,6 @@ class GnbdDevice:
                 request.into, request.result = None, unset_bytes(request.length)
             for link in self._links.values():
                 link.forsake(request)
-
-    def _place_now(self, request: Request) -> Link | None:
-        """The link that takes the one request which has just been submitted; None: `pump`."""
-        lane = None if self._declaring.left else self.core.assign_one(boottime_ns())
-        if lane is None:
-            return None
-        link = self._links[id(lane)]
-        link.post(request)
-        return link
 
     def pump(self) -> None:
         """Send whatever may be sent."""

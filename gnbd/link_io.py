@@ -30,7 +30,9 @@ from native.link import NO_DATA, RECEIVES, SENDS, OutOfStepError
 from native.link import Link as Transport
 
 SENT_AT_ONCE_MAX = 2
-"""Requests under way on a lane: a further one waits for its neighbours."""
+"""Requests under way on a lane: a further one waits for its neighbours,"""
+SENT_TOGETHER = 16
+"""but not for more of them: the server shall not be idle while callers prepare what they want."""
 REQUEST_BYTES_MAX = 4 << 20
 PROBES_MIN = 2
 """A single probe of a closed window may go without an answer: Linux answers one in 500 ms
@@ -124,7 +126,10 @@ class Link:
         self._scope = scope
         self._sender: trio.lowlevel.Task | None = None
         """The sender while it has nothing to do."""
-        self._posted = False
+        self._posted = 0
+        """Requests that nobody has tried to send."""
+        self._is_full = False
+        """The socket takes no more; the sender waits for it."""
         self._receiver: trio.lowlevel.Task | None = None
         """The receiver while it rests."""
         self._led = False
@@ -184,21 +189,22 @@ class Link:
             )
         except OSError:  # it has just been closed: the request is one of those that are lost
             self._scope.cancel()
-        self._posted = True
+        self._posted += 1
 
     def kick(self) -> None:
         """Send: now, or together with what others post in this turn."""
         if self._receiver is not None and not self._led:
             self._wake_receiver()
-        if self._sender is None or not self._posted:
+        if self._is_full or not self._posted:
             return
-        if len(self.lane.in_flight) > SENT_AT_ONCE_MAX or self._send():
+        waits = self._posted < SENT_TOGETHER and len(self.lane.in_flight) > SENT_AT_ONCE_MAX
+        if (waits or self._send()) and self._sender is not None:
             task, self._sender = self._sender, None
             trio.lowlevel.reschedule(task)
 
     def _send(self) -> bool:
         """Whether something is left that the socket does not take now."""
-        self._posted = False
+        self._posted = 0
         try:
             return self._transport.send()
         except OSError:
@@ -209,11 +215,13 @@ class Link:
         """Sends what was collected, and what is left over."""
         while True:
             if self._send():
+                self._is_full = True
                 try:
                     await trio.lowlevel.wait_writable(self._sock)
                 except (OSError, trio.ClosedResourceError):
                     self._scope.cancel()
                     return
+                self._is_full = False
             elif not self._posted:
                 self._sender = trio.lowlevel.current_task()
                 await trio.lowlevel.wait_task_rescheduled(self._abort_sender)

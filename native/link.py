@@ -57,8 +57,8 @@ class Link:
         or filled according to `ways`, also if it is bytes, which only the maker of new ones may
         ask for. `sums` (one u32 for each block): checksums of what is sent, computed here, or of
         what was received, there with the reply. Raises ConnectionError after `close`."""
-        memory = _memory(data, length if ways else 0)
-        more = _sums(sums, length)
+        memory = data if type(data) is bytes else _memory(data, length if ways else 0)
+        more = ffi.NULL if sums is None else _sums(sums, length)
         assert sums is not None or not ways & TRAILER
         link = self._link
         if not link:

@@ -143,7 +143,7 @@ def test_a_server_that_is_slow_is_not_given_up(far_server, requests):
 def is_closed(link) -> bool:
     """The peer takes no more: something waits, and all that was sent is acknowledged."""
     info = link._sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 28)
-    return link._sender is None and struct.unpack_from("=24xI", info) == (0,)
+    return link._is_full and struct.unpack_from("=24xI", info) == (0,)
 
 
 @pytest.mark.parametrize("stopped", [False, True], ids=["idle", "closed window"])
