@@ -15,6 +15,7 @@ The shell calls one method per event and then `assign`; what it must do comes ba
 
 from __future__ import annotations
 
+from array import array
 from collections import deque
 from collections.abc import Iterable
 from typing import Protocol
@@ -55,7 +56,7 @@ class Request:
     """One NBD request on its way. `into` receives a READ; `result` is what was read."""
 
     __slots__ = ("cookie", "data", "flags", "into", "kind", "length", "mark", "offset", "order",
-                 "place", "result", "round", "waiter")  # fmt: skip
+                 "place", "result", "round", "sums", "waiter")  # fmt: skip
 
     def __init__(
         self,
@@ -78,6 +79,8 @@ class Request:
         self.cookie = 0
         self.place = 0
         """Of the transport, while it is in flight."""
+        self.sums: array[int] | None = None
+        """The checksums that travel with its data, while it is in flight."""
         self.order = 0
         """Rises with each `submit`."""
         self.round = 0

@@ -341,7 +341,7 @@ class GnbdDevice:
                         return
                     connection.patient()  # from here on `_ping_loop` judges
                     lane = self.core.lane_up(path, boottime_ns())
-                    link = Link(self, lane, connection.sock, connection.wire, scope)
+                    link = Link(self, lane, connection, scope)
                     links.append(link)
                     self._links[id(link.lane)] = link
                     nursery.start_soon(link.receive_loop)
@@ -431,6 +431,7 @@ class GnbdDevice:
             result = await drive(login_dialogue(hello, self._secret), stream)
             if not self._login_answer(path, result):
                 return False
+            connection.checked = result.checksums
             size_bytes = await drive(go_dialogue(self.export), stream)
         cut = self.core.logged_in(path, result.epoch, result.cache_generation, size_bytes)
         for other in cut:

@@ -19,6 +19,8 @@ class Connection:
 
     def __init__(self, sock: socket.socket) -> None:
         self.sock = self.wire = sock
+        self.checked = False
+        """Data goes with checksums."""
         self._tls: TlsLink | None = None
 
     async def start_tls(self, tls: TlsSection, server: str, timeout_ms: int) -> None:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import socket
 import struct
+from array import array
 from typing import Protocol
 
 import structlog
@@ -25,8 +26,18 @@ from cluster.errors import StackError
 from cluster.paths_io import boottime_ns
 from gnbd import protocol as p
 from gnbd.client import WITH_DATA, Lane, Request
+from gnbd.connection_io import Connection
+from gnbd.retained import is_fixed
 from native.buffers import unset_bytes
-from native.link import NO_DATA, RECEIVES, SENDS, OutOfStepError
+from native.link import (
+    BLOCK_BYTES,
+    MISMATCH,
+    NO_DATA,
+    RECEIVES,
+    SENDS,
+    TRAILER,
+    OutOfStepError,
+)
 from native.link import Link as Transport
 
 SENT_AT_ONCE_MAX = 2
@@ -40,6 +51,9 @@ PROBES_MIN = 2
 _TCP_INFO = struct.Struct("=3xB20xI28xI")
 """Of linux/tcp.h: probes (of a closed window) and segments without an acknowledgement, and ms since
 the last one came."""
+_CHECKED = {p.CMD_READ: p.CMD_READ_CHECKED, p.CMD_WRITE: p.CMD_WRITE_CHECKED}
+_SPOILED = (MISMATCH, p.EBADMSG)
+"""Of what goes with checksums: seen by us in what was read, by the server in what was written."""
 log = structlog.get_logger("gnbd.client")
 
 
@@ -54,6 +68,16 @@ class Owner(Protocol):
     def place(self, lane: Lane, request: Request) -> None: ...
 
     def pump(self) -> None: ...
+
+
+def is_checkable(request: Request) -> bool:
+    """Its checksums are those of blocks, and stay so while it is under way."""
+    return (
+        request.kind in _CHECKED
+        and request.length > 0
+        and request.offset % BLOCK_BYTES == 0
+        and (request.data is None or is_fixed(request.data))
+    )
 
 
 class Group:
@@ -112,17 +136,15 @@ class Link:
         self,
         owner: Owner,
         lane: Lane,
-        sock: socket.socket,
-        wire: socket.socket,
+        connection: Connection,
         scope: trio.CancelScope,
     ) -> None:
-        """`wire` leads to the server; `sock`, which carries what is said, is another one under
-        TLS."""
         self._owner = owner
         self.lane = lane
-        self._sock = sock
-        self._wire = wire
-        self._transport = Transport(sock.fileno())
+        self._sock = connection.sock
+        self._wire = connection.wire
+        self._checked = connection.checked
+        self._transport = Transport(self._sock.fileno())
         self._scope = scope
         self._sender: trio.lowlevel.Task | None = None
         """The sender while it has nothing to do."""
@@ -183,10 +205,15 @@ class Link:
                 memory = request.result = unset_bytes(request.length)
         else:
             ways, memory = (SENDS if request.data is not None else NO_DATA), request.data
+        request.sums = None
+        if self._checked and is_checkable(request):
+            kind, ways = _CHECKED[kind], ways | TRAILER
+            request.sums = array("I", bytes(4 * -(-request.length // BLOCK_BYTES)))
         try:
             request.place = self._transport.post(
-                request.cookie, kind, request.flags, request.offset, request.length, ways, memory
-            )
+                request.cookie, kind, request.flags, request.offset, request.length, ways, memory,
+                request.sums,
+            )  # fmt: skip
         except OSError:  # it has just been closed: the request is one of those that are lost
             self._scope.cancel()
         self._posted += 1
@@ -235,7 +262,9 @@ class Link:
         if request.cookie in self.lane.in_flight:
             memory = request.result if request.kind in WITH_DATA else request.data
             if memory is not None:
-                self._transport.move(request.place, request.cookie, memory, request.length)
+                self._transport.move(
+                    request.place, request.cookie, memory, request.length, request.sums
+                )
 
     def close(self) -> None:
         """No memory of any request is used from now on. Ends the path."""
@@ -265,9 +294,14 @@ class Link:
         return trio.lowlevel.Abort.SUCCEEDED
 
     def _receive(self) -> None:
-        """Raises OSError when the connection has ended, OutOfStepError."""
+        """Raises OSError when the connection has ended or spoils data, OutOfStepError."""
         completed, lane = self._owner.completed, self.lane
         for cookie, number in self._transport.receive():
+            if number in _SPOILED and (request := lane.in_flight[cookie]).sums is not None:
+                # What of these replies is not taken is repeated elsewhere, with all that is lost.
+                log.error("data has changed under way", server=self._owner.name,
+                          offset=request.offset, sent=request.data is not None)  # fmt: skip
+                raise ConnectionAbortedError("it spoils data")
             completed(lane, cookie, number)
 
     def _wake_receiver(self) -> None:

@@ -71,7 +71,7 @@ class LoginResult(msgspec.Struct, frozen=True, tag_field="t", tag="result"):
     cache_generation: int = 0
     proof: bytes = b""
     checksums: bool = False
-    """It takes READ_CHECKED and WRITE_CHECKED."""
+    """The export has an integrity area: READ_CHECKED and WRITE_CHECKED are worth what they cost."""
 
 
 class ControlHello(msgspec.Struct, frozen=True, tag_field="t", tag="control"):

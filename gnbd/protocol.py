@@ -28,7 +28,7 @@ Private commands are accepted only on a connection that has logged in.
 
 The trailer: the CRC-32C (u32) of each piece of the data, which is cut at multiples of 4096 of the
 offset in the export (`trailer`); a length of 0 has none. `LoginResult.checksums` says that the
-server has these two commands; replies must be simple. With an integrity area what is stored is what
+export has an integrity area; the commands work without one, too. Replies must be simple. With an integrity area what is stored is what
 the client sent, and the trailer of a READ is what is stored.
 """  # noqa: E501
 

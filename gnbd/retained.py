@@ -34,13 +34,16 @@ class Piece(msgspec.Struct, frozen=True, gc=False):
     durable: bool = False
 
 
+def is_fixed(data: Buffer) -> bool:
+    """Nobody can change these bytes."""
+    if isinstance(data, memoryview):
+        return data.readonly and isinstance(data.obj, bytes)
+    return isinstance(data, bytes)
+
+
 def owned(data: Buffer) -> Buffer:
     """The same bytes, safe from changes by the caller: a copy only if they can change."""
-    if isinstance(data, bytes):
-        return data
-    if isinstance(data, memoryview) and data.readonly and isinstance(data.obj, bytes):
-        return data
-    return bytes(data)
+    return data if is_fixed(data) else bytes(data)
 
 
 class Retained:

@@ -306,7 +306,7 @@ class Service:
             self.admission.drained_epoch,
             generation,
             export.cache_generation if export else 0,
-            checksums=status == m.LOGIN_OK,
+            checksums=export is not None and export.integrity is not None,
         )
 
     def _login_refusal(self, hello: m.LoginHello) -> m.LoginResult | None:

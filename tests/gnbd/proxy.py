@@ -19,6 +19,8 @@ class Relay:
         self._listener: socket.socket | None = None
         self.delay_s = 0.0
         """What a client sends is passed on so much later."""
+        self.spoils = b""
+        """The next time these bytes pass, in either direction, one bit of them is changed."""
         self.pumps = 0
         """How many directions of connections are alive."""
         self.heal()
@@ -77,6 +79,9 @@ class Relay:
                 if stallable:
                     self._flow.wait()
                     time.sleep(self.delay_s)
+                if self.spoils and (at := data.find(self.spoils)) >= 0:
+                    self.spoils = b""
+                    data = data[:at] + bytes([data[at] ^ 4]) + data[at + 1 :]
                 sink.sendall(data)
             sink.shutdown(socket.SHUT_WR)
         except OSError:

@@ -8,13 +8,17 @@ import struct
 
 import google_crc32c
 import pytest
+import trio
 
+from cluster.control import ServerInfo
 from gnbd import messages as m
 from gnbd import protocol as p
 from gnbd.integrity_io import area_path
 from native.integrity import SUMS_AT
-from tests.gnbd.harness import export_toml, instance, member, running
+from tests.gnbd.harness import export_toml, free_port, instance, member, running
+from tests.gnbd.proxy import Relay
 from tests.gnbd.raw import RawClient
+from tests.gnbd.test_client_io import opened
 
 MIB = 1 << 20
 SIZE = 80 * MIB
@@ -36,14 +40,14 @@ def exports(tmp_path) -> str:
 def server(tmp_path_factory):
     directory = tmp_path_factory.mktemp("checked")
     with running(directory, exports(directory)) as server:
-        server.install(1, member(live=(1,), next_=99))
+        server.install(1, member(live=(1, 2, 3), next_=99))
         yield server
 
 
 def login(server, export: str) -> RawClient:
     client = RawClient(server)
     result = client.login(instance(), export)
-    assert (result.status, result.checksums) == (m.LOGIN_OK, True)
+    assert (result.status, result.checksums) == (m.LOGIN_OK, export != "bare")
     client.go(export)
     return client
 
@@ -161,3 +165,37 @@ def test_strangers_have_no_such_commands(tmp_path):
         assert send_checked(client, 0, data, trailer_of(0, data)) == p.EINVAL
         assert client.request(p.CMD_READ_CHECKED, 0, length=10) == p.EINVAL
         assert client.read(0, 5000) == bytes(5000)
+
+
+@pytest.mark.parametrize("tool", ["read", "write"])
+def test_our_client_repeats_what_a_network_has_spoiled(server, tool):
+    """One bit on the wire: the caller has and leaves the right bytes, over a new connection."""
+    relay = Relay("127.0.0.1", free_port(), ("127.0.0.1", server.port))
+    info = ServerInfo(server.info.id, "s1", ["127.0.0.1"], relay.port)
+    mark = random.Random(tool).randbytes(64)
+    data = bytes(4096 * 5) + mark + bytes(4096 * 3 - 64)
+
+    who = instance(2 + (tool == "write"))
+
+    async def body() -> None:
+        async with opened(server, who=who, export="sums", info=info) as device:
+            before = device.core.paths[0].generation
+            if tool == "write":
+                relay.spoils = mark
+            await device.write(MIB, data)
+            relay.spoils = mark
+            assert await device.read(MIB, len(data)) == data
+            assert relay.spoils == b""
+            view = memoryview(bytearray(len(data)))
+            await device.read_into(MIB, view)
+            assert view == data
+            assert device.core.paths[0].generation > before
+            # What can change under way, or begins within a block, goes without checksums.
+            await device.write(MIB + 512, bytearray(data))
+            assert await device.read(MIB + 512, len(data)) == data
+            await device.flush()
+
+    try:
+        trio.run(body)
+    finally:
+        relay.cut()
