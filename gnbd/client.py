@@ -188,6 +188,8 @@ class ClientCore:
         self._barrier: Request | None = None
         self._round = 0
         self._resync_left = 0
+        self._refused: list[Request] = []
+        """Of these; tried again at the next `look`."""
         self._own_flush = False
         self._rankings: list[Ranking[Lane] | None] = [None, None]
 
@@ -289,7 +291,10 @@ class ClientCore:
         self._rankings = [None, None]
 
     def look(self, now_ns: int) -> None:
-        """Called now and then: whose answers are overdue gets less."""
+        """Called now and then, before `assign`: whose answers are overdue gets less, and what the
+        store refused to take again is tried again."""
+        self.urgent.extend(self._refused)
+        self._refused.clear()
         for path in self.paths:
             for lane in path.lanes:
                 if lane.is_overdue(now_ns):
@@ -445,6 +450,7 @@ class ClientCore:
         self._round += 1
         self.queue.extendleft(r for r in self.urgent if r.round == 0)
         self.urgent.clear()
+        self._refused.clear()
         pieces = self.retained.overlay()
         self._resync_left = 0
         for piece in pieces:
@@ -460,7 +466,7 @@ class ClientCore:
             return
         if number:
             # Not even this store error may lose acknowledged bytes: again, until it succeeds.
-            self.urgent.append(request)
+            self._refused.append(request)
             return
         self._resync_left -= 1
 
@@ -484,6 +490,7 @@ class ClientCore:
             request.finish(error)
         self.queue.clear()
         self.urgent.clear()
+        self._refused.clear()
         for path in self.paths:
             path.stranded = []
             for lane in path.lanes:
@@ -492,7 +499,7 @@ class ClientCore:
 
     def all_requests(self) -> list[Request]:
         """Everything not yet finished."""
-        found = [*self.queue, *self.urgent]
+        found = [*self.queue, *self.urgent, *self._refused]
         for path in self.paths:
             found += [r for s in path.stranded for r in s.requests]
             found += [r for lane in path.lanes for r in lane.in_flight.values()]

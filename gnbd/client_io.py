@@ -383,6 +383,7 @@ class GnbdDevice:
         for number in itertools.count():
             await trio.sleep(path_ms / PATH_CHECKS / 1000)
             self.core.look(boottime_ns())
+            self.pump()
             for index, link in enumerate(links):
                 lane = link.lane
                 silent = bool(lane.in_flight) and lane.answered == answered[index]

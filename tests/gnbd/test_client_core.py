@@ -375,6 +375,9 @@ def test_a_sequence_number_goes_before_what_is_written_again():
     lane = core.lane_up(path, 0)
     ((_, again),) = core.assign(0)
     core.completed(lane, again.cookie, p.ESTALE, 0)
+    assert core.assign(0) == []
+    assert core.all_requests() == [again]
+    core.look(0)
     core.submit(Request(p.CMD_SEQUENCE, 5))
     core.submit(Request(p.CMD_READ, 0, 1))
     lane.bytes_in_flight = LANE_BYTES_MAX

@@ -235,6 +235,7 @@ class Device:
     def check_paths(self) -> None:
         """Give up what has been silent for so long; ask now and then."""
         self.core.look(self.world.now)
+        self.pump()
         for line in self.lines:
             silent = any(pipe.silence_ms() > PATH_MS for pipe in line.pipes)
             if silent or (self.world.faults and self.world.rng.random() < 0.01):
