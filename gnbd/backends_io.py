@@ -33,6 +33,8 @@ FALLOC_PUNCH_HOLE = 2
 FALLOC_ZERO_RANGE = 0x10
 EXTENTS_MAX = 4096
 """In one answer to BLOCK_STATUS."""
+COMPARED_BYTES_MAX = 1 << 30
+"""Of holes with their sums, in one such answer: nobody waits long for it."""
 ALIGNMENTS = (512, 4096)
 """That O_DIRECT may want."""
 _ZERO_CHUNK = bytes(1 << 20)
@@ -303,7 +305,7 @@ class FileBackend(Backend):
 
     def extents(self, offset: int, length: int) -> list[tuple[int, bool]]:
         found: list[tuple[int, bool]] = []
-        end = offset + length
+        end = offset + (length if self.area is None else min(length, COMPARED_BYTES_MAX))
         while offset < end and len(found) < EXTENTS_MAX:
             data = _seek(self.fd, offset, end, os.SEEK_DATA)
             if data > offset:

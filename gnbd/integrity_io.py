@@ -65,7 +65,7 @@ def check_area(config: Export, state_dir: Path) -> Header | None:
         return None
     path = area_path(state_dir, config.name)
     header = read_header(path)
-    if header is None or header.path != config.path:
+    if header is None or (header.name, header.path) != (config.name, config.path):
         return None
     if not os.path.exists(config.path):
         raise NotFoundError(
@@ -111,6 +111,7 @@ def make_area(path: Path, header: Header, *, settled: bool) -> None:
             os.close(fd)
         os.replace(beside, path)
         _sync_directory(path.parent)
+        _sync_directory(path.parent.parent)  # its first file
     except OSError as error:
         beside.unlink(missing_ok=True)
         raise os_failure(error, f"cannot make {path}") from error

@@ -100,6 +100,7 @@ int integrity_unsettle(struct native_integrity *area, uint64_t first, uint64_t e
 int integrity_load(struct native_integrity *area, uint64_t block, size_t count, uint32_t *sums);
 int integrity_store(struct native_integrity *area, uint64_t block, size_t count,
                     const uint32_t *sums);
+int integrity_store_zeroes(struct native_integrity *area, uint64_t block, uint64_t count);
 /* Finished checksums of the pieces of `data`. */
 void integrity_sums(const uint8_t *data, size_t length, uint64_t offset, uint32_t *sums);
 /* The finished checksum of a block of which that is stored. */

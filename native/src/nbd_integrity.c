@@ -427,21 +427,32 @@ int integrity_load(struct native_integrity *area, uint64_t block, size_t count, 
     return error;
 }
 
-/* `sums` NULL: of zeroes. */
 int integrity_store(struct native_integrity *area, uint64_t block, size_t count,
                     const uint32_t *sums)
 {
-    uint32_t wire[STORE_BLOCKS] = {0};
+    uint32_t wire[STORE_BLOCKS];
     int error = 0;
     while (count && !error) {
         size_t part = count < STORE_BLOCKS ? count : STORE_BLOCKS;
-        for (size_t i = 0; i < part && sums; i++)
+        for (size_t i = 0; i < part; i++)
             wire[i] = htole32(sums[i]);
         error = native_write_exactly(area->fd, (uint8_t *)wire, part * sizeof *wire,
                                      INTEGRITY_SUMS_AT + block * sizeof *wire, 0);
-        sums = sums ? sums + part : NULL;
+        sums += part;
         block += part;
         count -= part;
+    }
+    return error;
+}
+
+int integrity_store_zeroes(struct native_integrity *area, uint64_t block, uint64_t count)
+{
+    static const uint8_t none[(size_t)256 << 10]; /* of 256 MiB: whole disks are discarded */
+    uint64_t at = INTEGRITY_SUMS_AT + block * sizeof(uint32_t), left = count * sizeof(uint32_t);
+    int error = 0;
+    for (size_t part; left && !error; at += part, left -= part) {
+        part = left < sizeof none ? (size_t)left : sizeof none;
+        error = native_write_exactly(area->fd, none, part, at, 0);
     }
     return error;
 }

@@ -210,7 +210,7 @@ static int store_sums(struct native_integrity *area, const struct native_integri
     uint64_t stop = change->offset + change->length;
     size_t index = 0;
     if (!change->data && !change->partial)
-        return integrity_store(area, block, end - block, NULL);
+        return integrity_store_zeroes(area, block, end - block);
     for (int error = 0; block < end; block += index) {
         for (index = 0; index < sizeof sums / sizeof *sums && block + index < end; index++) {
             uint64_t number = block + index;

@@ -11,9 +11,15 @@ from contextlib import contextmanager
 
 import pytest
 
+from fencing.reservations import Reservations
 from gnbd import messages as m
 from gnbd import protocol as p
+from gnbd.damages_io import Damages
+from gnbd.export_io import ExportRuntime
+from gnbd.exports import Export, ServerConfig
 from gnbd.integrity_io import area_path
+from gnbd.protection_io import convert
+from gnbd.service_io import Service
 from tests.gnbd.harness import GnbdServer, export_toml, free_port, running, wait_for
 from tests.gnbd.raw import RawClient
 
@@ -305,6 +311,49 @@ def test_a_disk_is_converted_under_load(tmp_path):
             assert server.ctl("integrity", "disk", "off").returncode == 0
             client.read(14 * MIB, 1)
         assert not area_path(server.state_dir, "disk").exists()
+
+
+def test_a_conversion_waits_for_writes_that_know_nothing_of_it(tmp_path):
+    """One ends while the gates are drained, without a sum: none has been computed before."""
+    (tmp_path / "disk.img").write_bytes(b"before" * (MIB // 6))
+    config = Export("disk", str(tmp_path / "disk.img"))
+    export = ExportRuntime(config, Reservations(), 0, tmp_path)
+
+    class Busy(Service):
+        """One write is under way."""
+
+        def __init__(self) -> None:
+            self.config = ServerConfig(str(tmp_path))
+            self.lock = threading.RLock()
+            self.damages = Damages()
+            self.drained = 0
+
+        def renew_gates(self, export: ExportRuntime) -> None:
+            pass
+
+        def wait_drained(self) -> None:
+            area = export.disk.area
+            if area is not None and export.keeper is not None:
+                wait_for(lambda: not area.counters()["unsettled_regions"], "it began too early")
+            os.pwrite(export.disk.fd, b"late" * 1024, 4096)
+            self.drained += 1
+
+        def flush(self, export: ExportRuntime, own: object = None) -> None:
+            export.backend.flush()
+
+    service = Busy()
+    try:
+        convert(service, export, True)
+        area = export.disk.area
+        assert area is not None
+        wait_for(lambda: not area.counters()["unsettled_regions"], "all sums are known")
+        data = bytearray(8192)
+        export.backend.read_into(0, memoryview(data))
+        assert data[4096:] == b"late" * 1024
+        convert(service, export, False)
+        assert service.drained == 2
+    finally:
+        export.end()
 
 
 def test_the_exports_file_decides(tmp_path):
