@@ -31,7 +31,9 @@
 #define INTEGRITY_BITS_BYTES (INTEGRITY_REGIONS_MAX / 8)
 #define INTEGRITY_BITS_AT ((uint64_t)8192)
 #define INTEGRITY_SUMS_AT (INTEGRITY_BITS_AT + INTEGRITY_BITS_BYTES)
-#define INTEGRITY_PIECE_BLOCKS ((size_t)32) /* read, then checked while the cache has it */
+#ifndef INTEGRITY_PIECE_BLOCKS
+#define INTEGRITY_PIECE_BLOCKS ((size_t)256) /* read and checked at a time; of one region */
+#endif
 #define INTEGRITY_BAD_MAX 64
 
 enum native_integrity_outcome {

@@ -10,6 +10,7 @@
 
 #define BLOCK INTEGRITY_BLOCK_BYTES
 #define PIECE_BYTES (INTEGRITY_PIECE_BLOCKS * BLOCK)
+#define SETTLED_BLOCKS ((size_t)32) /* at a time: clients that write there wait */
 
 enum { PARTIAL_HEAD = 1, PARTIAL_TAIL = 2 };
 
@@ -183,10 +184,10 @@ int native_integrity_begin(struct native_integrity *area, int fd,
 static int take_from_data(struct native_integrity *area, int fd, uint64_t first, uint64_t end,
                           uint64_t size_bytes)
 {
-    uint8_t data[PIECE_BYTES] __attribute__((aligned(4096)));
-    uint32_t sums[INTEGRITY_PIECE_BLOCKS], before[INTEGRITY_PIECE_BLOCKS];
+    uint8_t data[SETTLED_BLOCKS * BLOCK] __attribute__((aligned(4096)));
+    uint32_t sums[SETTLED_BLOCKS], before[SETTLED_BLOCKS];
     while (first < end) {
-        size_t count = (size_t)smaller(end - first, INTEGRITY_PIECE_BLOCKS);
+        size_t count = (size_t)smaller(end - first, SETTLED_BLOCKS);
         size_t length = (size_t)smaller(count * BLOCK, size_bytes - first * BLOCK);
         int error = integrity_load(area, first, count, before);
         if (!error)
@@ -205,7 +206,7 @@ static int take_from_data(struct native_integrity *area, int fd, uint64_t first,
 /* What has been written is known. */
 static int store_sums(struct native_integrity *area, const struct native_integrity_change *change)
 {
-    uint32_t sums[INTEGRITY_PIECE_BLOCKS * 8];
+    uint32_t sums[INTEGRITY_PIECE_BLOCKS];
     uint64_t block = change->range.first, end = change->range.end, at = block * BLOCK;
     uint64_t stop = change->offset + change->length;
     size_t index = 0;
@@ -279,7 +280,7 @@ static int settle_region(struct native_integrity *area, int fd, uint64_t region)
     integrity_leave(area, &range);
     for (; block < end && !error; block = range.end) { /* others may come in between */
         range = (struct native_integrity_range){
-            .first = block, .end = smaller(end, block + INTEGRITY_PIECE_BLOCKS)};
+            .first = block, .end = smaller(end, block + SETTLED_BLOCKS)};
         integrity_enter(area, &range);
         error = take_from_data(area, fd, range.first, range.end, area->size_bytes);
         integrity_leave(area, &range);

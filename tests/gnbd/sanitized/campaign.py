@@ -43,7 +43,13 @@ def build_power(directory: Path) -> Path:
     sources = [*(NATIVE / f"nbd_{n}.c" for n in ("file", "integrity", "integrity_data")),
                NATIVE / "crc32c.c"]  # fmt: skip
     disks = [f"-D{call}=power_{call}" for call in ("pread", "pwritev2", "lseek")]
-    command = [os.environ.get("CC", "gcc"), *FLAGS, "-DINTEGRITY_REGION_BYTES=131072", *disks]
+    command = [
+        os.environ.get("CC", "gcc"),
+        *FLAGS,
+        "-DINTEGRITY_REGION_BYTES=131072",
+        "-DINTEGRITY_PIECE_BLOCKS=32",
+        *disks,
+    ]
     subprocess.run(
         [*command, str(HERE / "power.c"), *map(str, sources), "-o", str(program)], check=True
     )
