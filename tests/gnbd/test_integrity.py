@@ -22,6 +22,7 @@ from gnbd.protection_io import convert
 from gnbd.service_io import Service
 from tests.gnbd.harness import GnbdServer, export_toml, free_port, running, wait_for
 from tests.gnbd.raw import RawClient
+from tests.hostile.disks import loop_device
 
 MIB = 1 << 20
 SIZE = 24 * MIB + 1536
@@ -444,3 +445,36 @@ def test_scrub_needs_sums(tmp_path):
     with running(tmp_path, export_toml("disk", tmp_path / "disk.img"), joined=False) as server:
         done = server.ctl("scrub", "disk")
         assert (done.returncode, "integrity disk on" in done.stderr) == (2, True)
+
+
+@pytest.mark.parametrize("direct", ["false", "true"])
+def test_a_block_device(tmp_path, direct):
+    """Converted at the first start, over restarts; trims and zeroes; damage below it."""
+    image = tmp_path / "image"
+    image.write_bytes(b"was here" * (MIB // 2))
+    with loop_device(image) as loop:
+        exports = f'[[exports]]\nname = "disk"\npath = "{loop}"\ndirect = {direct}\n' + ON
+        with running(tmp_path, exports, joined=False) as server:
+            with RawClient(server, "disk") as client:
+                wait_for(lambda: settled(server), "all sums are known")
+                assert client.read(0, 8192) == b"was here" * 1024
+                assert client.request(p.CMD_WRITE, MIB - 512, b"n" * 1024) == 0
+                for kind, at in ((p.CMD_TRIM, 2 * MIB + 512), (p.CMD_WRITE_ZEROES, 3 * MIB)):
+                    assert client.request(kind, at, length=9 * 512) == 0
+            server.kill()
+            server.start()
+            with RawClient(server, "disk") as client:
+                assert client.read(MIB - 1024, 2048) == b"was here" * 64 + b"n" * 1024 + (
+                    b"was here" * 64
+                )
+                assert client.read(3 * MIB, 9 * 512) == bytes(9 * 512)
+                client.read(0, 4 * MIB)
+            wait_for(lambda: settled(server), "all sums are known")
+            assert server.stop() == 0
+            with open(loop, "r+b") as disk:
+                disk.seek(2 * MIB)
+                disk.write(b"?")
+            server.start()
+            with RawClient(server, "disk") as client:
+                assert client.request(p.CMD_READ, 2 * MIB, length=512) == p.EIO
+                assert client.read(2 * MIB - 4096, 4096) == b"was here" * 512
