@@ -5,7 +5,8 @@ request is in exactly one place: the queue, in flight on a lane, or *stranded*: 
 was lost. Invariants:
 
 - a stranded request goes back to the queue only when the server confirmed that its path is
-  drained: by a LOGIN of a newer generation there, or by DRAIN on another path (R6);
+  drained: by a LOGIN of a newer generation there, or by DRAIN on another path (R6); only a server
+  that knows neither is not waited for, and gnbd.plain_io says what is lost with that;
 - nothing is sent while the server is not known to have installed the required epoch (R3);
 - when the server's cache generation changes, every lane of the old one is cut, and what was written
   since the last FLUSH is sent again before any new request (R7).
@@ -41,6 +42,7 @@ LANE_BYTES_MAX = 16 << 20
 
 WITH_DATA = frozenset({p.CMD_READ, p.CMD_PING})
 """Whose answers bring `length` bytes."""
+_CARRIES = WITH_DATA | {p.CMD_WRITE}
 _OF_ONE_LANE = frozenset({p.CMD_PING, p.CMD_DRAIN, p.CMD_LOGOUT})
 _MEASURED = frozenset({p.CMD_READ, p.CMD_WRITE})
 """Of these the service time is taken."""
@@ -85,6 +87,10 @@ class Request:
         """Rises with each `submit`."""
         self.round = 0
         """Not 0: sends retained bytes again, in that round."""
+
+    def cost_bytes(self) -> int:
+        """What it costs a connection."""
+        return HEADER_COST_BYTES + (self.length if self.kind in _CARRIES else 0)
 
     def finish(self, error: StackError | None) -> None:
         waiter, self.waiter = self.waiter, None
@@ -173,7 +179,12 @@ class Drain(msgspec.Struct, frozen=True):
 class ClientCore:
     """One export of one server as one instance sees it."""
 
-    def __init__(self, path_count: int, first_generation: int) -> None:
+    def __init__(
+        self, path_count: int, first_generation: int, *, drains: bool = True
+    ) -> None:
+        """`drains`: the server confirms them. If it does not, the requests of a lost path go back
+        to the queue at once."""
+        self._drains = drains
         self.paths = [Path(index, first_generation) for index in range(path_count)]
         self.queue: deque[Request] = deque()
         self.urgent: deque[Request] = deque()
@@ -183,6 +194,8 @@ class ClientCore:
         self.cache_generation = 0
         self.barred: str | None = None
         self.size_bytes = 0
+        self.can_flush = True
+        """If not, what was written is not kept: nothing would ever make it durable."""
         self._cookie = 0
         self._order = 0
         self._barrier: Request | None = None
@@ -309,7 +322,7 @@ class ClientCore:
             # What comes later may need the new sequence number: it must not overtake elsewhere.
             self._barrier = request
         lane.in_flight[request.cookie] = request
-        lane.bytes_in_flight += request.length + HEADER_COST_BYTES
+        lane.bytes_in_flight += request.cost_bytes()
         if request.kind in _MEASURED and lane.measure(request, now_ns):
             ranking = self._rankings[request.length >= LARGE_BYTES]
             if ranking is not None and ranking.probe is lane:
@@ -336,7 +349,7 @@ class ClientCore:
         the one that the lane measures."""
         request = lane.in_flight.pop(cookie)
         lane.answered += 1
-        lane.bytes_in_flight -= request.length + HEADER_COST_BYTES
+        lane.bytes_in_flight -= request.cost_bytes()
         if request is lane.measured:
             lane.measured_done(number, now_ns)
             self._rank_anew()
@@ -353,11 +366,13 @@ class ClientCore:
             self.size_bytes = max(self.size_bytes, p.SIZE.unpack(request.result)[0])
         elif request.kind == p.CMD_WRITE:
             assert request.data is not None
-            piece = Piece(request.offset, request.length, owned(request.data))
-            self.retained.add(piece, durable=bool(request.flags & p.CMD_FLAG_FUA))
+            if self.can_flush:
+                piece = Piece(request.offset, request.length, owned(request.data))
+                self.retained.add(piece, durable=bool(request.flags & p.CMD_FLAG_FUA))
         elif request.kind == p.CMD_WRITE_ZEROES:
-            piece = Piece(request.offset, request.length, None)
-            self.retained.add(piece, durable=bool(request.flags & p.CMD_FLAG_FUA))
+            if self.can_flush:
+                piece = Piece(request.offset, request.length, None)
+                self.retained.add(piece, durable=bool(request.flags & p.CMD_FLAG_FUA))
         elif request.kind == p.CMD_FLUSH:
             self.retained.drop(request.mark)
         request.finish(None)
@@ -408,6 +423,8 @@ class ClientCore:
         for other in self.paths:
             for stranded in other.stranded:
                 stranded.asked = False
+        if not self._drains:
+            self._unstrand(path, path.generation)
         path.generation += 1
 
     def generation_floor(self, path: Path, least: int) -> None:

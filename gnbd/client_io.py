@@ -11,7 +11,6 @@ is not dead.
 from __future__ import annotations
 
 import itertools
-import secrets
 from collections.abc import Sequence
 
 import msgspec
@@ -24,12 +23,12 @@ from cluster.errors import BarredError, ForeignError, StackError, UnreachableErr
 from cluster.ids import Epoch, Instance
 from cluster.paths_io import boottime_ns
 from cluster.tls import TlsSection
-from gnbd import messages as m
 from gnbd import protocol as p
 from gnbd.client import ClientCore, Lane, Path, Request
 from gnbd.connection_io import Connection, connect
 from gnbd.control_client_io import drive
-from gnbd.dialogues import go_dialogue, greeting_dialogue, login_dialogue, starttls_dialogue
+from gnbd.dialogues import greeting_dialogue, starttls_dialogue
+from gnbd.entrance_io import ClusterEntrance, Entrance, OldGenerationError
 from gnbd.link_io import REQUEST_BYTES_MAX, Group, Link
 from gnbd.retained import owned
 from native.buffers import unset_bytes
@@ -40,6 +39,8 @@ DEAD_MS_DEFAULT = 1000
 PATH_MS_DEFAULT = 150
 """Well above what TCP may put an acknowledgement off when the server does not read: 40 ms and the
 round-trip time."""
+SPAN_BYTES_MAX = 1 << 30
+"""Of one request without data; more than 32 bits do not fit."""
 PATH_CHECKS = 3
 """Looks at a path in that time."""
 log = structlog.get_logger("gnbd.client")
@@ -60,15 +61,15 @@ class GnbdDevice:
     """A `cluster.device.BlockDevice`. Make it with `open_device`."""
 
     def __init__(
-        self, server: ServerInfo, export: str, instance: Instance, secret: bytes, options: Options
+        self, server: ServerInfo, export: str, entrance: Entrance, options: Options
     ) -> None:
         self.server = server
         self.export = export
-        self.core = ClientCore(len(server.addresses), boottime_ns())
-        self._instance = instance
-        self._secret = secret
+        self.flags = 0
+        """What the server can do (NBD's transmission flags)."""
+        self.core = ClientCore(len(server.addresses), boottime_ns(), drains=entrance.fenced)
+        self._entrance = entrance
         self._options = options
-        self._sequence = options.sequence
         self._declaring = Group(0)
         self._links: dict[int, Link] = {}
         self._scopes: dict[int, trio.CancelScope] = {}
@@ -137,13 +138,20 @@ class GnbdDevice:
         await self._run(group, [Request(p.CMD_FLUSH, waiter=group)])
 
     async def discard(self, offset_bytes: int, length_bytes: int) -> None:
-        group = Group(1)
-        await self._run(group, [Request(p.CMD_TRIM, offset_bytes, length_bytes, waiter=group)])
+        await self._run_spans(p.CMD_TRIM, offset_bytes, length_bytes)
 
     async def write_zeroes(self, offset_bytes: int, length_bytes: int) -> None:
-        group = Group(1)
-        request = Request(p.CMD_WRITE_ZEROES, offset_bytes, length_bytes, waiter=group)
-        await self._run(group, [request])
+        await self._run_spans(p.CMD_WRITE_ZEROES, offset_bytes, length_bytes)
+
+    async def _run_spans(self, kind: int, offset: int, length: int) -> None:
+        spans = _chunks(offset, length, SPAN_BYTES_MAX)
+        group = Group(len(spans))
+        await self._run(group, [Request(kind, o, n, waiter=group) for o, n in spans])
+
+    @property
+    def fenced(self) -> bool:
+        """Whether the server keeps barred instances from writing, and confirms what is drained."""
+        return self._entrance.fenced
 
     # -- cluster ---------------------------------------------------------------------------
 
@@ -160,7 +168,7 @@ class GnbdDevice:
     async def set_sequence(self, sequence: int) -> None:
         """Declare the volume sequence number that this instance works with. Call it while nothing
         is in flight; it is declared again at every LOGIN."""
-        self._sequence = sequence
+        self._entrance.sequence = sequence
         group = self._declaring = Group(1)
         await self._run(group, [Request(p.CMD_SEQUENCE, sequence, waiter=group)])
 
@@ -170,6 +178,7 @@ class GnbdDevice:
         return {
             "server": self.server.name,
             "export": self.export,
+            "fenced": self.fenced,
             "paths": [len(path.lanes) for path in core.paths],
             "standby": core.standby(boottime_ns()),
             "pending": len(core.all_requests()),
@@ -189,7 +198,11 @@ class GnbdDevice:
             while self._logins:  # one that the server sees after LOGOUT would register anew
                 await self._logins_over.wait()
         link = next(iter(self._links.values()), None)
-        if link is not None and self.core.barred is None:
+        if not self.fenced:
+            for one in self._links.values():
+                one.post(Request(p.CMD_DISC))
+                one.kick()
+        elif link is not None and self.core.barred is None:
             group = Group(1)
             request = Request(p.CMD_LOGOUT, waiter=group)
             self.core.place_private(link.lane, request)
@@ -207,6 +220,9 @@ class GnbdDevice:
 
     def completed(self, lane: Lane, cookie: int, number: int) -> None:
         """A reply came (link_io.Owner)."""
+        if number == p.ESHUTDOWN:  # not of the disk: it goes to where the server comes back
+            self._links[id(lane)].give_up()
+            return
         measured = lane.measured is not None and lane.measured.cookie == cookie
         self.core.completed(lane, cookie, number, boottime_ns() if measured else 0)
 
@@ -288,6 +304,15 @@ class GnbdDevice:
 
     # -- paths -----------------------------------------------------------------------------
 
+    async def start(self, nursery: trio.Nursery) -> None:
+        """Run in `nursery`; return when a path is up. Raises what makes that impossible."""
+        nursery.start_soon(self.run)
+        try:
+            await self.wait_open()
+        except BaseException:
+            self._scope.cancel()
+            raise
+
     async def run(self) -> None:
         """Keep all paths up; ends with `aclose`."""
         with self._scope:
@@ -331,7 +356,9 @@ class GnbdDevice:
         links: list[Link] = []
         try:
             async with trio.open_nursery() as nursery:
-                for _ in range(self._options.connections_per_path):
+                for number in range(self._options.connections_per_path):
+                    if number and not self.flags & p.FLAG_CAN_MULTI_CONN:
+                        break  # what one connection has flushed, another may not see
                     address = self.server.addresses[path.index]
                     dead_ms = self._options.dead_ms
                     connection = await connect(address, self.server.port, dead_ms)
@@ -359,6 +386,8 @@ class GnbdDevice:
                 link.close()
             for connection in connections:
                 connection.close()
+            if path.lanes:
+                self._entrance.lost()
             self.core.path_lost(path, boottime_ns())
             self.pump()
 
@@ -388,10 +417,14 @@ class GnbdDevice:
                 lane = link.lane
                 silent = bool(lane.in_flight) and lane.answered == answered[index]
                 answered[index] = lane.answered
-                if link.pinged_ns and silent:
+                if silent and (link.pinged_ns or not self.fenced):
                     limit_ms = path_ms if self._has_other_path(lane.path) else options.dead_ms
                     if link.is_unheard(limit_ms):
                         log.info("path is silent", device=self.name, path=lane.path.index)
+                        link.give_up()
+                        return
+                elif not self.fenced:
+                    if not lane.in_flight and link.has_ended():
                         link.give_up()
                         return
                 elif silent or not number % idle_rounds:
@@ -399,6 +432,12 @@ class GnbdDevice:
 
     def _has_other_path(self, path: Path) -> bool:
         return any(other.lanes for other in self.core.paths if other is not path)
+
+    def _bar(self, reason: str) -> None:
+        for link in self._links.values():  # their callers go on at once
+            link.close()
+        self.core.bar(reason)
+        self._retry_now()
 
     async def _negotiate(self, path: Path, connection: Connection) -> bool:
         """Greeting, TLS, LOGIN, GO. False: not now."""
@@ -423,40 +462,29 @@ class GnbdDevice:
                 starttls_dialogue(required=tls.required), stream
             )
         if tls is not None and secure:
-            await connection.start_tls(tls, self.server.name, self._options.dead_ms)
+            dead_ms = self._options.dead_ms
+            await connection.start_tls(tls, self.server.name, dead_ms, is_host=not self.fenced)
         async with connection.stream() as stream:
-            hello = m.LoginHello(
-                self._instance, self.export, path.index, path.generation,
-                secrets.token_bytes(m.NONCE_BYTES), self._sequence,
-            )  # fmt: skip
-            result = await drive(login_dialogue(hello, self._secret), stream)
-            if not self._login_answer(path, result):
+            try:
+                entered = await self._entrance.enter(path, stream)
+            except BarredError as error:
+                self._bar(error.message)
                 return False
-            connection.checked = result.checksums
-            size_bytes = await drive(go_dialogue(self.export), stream)
-        cut = self.core.logged_in(path, result.epoch, result.cache_generation, size_bytes)
+            except OldGenerationError as error:
+                self.core.generation_floor(path, error.least)
+                return False
+        cut = self.core.logged_in(
+            path, entered.epoch, entered.cache_generation, entered.size_bytes
+        )
+        connection.checked = entered.checksums
+        self.flags = entered.flags
+        self.core.can_flush = bool(self.flags & p.FLAG_SEND_FLUSH)
         for other in cut:
             self._scopes[other.index].cancel()
             for lane in other.lanes:
                 self._links.pop(id(lane)).close()
             self.core.path_lost(other, boottime_ns())
         return True
-
-    def _login_answer(self, path: Path, result: m.LoginResult) -> bool:
-        match result.status:
-            case m.LOGIN_OK:
-                return True
-            case m.LOGIN_BARRED:
-                for link in self._links.values():  # their callers go on at once
-                    link.close()
-                self.core.bar(result.message)
-                self._retry_now()
-            case m.LOGIN_OLD_GENERATION:
-                self.core.generation_floor(path, result.generation)
-            case m.LOGIN_NO_EXPORT | m.LOGIN_REFUSED if not self._opened.is_set():
-                self._fatal = UsageError(f"server {self.server.name}: {result.message}")
-                self._opened.set()
-        return False
 
 
 class _DrainWaiter:
@@ -472,8 +500,7 @@ class _DrainWaiter:
             self._device.core.drained(self._path, self._generation)
 
 
-def _chunks(offset: int, length: int) -> list[tuple[int, int]]:
-    limit = REQUEST_BYTES_MAX
+def _chunks(offset: int, length: int, limit: int = REQUEST_BYTES_MAX) -> list[tuple[int, int]]:
     return [(offset + at, min(limit, length - at)) for at in range(0, length, limit)]
 
 
@@ -487,11 +514,8 @@ async def open_device(
 ) -> GnbdDevice:
     """Open one export; its tasks live in `nursery`. Waits until a path is up. Raises BarredError,
     or UsageError if the server has no such export."""
-    device = GnbdDevice(server, export, instance, secret, options or Options())
-    nursery.start_soon(device.run)
-    try:
-        await device.wait_open()
-    except BaseException:
-        device._scope.cancel()
-        raise
+    options = options or Options()
+    entrance = ClusterEntrance(export, instance, secret, options.sequence)
+    device = GnbdDevice(server, export, entrance, options)
+    await device.start(nursery)
     return device

@@ -23,11 +23,14 @@ class Connection:
         """Data goes with checksums."""
         self._tls: TlsLink | None = None
 
-    async def start_tls(self, tls: TlsSection, server: str, timeout_ms: int) -> None:
-        """From now on `sock` is behind TLS. Raises ConfigError, ForeignError, OSError."""
+    async def start_tls(
+        self, tls: TlsSection, server: str, timeout_ms: int, *, is_host: bool = False
+    ) -> None:
+        """From now on `sock` is behind TLS. `server`: whom its certificate must name. Raises
+        ConfigError, ForeignError, OSError."""
 
         def handshake() -> None:
-            link = secure(self.sock, tls, server, timeout_ms / 1000)
+            link = secure(self.sock, tls, server, timeout_ms / 1000, is_host=is_host)
             link.inner.setblocking(False)
             self._tls, self.sock, self.wire = link, link.inner, link.wire
 
@@ -69,6 +72,7 @@ async def connect(address: str, port: int, timeout_ms: int) -> Connection:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 1)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 1)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, timeout_ms)
         with trio.fail_after(timeout_ms / 1000):
             await sock.connect((address, port))

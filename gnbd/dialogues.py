@@ -103,22 +103,35 @@ def login_dialogue(
     return result
 
 
-def go_dialogue(export: str) -> Generator[bytes | int, bytes, int]:
-    """GO; gives the size. Transmission begins with the return."""
-    yield p.option(p.OPT_GO, p.go_data(export))
-    size_bytes = 0
+class Found(msgspec.Struct, frozen=True):
+    """What the server says of an export. `flags`: what it can do."""
+
+    size_bytes: int
+    flags: int
+
+
+def go_dialogue(
+    export: str, infos: tuple[int, ...] = ()
+) -> Generator[bytes | int, bytes, Found]:
+    """GO. Transmission begins with the return. `infos`: what is asked for beside."""
+    yield p.option(p.OPT_GO, p.go_data(export, infos))
+    found = None
     while True:
         magic, option, kind, length = p.OPTION_REPLY.unpack((yield p.OPTION_REPLY.size))
         if magic != p.OPTION_REPLY_MAGIC or option != p.OPT_GO or length > p.OPTION_BYTES_MAX:
             raise ProtocolError("bad option reply")
         body = (yield length) if length else b""
         if kind == p.REP_ACK:
-            return size_bytes
+            if found is None:
+                raise ProtocolError("the server does not tell the size of the export")
+            return found
         if kind & p.REP_ERROR:
             if kind == p.REP_ERR_TLS_REQD:
                 raise UsageError(body.decode(errors="replace"), hint=_NO_TLS_HINT)
+            if kind == p.REP_ERR_UNKNOWN:
+                raise UsageError(f"no export {export!r}: {body.decode(errors='replace')}")
             raise _refusal(kind, body)
         if kind == p.REP_INFO and len(body) == p.EXPORT_INFO.size:
-            number, size, _flags = p.EXPORT_INFO.unpack(body)
+            number, size_bytes, flags = p.EXPORT_INFO.unpack(body)
             if number == p.INFO_EXPORT:
-                size_bytes = size
+                found = Found(size_bytes, flags)

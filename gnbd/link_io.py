@@ -176,6 +176,8 @@ class Link:
         """Whether something has been on the wire for so long and nothing was acknowledged. To be
         asked again and again: a closed window is probed more and more rarely, so that the last
         acknowledgement alone may be old."""
+        if self._wire.family == socket.AF_UNIX:  # its peer's end ends it at once
+            return False
         now_ns = boottime_ns()
         try:
             info = self._wire.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO.size)
@@ -188,6 +190,15 @@ class Link:
         if now_ns - last_heard_ms * 1_000_000 > self._unheard_ns:
             self._unheard_ns = now_ns
         return now_ns - self._unheard_ns >= timeout_ms * 1_000_000
+
+    def has_ended(self) -> bool:
+        """Whether the server has hung up while nobody listened."""
+        try:
+            return not self._sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return False
+        except OSError:
+            return True
 
     def give_up(self) -> None:
         """End the whole path."""

@@ -48,18 +48,22 @@ def client_context(tls: TlsSection) -> ssl.SSLContext:
     return context
 
 
-def secure(sock: socket.socket, tls: TlsSection, server: str, timeout_s: float) -> TlsLink:
-    """The client's handshake of TLS with the server of that name (blocking). `sock` is used up.
-    Raises ConfigError, ForeignError, OSError."""
+def secure(
+    sock: socket.socket, tls: TlsSection, server: str, timeout_s: float, *, is_host: bool
+) -> TlsLink:
+    """The client's handshake of TLS (blocking). `sock` is used up. `server`: what the certificate
+    must have as its common name, or if `is_host` among its alternative names. Raises ConfigError,
+    ForeignError, OSError."""
     context = client_context(tls)
+    context.check_hostname = is_host
     try:
-        link = TlsLink(sock, context, timeout_s, server_side=False)
+        link = TlsLink(sock, context, timeout_s, host=server if is_host else "")
     except ssl.SSLCertVerificationError as error:
         raise ForeignError(
             f"the certificate of server {server} is not believed: {error.verify_message}",
-            hint="see [tls] in node.toml: authority must be that of the servers' certificates",
+            hint="its authority must be the one that this client was given ([tls] in node.toml)",
         ) from error
-    if link.peer != server:
+    if not is_host and link.peer != server:
         link.abandon()
         raise ForeignError(
             f"the certificate of server {server} names {link.peer!r}",
@@ -90,13 +94,16 @@ class TlsLink:
         context: ssl.SSLContext,
         timeout_s: float,
         *,
-        server_side: bool = True,
+        host: str | None = None,
     ) -> None:
-        """The handshake of TLS. Raises OSError."""
+        """The handshake of TLS. `host`: the server's, to be checked if it is not empty; None: this
+        is the server. Raises OSError."""
         sock.settimeout(timeout_s)
         self.problem = ""
         """Why it ended, if not in order."""
-        self._outer = context.wrap_socket(sock, server_side=server_side)
+        self._outer = context.wrap_socket(
+            sock, server_side=host is None, server_hostname=host or None
+        )
         self.peer = name_of(self._outer)
         self.inner, self._pair = socket.socketpair()
         self._outer.setblocking(False)

@@ -560,8 +560,7 @@ def test_who_is_barred_gets_its_memory_back(server, relayed):
                 for memory in memories:
                     nursery.start_soon(read_barred, device, memory)
                 await trio.testing.wait_all_tasks_blocked()
-                barred = m.LoginResult(m.LOGIN_BARRED, message="for the test")
-                device._login_answer(device.core.paths[0], barred)
+                device._bar("for the test")
             for relay in relays:
                 relay.release()
 

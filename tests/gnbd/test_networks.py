@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
 import socket
 import struct
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 import trio
@@ -19,26 +22,48 @@ from tests.gnbd.test_client_io import MEMBERS, eventually, opened
 from tests.gnbd.test_tls import tls_head
 
 MIB = 1 << 20
-ADDRESSES = ("10.213.1.2", "10.213.2.2")
 
 
 def ip(*arguments: str) -> None:
     subprocess.run(["ip", *arguments], check=True, capture_output=True)
 
 
+@contextmanager
+def own_network() -> Iterator[int]:
+    """The number of a part of 10/8 that no other test on this machine uses."""
+    octets = list(range(64, 250))
+    random.SystemRandom().shuffle(octets)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as claim:
+        for octet in octets:
+            try:
+                claim.bind(f"\0cfs-tests-10.{octet}")
+            except OSError:
+                continue
+            yield octet
+            return
+    raise AssertionError("every part is taken")
+
+
 @pytest.fixture
 def far_server(tmp_path):
     """A server in a namespace of its own, two links away, with TLS for who wants it."""
+    with own_network() as octet:
+        yield from serve_far(tmp_path, f"10.{octet}")
+
+
+def serve_far(tmp_path, net):
     name = f"gnbd-test-{os.getpid()}"
     links = [f"gt{os.getpid() % 100000}a{n}" for n in (1, 2)]
-    server = GnbdServer(tmp_path, export_toml("disk0", tmp_path / "d.img", "cluster"), ADDRESSES)
+    addresses = (f"{net}.1.2", f"{net}.2.2")
+    exports = export_toml("disk0", tmp_path / "d.img", "cluster")
+    server = GnbdServer(tmp_path, exports, addresses)
     ip("netns", "add", name)
     try:
         for number, link in enumerate(links, 1):
             ip("link", "add", link, "type", "veth", "peer", "name", f"far{number}", "netns", name)
-            ip("addr", "add", f"10.213.{number}.1/24", "dev", link)
+            ip("addr", "add", f"{net}.{number}.1/24", "dev", link)
             ip("link", "set", link, "up")
-            ip("-n", name, "addr", "add", f"10.213.{number}.2/24", "dev", f"far{number}")
+            ip("-n", name, "addr", "add", f"{net}.{number}.2/24", "dev", f"far{number}")
             ip("-n", name, "link", "set", f"far{number}", "up")
         authority = Authority(tmp_path / "authority")
         authority.issue("s1", "server")
