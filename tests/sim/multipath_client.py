@@ -27,6 +27,7 @@ from tests.sim.multipath_server import (
     LoginAnswer,
     Reply,
 )
+from tests.sim.multipath_swaps import Swapper
 from tests.sim.streams import CLOSE, Pipe
 from tests.sim.world import Violation
 
@@ -254,6 +255,7 @@ class Client:
         self.out = False
         """No member any more; it may not know that."""
         self.devices = {server.name: Device(self, server) for server in world.data_servers}
+        self.swappers = [Swapper(self, device) for device in self.devices.values()]
         self.busy: dict[Cell, int] = {}
         self.flying: dict[Request, int] = {}
         """Since when each is waited for."""

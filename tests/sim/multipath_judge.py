@@ -138,7 +138,9 @@ class Judge:
 
     def fenced(self, server: int, epochs: range, cached: list[int], stored: list[int]) -> None:
         """A server has answered the first install of these epochs."""
-        for block, (now, durable) in enumerate(zip(cached, stored, strict=True)):
-            cell = self.cells[server, block]
+        for (name, block), cell in self.cells.items():
+            if name != server:
+                continue
+            now, durable = cached[block], stored[block]
             if cell.contested and cell.put_out_in in epochs and now != durable:
                 raise Violation(f"{cell.name} has {now} after the fence, {durable} on the disk")

@@ -236,6 +236,24 @@ def a_fence_that_does_not_flush(patch: Patch) -> None:
     patch(DataServer, "drained", mutant)
 
 
+def a_comparison_beside_others(patch: Patch) -> None:
+    """COMPARE AND WRITE is alone among its kind on a connection only: two may compare before either
+    writes."""
+    patch(DataServer, "must_wait", lambda self, _job: False)
+
+
+def a_swap_that_is_not_durable(patch: Patch) -> None:
+    """COMPARE AND WRITE is told from the cache."""
+    real = DataServer.put
+
+    def mutant(self, job, partly=False):
+        if job.call.kind == p.CMD_COMPARE_AND_WRITE:
+            job.call.flags = 0
+        real(self, job, partly)
+
+    patch(DataServer, "put", mutant)
+
+
 def nothing_waits_for_a_sequence_number(patch: Patch) -> None:
     """Requests overtake the declaration of the map that they need."""
     real = ClientCore._place
@@ -276,6 +294,8 @@ MUTANTS: list[Callable[[Patch], None]] = [
     requests_before_the_epoch,
     an_epoch_counts_before_its_drain,
     a_fence_that_does_not_flush,
+    a_comparison_beside_others,
+    a_swap_that_is_not_durable,
     nothing_waits_for_a_sequence_number,
     a_new_path_does_not_declare,
 ]

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from tests.sim.multipath_world import MultipathWorld
 
 BLOCKS = 9
+SWAPPED = BLOCKS
+"""The block behind them is for COMPARE AND WRITE."""
 WIDTH = 8
 SIZE_BYTES = BLOCKS * WIDTH
 STALE = 1 << 8
@@ -91,6 +93,8 @@ class Job(Write, eq=False, kw_only=True):
     @property
     def blocks(self) -> range:
         first = self.call.offset // WIDTH
+        if self.call.kind == p.CMD_COMPARE_AND_WRITE:
+            return range(first, first + 1)
         return range(first, first + self.call.length // WIDTH)
 
 
@@ -138,9 +142,9 @@ class DataServer(Server):
     QUEUE_MS, LATE_MS = 2, 120
 
     def __init__(self, world: MultipathWorld, name: int) -> None:
-        self.cached = [0] * BLOCKS
-        self.stored = [0] * BLOCKS
-        self.dirty: list[list[int]] = [[] for _ in range(BLOCKS)]
+        self.cached = [0] * (BLOCKS + 1)
+        self.stored = [0] * (BLOCKS + 1)
+        self.dirty: list[list[int]] = [[] for _ in self.cached]
         self.refused: set[int] = set()
         """Pages that are not on the disk, and nobody will write them there."""
         self.host_up = True
@@ -156,6 +160,8 @@ class DataServer(Server):
         self.sequences: dict[Instance, int] = {}
         self.flushing: Flush | None = None
         self.next_flush: Flush | None = None
+        self.alone: Job | None = None
+        """A COMPARE AND WRITE that executes, or waits for what does: nothing else begins."""
         super().boot()
         self.cache_generation = self.life * CACHE_GENERATION_ERRORS
 
@@ -183,7 +189,7 @@ class DataServer(Server):
     def lose_cache(self) -> None:
         """What was not flushed is there or not."""
         self.drop_refused()
-        for block in range(BLOCKS):
+        for block in range(len(self.cached)):
             self.cached[block] = self.world.rng.choice([self.stored[block], *self.dirty[block]])
             self.stored[block] = self.cached[block]
             self.dirty[block] = []
@@ -319,16 +325,34 @@ class DataServer(Server):
 
     def execute(self, write: Write) -> None:
         assert isinstance(write, Job)
-        if not write.end.closing:
+        if write.end.closing:
+            self.not_alone(write)
+        elif self.must_wait(write):
+            self.later(1, lambda: self.execute(write))
+        else:
             super().execute(write)
+
+    def must_wait(self, job: Job) -> bool:
+        if job.call.kind == p.CMD_COMPARE_AND_WRITE and self.alone is None:
+            self.alone = job
+        return bool(self.flying) if self.alone is job else self.alone is not None
+
+    def not_alone(self, job: Job) -> None:
+        """This one has ended."""
+        if self.alone is job:
+            self.alone = None
 
     def rejected(self, write: Write) -> None:
         assert isinstance(write, Job)
+        self.not_alone(write)
         error = p.ESTALE if self.word(write.nexus) == STALE else p.EPERM
         write.end.send(Reply(write.call.cookie, error, b""))
 
     def begin(self, write: Write) -> None:
         assert isinstance(write, Job)
+        if write.call.kind == p.CMD_COMPARE_AND_WRITE:
+            same = self.cached[SWAPPED].to_bytes(WIDTH, "big") == write.call.data[:WIDTH]
+            write.error = 0 if same else p.EMISCOMPARE
         if write.call.kind == p.CMD_FLUSH:
             self.flush(write.end, lambda good: self.flushed(write, good))
         else:
@@ -348,6 +372,10 @@ class DataServer(Server):
             case p.CMD_READ:
                 values = [self.cached[block] for block in write.blocks]
                 write.result = b"".join(value.to_bytes(WIDTH, "big") for value in values)
+            case p.CMD_COMPARE_AND_WRITE:
+                self.not_alone(write)
+                if not write.error:
+                    self.put(write)
             case p.CMD_WRITE | p.CMD_WRITE_ZEROES:
                 if self.world.disk_fails():
                     self.put(write, partly=True)
@@ -355,11 +383,11 @@ class DataServer(Server):
                 else:
                     self.put(write)
         durable = bool(call.flags & p.CMD_FLAG_FUA)
-        if durable and write.error:
+        if durable and write.error == p.EIO:
             self.lose_dirty()
             self.cut_off(write.end)
         write.end.send(Reply(call.cookie, write.error, write.result))
-        if write.error and (durable or call.kind == p.CMD_FLUSH):
+        if write.error == p.EIO and (durable or call.kind == p.CMD_FLUSH):
             write.end.shut()
 
     def put(self, job: Job, partly: bool = False) -> None:
@@ -368,10 +396,10 @@ class DataServer(Server):
         for index, block in enumerate(job.blocks):
             if partly and self.world.rng.random() < 0.5:
                 continue
-            value = 0
-            if call.kind == p.CMD_WRITE:
-                value = int.from_bytes(call.data[index * WIDTH : (index + 1) * WIDTH], "big")
-            self.world.judge.lands(self.name, block, value, job.nexus)
+            data = call.data[WIDTH:] if call.kind == p.CMD_COMPARE_AND_WRITE else call.data
+            value = int.from_bytes(data[index * WIDTH : (index + 1) * WIDTH], "big")
+            if block < BLOCKS:
+                self.world.judge.lands(self.name, block, value, job.nexus)
             self.cached[block] = value
             self.dirty[block].append(value)
             self.refused.discard(block)
@@ -416,7 +444,7 @@ class DataServer(Server):
 
     def lose_dirty(self) -> None:
         """The kernel could not write some pages, and believes that they are on the disk."""
-        for block in range(BLOCKS):
+        for block in range(len(self.cached)):
             if self.dirty[block]:
                 if self.world.rng.random() < 0.5:
                     self.refused.add(block)

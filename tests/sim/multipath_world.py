@@ -25,7 +25,8 @@ from tests.sim.fence_server import Server, View, Write
 from tests.sim.fence_world import FenceWorld
 from tests.sim.multipath_client import PATHS, Client
 from tests.sim.multipath_judge import Cell, Judge
-from tests.sim.multipath_server import BLOCKS, DataServer, Job
+from tests.sim.multipath_server import BLOCKS, SWAPPED, DataServer, Job
+from tests.sim.multipath_swaps import Chain
 from tests.sim.streams import Pipe, Streams
 from tests.sim.world import MS, LivenessFailure, Violation
 
@@ -49,6 +50,8 @@ class MultipathWorld(FenceWorld):
         self.sequence = self.minimum = 0
         self.reads = self.flushes = self.errors = self.moved = 0
         self.clients: dict[Instance, Client] = {}
+        self.chains = {1: Chain(), 2: Chain()}
+        self.swaps = 0
         self.raised_to: dict[int, int] = {}
         self.fenced_in: dict[int, int] = {}
         self._value = 0
@@ -271,6 +274,9 @@ class MultipathWorld(FenceWorld):
         for (name, block), cell in self.judge.cells.items():
             server = self.data_servers[name - 1]
             cell.stored(server.stored[block], cell.floor, "at the end")
+        for server in self.data_servers:
+            chain = self.chains[server.name]
+            chain.read(server.stored[SWAPPED], chain.told)
 
 
 @contextlib.contextmanager

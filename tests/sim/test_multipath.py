@@ -5,7 +5,7 @@ import pytest
 from tests.sim.multipath_mutants import MUTANTS, hunt
 from tests.sim.multipath_world import run
 
-HUNT_SEEDS = 80
+HUNT_SEEDS = 120
 
 
 @pytest.mark.parametrize("first", range(0, 40, 10))
@@ -15,6 +15,7 @@ def test_paths_servers_and_members_that_fail(first):
         world = run(seed)
         assert world.reads > 20, seed
         assert world.flushes > 5, seed
+        assert world.swaps > 0, seed
 
 
 def test_a_seed_gives_the_same_run_again():
