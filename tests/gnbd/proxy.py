@@ -8,7 +8,7 @@ import time
 
 
 class Relay:
-    """Listens on (address, port), forwards to `target`."""
+    """Listens on (address, port; 0: any), forwards to `target`."""
 
     def __init__(self, address: str, port: int, target: tuple[str, int]) -> None:
         self.address, self.port, self.target = address, port, target
@@ -31,6 +31,7 @@ class Relay:
         listener = socket.socket()
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind((self.address, self.port))
+        self.port = listener.getsockname()[1]
         listener.listen(16)
         self._listener = listener
         threading.Thread(target=self._accept, args=(listener,), daemon=True).start()

@@ -25,7 +25,7 @@ from gnbd.exports import decode_exports
 from gnbd.identity import LOCAL_IDENTITY
 from gnbd.reload import plan_reload
 from gnbd.service_io import Service
-from tests.gnbd.harness import GnbdServer, export_toml, free_port, member, running, wait_for
+from tests.gnbd.harness import GnbdServer, export_toml, member, reserve_port, running, wait_for
 from tests.gnbd.raw import RawClient
 from tests.gnbd.test_client_io import MEMBERS, eventually, opened
 
@@ -323,10 +323,16 @@ def test_a_state_directory_may_be_far_away(tmp_path):
 
 def test_metrics(tmp_path):
     """A scrape shows exports, requests, connections and filters."""
-    port = free_port()
     exports = export_toml("disk", tmp_path / "disk.img", size="1M", filters='"stats"')
-    head = f'metrics = "127.0.0.1:{port}"\n'
-    with running(tmp_path, exports, joined=False, head=head) as server:
+    with (
+        reserve_port() as reserved,
+        running(
+            tmp_path,
+            exports,
+            joined=False,
+            head=f'metrics = "127.0.0.1:{(port := reserved.getsockname()[1])}"\n',
+        ) as server,
+    ):
         with RawClient(server, "disk") as client:
             assert client.request(p.CMD_WRITE, 0, b"x" * 512) == 0
             with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=20) as answer:

@@ -15,7 +15,7 @@ from gnbd import messages as m
 from gnbd import protocol as p
 from gnbd.integrity_io import area_path
 from native.integrity import SUMS_AT
-from tests.gnbd.harness import export_toml, free_port, instance, member, running
+from tests.gnbd.harness import export_toml, instance, member, running
 from tests.gnbd.proxy import Relay
 from tests.gnbd.raw import RawClient
 from tests.gnbd.test_client_io import opened
@@ -170,7 +170,7 @@ def test_strangers_have_no_such_commands(tmp_path):
 @pytest.mark.parametrize("tool", ["read", "write"])
 def test_our_client_repeats_what_a_network_has_spoiled(server, tool):
     """One bit on the wire: the caller has and leaves the right bytes, over a new connection."""
-    relay = Relay("127.0.0.1", free_port(), ("127.0.0.1", server.port))
+    relay = Relay("127.0.0.1", 0, ("127.0.0.1", server.port))
     info = ServerInfo(server.info.id, "s1", ["127.0.0.1"], relay.port)
     mark = random.Random(tool).randbytes(64)
     data = bytes(4096 * 5) + mark + bytes(4096 * 3 - 64)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import random
 from collections.abc import Awaitable, Callable
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack
 
 import pytest
 import trio
@@ -15,10 +15,11 @@ from cluster.control import ServerInfo
 from cluster.errors import BarredError, DeviceError, UsageError
 from cluster.ids import Epoch, ServerId
 from gnbd import messages as m
-from gnbd.client_io import Options, open_device
+from gnbd.client_io import open_device
 from gnbd.link_io import REQUEST_BYTES_MAX
 from gnbd.path_choice import LOSSES
 from gnbd.retained import RETAINED_BYTES_MAX
+from lab import block_server
 from tests.gnbd.harness import export_toml, instance, member, running
 from tests.gnbd.proxy import Relay
 
@@ -36,18 +37,8 @@ def server(tmp_path):
         yield server
 
 
-@asynccontextmanager
-async def opened(server, who=ME, export="disk0", info=None, deadline_s=DEADLINE_S, **options):
-    with trio.fail_after(deadline_s):
-        async with trio.open_nursery() as nursery:
-            device = await open_device(
-                info or server.info, export, who, server.secret(who), nursery, Options(**options)
-            )
-            try:
-                yield device
-            finally:
-                with trio.CancelScope(shield=True):
-                    await device.aclose()
+def opened(server, who=ME, export="disk0", info=None, deadline_s=DEADLINE_S, **options):
+    return block_server.opened(server, who, export, info, deadline_s, **options)
 
 
 def trio_test(body: Callable[..., Awaitable[None]], *arguments: object) -> None:

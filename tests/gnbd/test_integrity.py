@@ -20,7 +20,7 @@ from gnbd.exports import Export, ServerConfig
 from gnbd.integrity_io import area_path
 from gnbd.protection_io import convert
 from gnbd.service_io import Service
-from tests.gnbd.harness import GnbdServer, export_toml, free_port, running, wait_for
+from tests.gnbd.harness import GnbdServer, export_toml, reserve_port, running, wait_for
 from tests.gnbd.raw import RawClient
 from tests.hostile.disks import loop_device
 
@@ -119,10 +119,15 @@ def test_data_that_became_a_hole_is_found_by_a_copy(tmp_path):
 def test_metrics_count_mismatches(tmp_path):
     import urllib.request
 
-    port = free_port()
-    with running(
-        tmp_path, protected(tmp_path), joined=False, head=f'metrics = "127.0.0.1:{port}"\n'
-    ) as server:
+    with (
+        reserve_port() as reserved,
+        running(
+            tmp_path,
+            protected(tmp_path),
+            joined=False,
+            head=f'metrics = "127.0.0.1:{(port := reserved.getsockname()[1])}"\n',
+        ) as server,
+    ):
         with RawClient(server, "disk") as client:
             assert client.request(p.CMD_WRITE, 0, b"x" * 4096) == 0
             damage(server, 0)

@@ -3,82 +3,41 @@
 from __future__ import annotations
 
 import os
-import random
 import signal
 import socket
 import struct
-import subprocess
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import pytest
 import trio
 
 from cluster.paths_io import boottime_ns
 from cluster.tls import TlsSection
+from lab.block_server import GnbdServer, export_toml, set_link, two_networks
 from tests.gnbd.certificates import Authority
-from tests.gnbd.harness import GnbdServer, export_toml
 from tests.gnbd.test_client_io import MEMBERS, eventually, opened
 from tests.gnbd.test_tls import tls_head
 
 MIB = 1 << 20
 
 
-def ip(*arguments: str) -> None:
-    subprocess.run(["ip", *arguments], check=True, capture_output=True)
-
-
-@contextmanager
-def own_network() -> Iterator[int]:
-    """The number of a part of 10/8 that no other test on this machine uses."""
-    octets = list(range(64, 250))
-    random.SystemRandom().shuffle(octets)
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as claim:
-        for octet in octets:
-            try:
-                claim.bind(f"\0cfs-tests-10.{octet}")
-            except OSError:
-                continue
-            yield octet
-            return
-    raise AssertionError("every part is taken")
-
-
 @pytest.fixture
 def far_server(tmp_path):
     """A server in a namespace of its own, two links away, with TLS for who wants it."""
-    with own_network() as octet:
-        yield from serve_far(tmp_path, f"10.{octet}")
-
-
-def serve_far(tmp_path, net):
-    name = f"gnbd-test-{os.getpid()}"
-    links = [f"gt{os.getpid() % 100000}a{n}" for n in (1, 2)]
-    addresses = (f"{net}.1.2", f"{net}.2.2")
-    exports = export_toml("disk0", tmp_path / "d.img", "cluster")
-    server = GnbdServer(tmp_path, exports, addresses)
-    ip("netns", "add", name)
-    try:
-        for number, link in enumerate(links, 1):
-            ip("link", "add", link, "type", "veth", "peer", "name", f"far{number}", "netns", name)
-            ip("addr", "add", f"{net}.{number}.1/24", "dev", link)
-            ip("link", "set", link, "up")
-            ip("-n", name, "addr", "add", f"{net}.{number}.2/24", "dev", f"far{number}")
-            ip("-n", name, "link", "set", f"far{number}", "up")
+    toml = export_toml("disk0", tmp_path / "d.img", "cluster")
+    with two_networks() as (namespace, addresses):
+        server = GnbdServer(tmp_path, toml, addresses)
         authority = Authority(tmp_path / "authority")
         authority.issue("s1", "server")
         authority.issue("n1", "client")
         server.head = tls_head(authority)
-        server.prefix = ["ip", "netns", "exec", name]
+        server.prefix = ["ip", "netns", "exec", namespace]
         server.join()
         server.start()
-        server.install(1, MEMBERS)
-        yield server, name
-        server.kill()
-    finally:
-        for link in links:
-            subprocess.run(["ip", "link", "del", link], capture_output=True)
-        ip("netns", "del", name)
+        try:
+            server.install(1, MEMBERS)
+            yield server, namespace
+        finally:
+            server.kill()
 
 
 def test_silent_network(far_server):
@@ -101,15 +60,10 @@ def test_silent_network(far_server):
                     nursery.start_soon(writer, device, index, stop)
                 await eventually(lambda: device.status()["paths"] == [1, 1])
                 for number in (1, 2):
-                    far = f"far{number}"
-                    await trio.to_thread.run_sync(
-                        lambda f=far: ip("-n", namespace, "link", "set", f, "down")
-                    )
+                    await trio.to_thread.run_sync(set_link, namespace, number - 1, False)
                     await eventually(lambda n=number: device.status()["paths"][n - 1] == 0)
                     await device.flush()
-                    await trio.to_thread.run_sync(
-                        lambda f=far: ip("-n", namespace, "link", "set", f, "up")
-                    )
+                    await trio.to_thread.run_sync(set_link, namespace, number - 1, True)
                     await eventually(lambda: device.status()["paths"] == [1, 1])
                 stop.set()
 
@@ -126,9 +80,7 @@ def test_a_path_that_acknowledges_nothing_is_given_up_soon(far_server, tmp_path,
     async def body():
         async with opened(server, dead_ms=100_000, tls=tls if secured else None) as device:
             await eventually(lambda: device.status()["paths"] == [1, 1])
-            await trio.to_thread.run_sync(
-                lambda: ip("-n", namespace, "link", "set", "far1", "down")
-            )
+            await trio.to_thread.run_sync(set_link, namespace, 0, False)
             with trio.fail_after(20):
                 await device.write(0, b"x" * 4096)
                 await eventually(lambda: device.status()["paths"] == [0, 1])
@@ -176,12 +128,9 @@ def test_all_networks_are_silent(far_server, stopped):
     """The last one is given up too, also while a server that has stopped takes in no more."""
     server, namespace = far_server
 
-    async def turn(state):
-        for number in (1, 2):
-            far = f"far{number}"
-            await trio.to_thread.run_sync(
-                lambda f=far: ip("-n", namespace, "link", "set", f, state)
-            )
+    async def turn(up):
+        for network in (0, 1):
+            await trio.to_thread.run_sync(set_link, namespace, network, up)
 
     async def body():
         async with opened(server, dead_ms=400) as device, trio.open_nursery() as nursery:
@@ -191,11 +140,11 @@ def test_all_networks_are_silent(far_server, stopped):
                 parts = [(i * MIB, bytes([i]) * MIB) for i in range(48)]
                 nursery.start_soon(device.write_many, parts)
                 await eventually(lambda: all(map(is_closed, device._links.values())))
-            await turn("down")
+            await turn(False)
             await eventually(lambda: device.status()["paths"] == [0, 0])
             if stopped:
                 server.process.send_signal(signal.SIGCONT)
-            await turn("up")
+            await turn(True)
             await eventually(lambda: device.status()["paths"] == [1, 1])
 
     trio.run(body)

@@ -33,7 +33,7 @@ from cluster.state import NodeInfo, initial_state
 from cluster.wire import Frame, seal, unseal_untrusted
 from gnbd.control_client_io import open_control
 from gnbd.control_session import Peer
-from tests.gnbd.harness import INCARNATION, export_toml, free_port, member, running
+from tests.gnbd.harness import INCARNATION, export_toml, member, running
 
 
 @pytest.fixture
@@ -129,7 +129,7 @@ def test_echoes(tmp_path):
     """Only a voter echoes; it vouches for the admitted instances of the accepted value."""
     with running(tmp_path, "") as server:
         server.kill()
-        port = free_port()
+        port = server.port  # of UDP
         server.exports = f"heartbeat_port = {port}\n"
         server.start()
         identity = server.identity

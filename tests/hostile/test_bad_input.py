@@ -30,6 +30,7 @@ from cluster.paths_io import encode_store, lock_directory
 from cluster.state import NodeInfo, encode_state, initial_state
 from cvm.metadata import DATA_OFFSET_BYTES, PvLabel, encode_label
 from gnbd.identity import ServerIdentity, encode_identity, encode_server_token
+from lab.block_server import reserve_port
 from tests.hostile.disks import loop_device
 from tests.hostile.tools import one_sentence, run, snapshot
 
@@ -484,16 +485,11 @@ def test_a_port_in_use(place, kind):
         refused_but(place, SERVE, 5, who, *made)
         name = {"TCP": "control", "UDP": "heartbeat"}[kind]
         other = {"TCP": "heartbeat", "UDP": "control"}[kind]
-        ports = f"[ports]\n{name} = {port}\n{other} = {free_port()}\n"
-        lay_out(place, {**NODE, "state/node.toml": NODE_TOML + ports})
-        made = ("run", "run/guard.lock", "run/guard.sock", "state/lock", "state/incarnation")
-        refused_but(place, "clusterd", 5, who, *made)
-
-
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
+        with reserve_port() as free:
+            ports = f"[ports]\n{name} = {port}\n{other} = {free.getsockname()[1]}\n"
+            lay_out(place, {**NODE, "state/node.toml": NODE_TOML + ports})
+            made = ("run", "run/guard.lock", "run/guard.sock", "state/lock", "state/incarnation")
+            refused_but(place, "clusterd", 5, who, *made)
 
 
 def test_a_state_directory_in_use(place):
