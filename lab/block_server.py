@@ -128,9 +128,7 @@ class GnbdServer:
 
     def start(self) -> None:
         if self.port == 0:
-            reserved = reserve_port()
-            self.port = reserved.getsockname()[1]
-            weakref.finalize(self, os.close, reserved.detach())
+            self.port = keep_port(self)
         self.write_config()
         mark = self.log.stat().st_size if self.log.exists() else 0
         with self.log.open("ab") as log:
@@ -261,6 +259,14 @@ async def opened(
             finally:
                 with trio.CancelScope(shield=True):
                     await device.aclose()
+
+
+def keep_port(owner: object) -> int:
+    """A port that is reserved for as long as `owner` is there."""
+    reserved = reserve_port()
+    port: int = reserved.getsockname()[1]
+    weakref.finalize(owner, os.close, reserved.detach())
+    return port
 
 
 def export_toml(

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tests.gnbd.harness import free_port, wait_for
+from lab.block_server import keep_port, wait_for
 
 SIZE_BYTES = 64 << 20
 
@@ -20,7 +20,7 @@ class Other:
 
     def __init__(self, directory: Path, *, uri: str = "") -> None:
         self.directory = directory
-        self.port = free_port()
+        self.port = keep_port(self)
         self.image = directory / "disk.img"
         if not self.image.exists():
             self.image.touch()
