@@ -272,6 +272,73 @@ def test_usage_and_store_errors(server):
     trio_test(body)
 
 
+def change_filter(server, action, kind, **parameters):
+    with server.control() as control:
+        control.ask(m.FilterCommand("disk0", action, kind, parameters), m.Done)
+
+
+def test_a_bad_range_fails_alone(server):
+    """Many tasks, errors in one range: who touches it is told, all others notice nothing."""
+    seed = random.SystemRandom().randrange(1 << 32)
+    print(f"seed {seed}")
+    bad = range(20, 30)
+    kept = {}
+
+    async def one(device, number):
+        chance = random.Random(seed + number)
+        for count in range(20):
+            block, length = 8 * chance.randrange(8) + number, 4096 * chance.choice((1, 1, 2))
+            if block in bad or (length > 4096 and block + 1 in bad):
+                with pytest.raises(DeviceError, match="I/O error"):
+                    await device.write(block * 4096, bytes(length))
+                with pytest.raises(DeviceError, match="I/O error"):
+                    await device.read(block * 4096, length)
+            else:
+                kept[block] = f"{number} {count}".encode().ljust(4096, b".")
+                await device.write(block * 4096, kept[block])
+                assert await device.read(block * 4096, 4096) == kept[block]
+
+    async def body():
+        async with opened(server, connections_per_path=2) as device:
+            change_filter(server, "add", "error", offset=20 * 4096, length=10 * 4096)
+            async with trio.open_nursery() as nursery:
+                for number in range(8):
+                    nursery.start_soon(one, device, number)
+            change_filter(server, "remove", "error")
+            await device.flush()
+            for block, data in kept.items():
+                assert await device.read(block * 4096, 4096) == data
+            assert await device.read(20 * 4096, 10 * 4096) == bytes(10 * 4096)
+
+    trio_test(body)
+
+
+def test_a_disk_that_refuses_what_is_written_again(server):
+    """After a restart: everything waits, and goes on when the disk is well again."""
+
+    def refused() -> int:
+        return server.report("disk0").filter_reports["stats"].get("write_errors", 0)
+
+    async def body():
+        async with opened(server) as device:
+            await device.write(0, b"a" * 4096)
+            server.kill()
+            server.exports = export_toml(
+                "disk0", server.directory / "disk0.img", "cluster", "256M",
+                '"volatile", "error:operation=write", "stats"',
+            )  # fmt: skip
+            server.start()
+            server.install(1, MEMBERS)
+            await eventually(lambda: refused() >= 3)
+            change_filter(server, "remove", "error")
+            assert await device.read(0, 4096) == b"a" * 4096
+            await device.flush()
+            server.kill()
+            assert (server.directory / "disk0.img").read_bytes()[:4096] == b"a" * 4096
+
+    trio_test(body)
+
+
 def test_failed_flush_is_told_and_repaired(server):
     """R7: fdatasync fails once: the caller learns it; the next flush makes all of it durable."""
 
