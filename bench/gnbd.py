@@ -22,11 +22,13 @@ from bench.gnbd_client import rate
 from bench.gnbd_cost import costs, percent
 from bench.gnbd_faults import CONNECTIONS, CUTS, FENCES, PATH_MS, WRITES, fences, path_cuts
 from bench.gnbd_peers import JOBS, RUNTIME_S, SIZE_MIB, Peer, Samples, compare, fio, foreign
+from gnbd.retained import RETAINED_BYTES_MAX
 from lab.block_server import GnbdServer, export_toml, instance, member, opened
 
 
 def our_client(server: GnbdServer, plain: str, rounds: int) -> Samples:
-    """Our client on a cluster export beside fio's engine on a plain one, same server."""
+    """Our client on a cluster export beside fio's engine on a plain one, same server. Ours may not
+    write for long without a FLUSH (gnbd.retained); fio is measured with as many and with none."""
     found: Samples = {}
 
     async def measured(kind: str, size_bytes: int, depth: int) -> float:
@@ -41,6 +43,11 @@ def our_client(server: GnbdServer, plain: str, rounds: int) -> Samples:
             value = trio.run(measured, rw, size_bytes, depth)
             pair["ours"].append(value if size == "1M" else value * (1 << 20) / 4096)
             pair["fio"].append(fio(plain, rw, size, depth)[0])
+            if "write" in rw:
+                pair = found.setdefault(f"{job}, as many flushes", {"ours": [], "fio": []})
+                pair["ours"].append(found[job]["ours"][-1])
+                often = RETAINED_BYTES_MAX // 2 // size_bytes
+                pair["fio"].append(fio(plain, rw, size, depth, often)[0])
     return found
 
 

@@ -50,12 +50,15 @@ def foreign(command: list[str], path: Path) -> Iterator[Peer]:
         process.wait()
 
 
-def fio(uri: str, rw: str, size: str, depth: int) -> tuple[float, int]:
+def fio(
+    uri: str, rw: str, size: str, depth: int, writes_per_flush: int = 0
+) -> tuple[float, int]:
     """Rate (IOPS, or MiB/s for large requests), and how many requests there were."""
     done = subprocess.run(
         ["fio", "--output-format=json", "--name=b", "--ioengine=nbd", f"--uri={uri}", f"--rw={rw}",
          f"--bs={size}", f"--iodepth={depth}", f"--size={SIZE_MIB}M", "--time_based",
-         f"--runtime={RUNTIME_S}", "--norandommap", "--randrepeat=0"],
+         f"--runtime={RUNTIME_S}", "--norandommap", "--randrepeat=0",
+         f"--fsync={writes_per_flush}"],
         check=True, capture_output=True, text=True, cwd=tempfile.gettempdir(),
     )  # fmt: skip
     side = json.loads(done.stdout[done.stdout.index("{") :])["jobs"][0]

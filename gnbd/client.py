@@ -39,6 +39,8 @@ from gnbd.retained import Piece, Retained, owned
 
 LANE_REQUESTS_MAX = 256
 LANE_BYTES_MAX = 16 << 20
+FLUSH_COST_BYTES = 8 << 20
+"""A connection executes in order: what can go elsewhere does not wait behind a FLUSH."""
 
 WITH_DATA = frozenset({p.CMD_READ, p.CMD_PING})
 """Whose answers bring `length` bytes."""
@@ -89,7 +91,9 @@ class Request:
         """Not 0: sends retained bytes again, in that round."""
 
     def cost_bytes(self) -> int:
-        """What it costs a connection."""
+        """What it costs a connection, in bytes that it could carry in that time."""
+        if self.kind == p.CMD_FLUSH:
+            return FLUSH_COST_BYTES
         return HEADER_COST_BYTES + (self.length if self.kind in _CARRIES else 0)
 
     def finish(self, error: StackError | None) -> None:
@@ -107,6 +111,7 @@ class Lane:
         self.generation = path.generation
         self.in_flight: dict[int, Request] = {}
         self.bytes_in_flight = 0
+        self.flushes = 0
         self.answered = 0
         self.measured: Request | None = None
         self._sent_ns = 0
@@ -146,7 +151,8 @@ class Lane:
         return self.health.overdue(large, self._cost_bytes, now_ns - self._sent_ns)
 
     def has_room(self) -> bool:
-        return len(self.in_flight) < LANE_REQUESTS_MAX and self.bytes_in_flight < LANE_BYTES_MAX
+        limit = LANE_BYTES_MAX + self.flushes * FLUSH_COST_BYTES
+        return len(self.in_flight) < LANE_REQUESTS_MAX and self.bytes_in_flight < limit
 
 
 class Stranded(msgspec.Struct):
@@ -318,6 +324,7 @@ class ClientCore:
         request.cookie = self._cookie
         if request.kind == p.CMD_FLUSH:
             request.mark = self.retained.mark()
+            lane.flushes += 1
         elif request.kind == p.CMD_SEQUENCE:
             # What comes later may need the new sequence number: it must not overtake elsewhere.
             self._barrier = request
@@ -350,6 +357,7 @@ class ClientCore:
         request = lane.in_flight.pop(cookie)
         lane.answered += 1
         lane.bytes_in_flight -= request.cost_bytes()
+        lane.flushes -= request.kind == p.CMD_FLUSH
         if request is lane.measured:
             lane.measured_done(number, now_ns)
             self._rank_anew()
@@ -512,7 +520,7 @@ class ClientCore:
             path.stranded = []
             for lane in path.lanes:
                 lane.in_flight = {}
-                lane.bytes_in_flight = 0
+                lane.bytes_in_flight = lane.flushes = 0
 
     def all_requests(self) -> list[Request]:
         """Everything not yet finished."""

@@ -356,7 +356,8 @@ class GnbdDevice:
         links: list[Link] = []
         try:
             async with trio.open_nursery() as nursery:
-                for number in range(self._options.connections_per_path):
+                lone = len(self.core.paths) == 1
+                for number in range(self._options.connections_per_path or (2 if lone else 1)):
                     if number and not self.flags & p.FLAG_CAN_MULTI_CONN:
                         break  # what one connection has flushed, another may not see
                     address = self.server.addresses[path.index]

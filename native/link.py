@@ -72,8 +72,8 @@ class Link:
     def move(
         self, place: int, tag: int, data: Buffer, length: int, sums: array[int] | None = None
     ) -> bool:
-        """The memory of a request is elsewhere from now on; False: it is not under way. What was
-        received before is not copied."""
+        """The memory of a request is elsewhere from now on; False: it is not under way. What has
+        been received of the data comes along; `sums` has to be the same one, or a copy."""
         memory, more = _memory(data, length), _sums(sums, length)
         if not (self._link and lib.native_link_move(self._link, place, tag, memory, more)):
             return False

@@ -23,6 +23,7 @@
 #include <sys/uio.h>
 
 #define NBD_RECEIVE_BYTES (((size_t)4 << 20) + 12288) /* 4 MiB and their checksums need no more */
+#define NBD_PIECE_BYTES (((size_t)1 << 20) + 28) /* of one receive: what is executed is warm */
 #define NBD_ARENA_BYTES ((size_t)4 << 20)
 #define NBD_PAYLOAD_MAX ((uint32_t)64 << 20)
 #define NBD_SUMS_MAX (NBD_PAYLOAD_MAX / INTEGRITY_BLOCK_BYTES + 1) /* of one request */

@@ -129,6 +129,8 @@ int native_link_move(struct native_link *link, int place, uint64_t tag, void *da
     struct link_request *request = &link->requests[place];
     if (request->state == LINK_FREE || request->tag != tag)
         return 0;
+    if (link->current == request)
+        memcpy(data, request->data, link->have < request->length ? link->have : request->length);
     request->data = data;
     request->sums = sums;
     return 1;

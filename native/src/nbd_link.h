@@ -83,7 +83,8 @@ void native_link_free(struct native_link *link);
  * those of a request that sends are computed here. */
 int native_link_post(struct native_link *link, uint64_t tag, uint32_t kind, uint32_t flags,
                      uint64_t offset, uint32_t length, int ways, void *data, uint32_t *sums);
-/* The memory of a request that is still under way is elsewhere from now on. 0 if it is not. */
+/* The memory of a request that is still under way is elsewhere from now on; what has been received
+ * of its data comes along, what has been of its checksums must be there. 0 if it is not. */
 int native_link_move(struct native_link *link, int place, uint64_t tag, void *data, uint32_t *sums);
 /* 1: something is left, because the socket takes no more now; 0: nothing; LINK_ENDED. */
 int native_link_send(struct native_link *link);

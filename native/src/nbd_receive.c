@@ -47,9 +47,11 @@ int nbd_receive_more(struct native_nbd *nbd)
         nbd->start = 0;
         nbd->end = rest;
     }
+    size_t room = NBD_RECEIVE_BYTES - nbd->end;
     ssize_t count;
     do
-        count = recv(nbd->sock, nbd->buffer + nbd->end, NBD_RECEIVE_BYTES - nbd->end, 0);
+        count = recv(nbd->sock, nbd->buffer + nbd->end,
+                     room < NBD_PIECE_BYTES ? room : NBD_PIECE_BYTES, 0);
     while (count < 0 && errno == EINTR);
     if (count <= 0)
         return 0;

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from cluster.ids import Epoch
 from gnbd import protocol as p
-from gnbd.client import LANE_BYTES_MAX, ClientCore, Request
+from gnbd.client import LANE_BYTES_MAX, ClientCore, Lane, Request
 from gnbd.intervals import IntervalSet
 from gnbd.retained import OVERLAPS_SOUGHT_MAX, Piece, Retained, owned
 
@@ -303,6 +303,30 @@ def test_nothing_is_sent_before_the_epoch(installed):
     assert core.assign(0) == []
     core.note_installed(Epoch(2))
     assert len(core.assign(0)) == 1
+
+
+def test_nothing_waits_behind_a_flush_that_can_go_elsewhere():
+    """A connection executes in order. Where there is no other one, a flush takes no room."""
+    core = ClientCore(2, 1)
+    for path in core.paths:
+        core.logged_in(path, Epoch(1), 1, 1 << 30)
+    core.lane_up(core.paths[0], 0)
+
+    def lane_of(*arguments: int) -> Lane:
+        core.submit(Request(*arguments))
+        ((lane, _),) = core.assign(0)
+        return lane
+
+    for _ in range(8):
+        assert lane_of(p.CMD_FLUSH).path is core.paths[0]
+    assert lane_of(p.CMD_READ, 0, 512).path is core.paths[0]
+    core.lane_up(core.paths[1], 0)
+    assert [lane_of(p.CMD_READ, 0, 512).path.index for _ in range(3)] == [1, 1, 1]
+    lane = core.paths[0].lanes[0]
+    for cookie in [c for c, r in lane.in_flight.items() if r.kind == p.CMD_FLUSH]:
+        core.completed(lane, cookie, 0, 0)
+    assert lane.bytes_in_flight < 4096
+    assert lane_of(p.CMD_READ, 0, 512) is lane
 
 
 def test_old_repetitions_hold_new_writes_back():

@@ -158,7 +158,7 @@ struct memory {
     uint8_t *data;
     uint32_t *sums;
     uint32_t length, block_count;
-    int place, under_way, moved;
+    int place, under_way;
 };
 
 static struct memory memories[POSTS_MAX];
@@ -183,7 +183,7 @@ static void free_memory(struct memory *memory)
 
 static void check(struct memory *memory, unsigned post, const uint8_t *what, uint32_t error)
 {
-    if (input[MUTATED] || memory->moved)
+    if (input[MUTATED])
         return;
     assert(!error || error == 5);
     if (error || !post_ways(what))
@@ -208,15 +208,17 @@ static void take_done(struct native_link *link, int count)
 static void move_one(struct native_link *link)
 {
     unsigned post = (unsigned)draw(post_count());
+    const uint8_t *what = input + SETTING_BYTES + post * POST_BYTES;
     struct memory *memory = &memories[post], old = *memory;
     if (!memory->under_way) {
         assert(!native_link_move(link, memory->place, post, input, NULL));
         return;
     }
-    take_memory(memory, input + SETTING_BYTES + post * POST_BYTES, post);
+    take_memory(memory, what, post);
+    if (old.sums)
+        memcpy(memory->sums, old.sums, (size_t)old.block_count * 4);
     assert(native_link_move(link, memory->place, post, memory->data, memory->sums));
     free_memory(&old);
-    memory->moved = 1;
 }
 
 static int send_all(struct native_link *link, int peer)
