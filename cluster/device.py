@@ -1,6 +1,7 @@
 """What every layer above the block service sees of a disk or a volume.
 
-A device that has lost its storage or its quorum *waits* (freeze); it does not raise. It raises
+A device that has lost its storage or its quorum *waits* (freeze); it does not raise, unless it was
+opened to give up after a time, which file systems never do. It raises
 `DeviceError` when the store itself answered with an error and `BarredError` when this instance
 has been put out of the cluster: then nothing that was not flushed may be assumed durable.
 """

@@ -18,15 +18,15 @@ from __future__ import annotations
 
 from array import array
 from collections import deque
-from collections.abc import Iterable
 from typing import Protocol
 
 import msgspec
 
 from cluster.device import Buffer
-from cluster.errors import BarredError, DeviceError, StackError
+from cluster.errors import BarredError, StackError
 from cluster.ids import Epoch
 from gnbd import protocol as p
+from gnbd.failures import UnknownOutcomeError, failure, given_up
 from gnbd.path_choice import (
     HEADER_COST_BYTES,
     LARGE_BYTES,
@@ -35,7 +35,7 @@ from gnbd.path_choice import (
     Health,
     Ranking,
 )
-from gnbd.retained import Piece, Retained, owned
+from gnbd.retained import Piece, Retained, owned, split
 
 LANE_REQUESTS_MAX = 256
 LANE_BYTES_MAX = 16 << 20
@@ -44,7 +44,7 @@ FLUSH_COST_BYTES = 8 << 20
 
 WITH_DATA = frozenset({p.CMD_READ, p.CMD_PING})
 """Whose answers bring `length` bytes."""
-_CARRIES = WITH_DATA | {p.CMD_WRITE}
+_CARRIES = WITH_DATA | {p.CMD_WRITE, p.CMD_COMPARE_AND_WRITE}
 _OF_ONE_LANE = frozenset({p.CMD_PING, p.CMD_DRAIN, p.CMD_LOGOUT})
 _MEASURED = frozenset({p.CMD_READ, p.CMD_WRITE})
 """Of these the service time is taken."""
@@ -199,6 +199,9 @@ class ClientCore:
         self.installed = Epoch(0)
         self.cache_generation = 0
         self.barred: str | None = None
+        self.failed: str | None = None
+        """Requests were given up; nothing is taken before the server has confirmed that they are
+        drained."""
         self.size_bytes = 0
         self.can_flush = True
         """If not, what was written is not kept: nothing would ever make it durable."""
@@ -215,9 +218,11 @@ class ClientCore:
     # -- requests --------------------------------------------------------------------------
 
     def submit(self, request: Request) -> None:
-        """A new request. Raises BarredError."""
+        """A new request. Raises BarredError, UnreachableError."""
         if self.barred is not None:
             raise BarredError(self.barred)
+        if self.failed is not None:
+            raise given_up(self.failed)
         self._order += 1
         request.order = self._order
         self.queue.append(request)
@@ -343,7 +348,7 @@ class ClientCore:
                 self.urgent.appendleft(request)
 
     def _maybe_flush(self) -> None:
-        if self.retained.wants_flush() and not self._own_flush:
+        if self.retained.wants_flush() and not self._own_flush and self.failed is None:
             self._own_flush = True
             self.submit(Request(p.CMD_FLUSH, waiter=_OwnFlush(self)))
 
@@ -367,7 +372,7 @@ class ClientCore:
             self._resync_done(request, number)
             return
         if number:
-            request.finish(DeviceError(_describe(request, number)))
+            request.finish(failure(request.kind, request.offset, request.length, number))
             return
         if request.kind == p.CMD_PING:
             # An export only grows. A late answer of an earlier size changes nothing.
@@ -381,6 +386,8 @@ class ClientCore:
             if self.can_flush:
                 piece = Piece(request.offset, request.length, None)
                 self.retained.add(piece, durable=bool(request.flags & p.CMD_FLAG_FUA))
+        elif request.kind == p.CMD_COMPARE_AND_WRITE:  # with FUA: an older write there is over
+            self.retained.add(Piece(request.offset, request.length // 2, None), durable=True)
         elif request.kind == p.CMD_FLUSH:
             self.retained.drop(request.mark)
         request.finish(None)
@@ -399,6 +406,7 @@ class ClientCore:
         self.installed = max(self.installed, epoch)
         self.size_bytes = size_bytes
         self._unstrand(path, path.generation - 1)
+        self._work_again()
         self.cache_generation = cache_generation
         if not changed:
             return []
@@ -455,6 +463,7 @@ class ClientCore:
     def drained(self, path: Path, generation: int) -> None:
         """The server confirmed that nothing of that path up to that generation executes."""
         self._unstrand(path, generation)
+        self._work_again()
         path.generation = max(path.generation, generation + 1)
 
     def _unstrand(self, path: Path, generation: int) -> None:
@@ -464,7 +473,9 @@ class ClientCore:
                 back += stranded.requests
         path.stranded = [s for s in path.stranded if s.generation > generation]
         for request in sorted(back, key=lambda r: r.order, reverse=True):
-            if request.round == 0:
+            if request.kind == p.CMD_COMPARE_AND_WRITE:  # it might compare with what it has written
+                request.finish(UnknownOutcomeError("the answer to a compare and write is lost"))
+            elif request.round == 0:
                 self.queue.appendleft(request)
             elif request.round == self._round:
                 self.urgent.append(request)
@@ -479,7 +490,7 @@ class ClientCore:
         pieces = self.retained.overlay()
         self._resync_left = 0
         for piece in pieces:
-            for part in _split(piece):
+            for part in split(piece, LANE_BYTES_MAX // 4):
                 kind = p.CMD_WRITE if part.data is not None else p.CMD_WRITE_ZEROES
                 request = Request(kind, part.offset, part.length, part.data)
                 request.round = self._round
@@ -508,6 +519,31 @@ class ClientCore:
         if self.barred is None:
             self.barred = reason
         self.fail_all(BarredError(self.barred))
+
+    def waiting(self) -> tuple[int, int | None]:
+        """The number of the newest request, and of the oldest that waits; see Patience."""
+        numbers = [r.order for r in self.all_requests() if r.order and not r.round]
+        return self._order, min(numbers, default=None)
+
+    def fail(self, reason: str) -> None:
+        """All connections were cut. Everything that waits ends with UnreachableError, but what was
+        acknowledged is still kept and written again. What may still execute on a path stays
+        stranded, without its callers."""
+        assert not any(path.lanes for path in self.paths)
+        self.failed = reason
+        ended = [r for r in self.all_requests() if not r.round]
+        self.queue.clear()
+        self.urgent = deque(r for r in self.urgent if r.round)
+        self._barrier = None
+        for path in self.paths:
+            for stranded in path.stranded:
+                stranded.requests = [r for r in stranded.requests if r.round]
+        for request in ended:
+            request.finish(given_up(reason))
+
+    def _work_again(self) -> None:
+        if not any(path.stranded for path in self.paths):
+            self.failed = None
 
     def fail_all(self, error: StackError) -> None:
         """Nothing will be sent any more."""
@@ -554,35 +590,3 @@ class _OwnFlush:
 
     def done(self, _error: StackError | None) -> None:
         self._core.own_flush_done()
-
-
-def _split(piece: Piece) -> Iterable[Piece]:
-    """Parts that one request may carry."""
-    limit = LANE_BYTES_MAX // 4
-    for start in range(0, piece.length, limit):
-        length = min(limit, piece.length - start)
-        data = None if piece.data is None else memoryview(piece.data)[start : start + length]
-        yield Piece(piece.offset + start, length, data)
-
-
-_NAMES = {
-    p.CMD_READ: "read",
-    p.CMD_WRITE: "write",
-    p.CMD_FLUSH: "flush",
-    p.CMD_TRIM: "discard",
-    p.CMD_WRITE_ZEROES: "write of zeroes",
-    p.CMD_SEQUENCE: "sequence",
-}
-_REASONS = {
-    p.EPERM: "reservation conflict or read-only export",
-    p.EIO: "I/O error of the store",
-    p.ENOSPC: "no space left in the store, or past its end",
-    p.EINVAL: "past the end of the export",
-    p.ESTALE: "the volume map of this instance is too old",
-}
-
-
-def _describe(request: Request, number: int) -> str:
-    name = _NAMES.get(request.kind, str(request.kind))
-    reason = _REASONS.get(number, f"error {number}")
-    return f"{name} of {request.length} bytes at {request.offset}: {reason}"

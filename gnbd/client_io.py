@@ -11,7 +11,8 @@ is not dead.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 
 import msgspec
 import structlog
@@ -29,6 +30,7 @@ from gnbd.connection_io import Connection, connect
 from gnbd.control_client_io import drive
 from gnbd.dialogues import greeting_dialogue, starttls_dialogue
 from gnbd.entrance_io import ClusterEntrance, Entrance, OldGenerationError
+from gnbd.failures import MiscompareError, Patience
 from gnbd.link_io import REQUEST_BYTES_MAX, Group, Link
 from gnbd.retained import owned
 from native.buffers import unset_bytes
@@ -48,12 +50,19 @@ log = structlog.get_logger("gnbd.client")
 
 class Options(msgspec.Struct, frozen=True):
     """How a device behaves. `sequence`: the volume sequence number declared at LOGIN. `tls`: the
-    certificates, if the server is to be spoken to over TLS."""
+    certificates, if the server is to be spoken to over TLS.
+
+    `fail_after_ms`: 0 is to wait for storage that is away, as file systems need it. Else, once a
+    request has waited for so long, all that wait end with UnreachableError, and new ones do until
+    the server is back and has confirmed that nothing of them executes any more. A WRITE that ended
+    so may have been executed, in whole or in part, and may be until a later request succeeds; what
+    had been acknowledged before is not affected. Opening ends so too."""
 
     connections_per_path: int = 1
     dead_ms: int = DEAD_MS_DEFAULT
     path_ms: int = PATH_MS_DEFAULT
     sequence: int = 0
+    fail_after_ms: int = 0
     tls: TlsSection | None = None
 
 
@@ -143,6 +152,23 @@ class GnbdDevice:
     async def write_zeroes(self, offset_bytes: int, length_bytes: int) -> None:
         await self._run_spans(p.CMD_WRITE_ZEROES, offset_bytes, length_bytes)
 
+    async def compare_and_write(self, offset_bytes: int, expected: bytes, new: bytes) -> bool:
+        """Write `new` (up to 64 KiB) durably if `expected` is there, and say whether it was.
+        Nothing comes in between. Only at a gnbd-server. Raises UnknownOutcomeError if the
+        connection breaks before the answer: it is not sent again."""
+        if not self.fenced:
+            raise UsageError(f"{self.name}: only a gnbd-server compares and writes")
+        if len(expected) != len(new) or len(new) > p.COMPARE_BYTES_MAX:
+            raise UsageError("compare and write: two equal lengths up to 64 KiB")
+        group = Group(1)
+        kind, both = p.CMD_COMPARE_AND_WRITE, expected + new
+        request = Request(kind, offset_bytes, len(both), both, p.CMD_FLAG_FUA, group)
+        try:
+            await self._run(group, [request])
+        except MiscompareError:
+            return False
+        return True
+
     async def _run_spans(self, kind: int, offset: int, length: int) -> None:
         spans = _chunks(offset, length, SPAN_BYTES_MAX)
         group = Group(len(spans))
@@ -186,6 +212,7 @@ class GnbdDevice:
             "installed": core.installed,
             "required": core.required,
             "barred": core.barred,
+            "failed": core.failed,
             "problems": dict(self._problems),
         }
 
@@ -319,12 +346,39 @@ class GnbdDevice:
             async with trio.open_nursery() as nursery:
                 for path in self.core.paths:
                     nursery.start_soon(self._path_loop, path)
+                if self._options.fail_after_ms:
+                    nursery.start_soon(self._fail_loop, self._options.fail_after_ms)
         self.core.fail_all(StackError("the device is closed"))
         self._opened.set()
 
+    async def _fail_loop(self, limit_ms: int) -> None:
+        """Give up what has waited for too long."""
+        patience = Patience(limit_ms * 1_000_000)
+        while self.core.barred is None:
+            await trio.sleep(limit_ms / 8000)
+            if patience.look(boottime_ns(), *self.core.waiting()):
+                reason = f"{self.name}: not served for {limit_ms / 1000:g} s"
+                log.warning("given up", device=self.name, problems=self._problems)
+                self._cut(path for path in self.core.paths if path.lanes)
+                self._entrance.lost()
+                self.core.fail(reason)
+
+    def _cut(self, paths: Iterable[Path]) -> None:
+        """Close their connections; they come back as new ones."""
+        for path in paths:
+            self._scopes[path.index].cancel()
+            for lane in path.lanes:
+                self._links.pop(id(lane)).close()
+            self.core.path_lost(path, boottime_ns())
+
     async def wait_open(self) -> None:
         """Return when the first path is up. Raises what makes that impossible."""
-        await self._opened.wait()
+        limit_ms = self._options.fail_after_ms
+        with trio.move_on_after(limit_ms / 1000 if limit_ms else math.inf):
+            await self._opened.wait()
+        if not self._opened.is_set():
+            why = ", ".join(sorted(set(self._problems.values()))) or "no answer"
+            raise UnreachableError(f"{self.name}: {why}", hint="is the server running?")
         if self._fatal is not None:
             raise self._fatal
         if self.core.barred is not None:
@@ -480,11 +534,7 @@ class GnbdDevice:
         connection.checked = entered.checksums
         self.flags = entered.flags
         self.core.can_flush = bool(self.flags & p.FLAG_SEND_FLUSH)
-        for other in cut:
-            self._scopes[other.index].cancel()
-            for lane in other.lanes:
-                self._links.pop(id(lane)).close()
-            self.core.path_lost(other, boottime_ns())
+        self._cut(cut)
         return True
 
 

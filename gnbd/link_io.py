@@ -31,6 +31,7 @@ from gnbd.retained import is_fixed
 from native.buffers import unset_bytes
 from native.link import (
     BLOCK_BYTES,
+    COMPARES,
     MISMATCH,
     NO_DATA,
     RECEIVES,
@@ -216,6 +217,8 @@ class Link:
                 memory = request.result = unset_bytes(request.length)
         else:
             ways, memory = (SENDS if request.data is not None else NO_DATA), request.data
+        if kind == p.CMD_COMPARE_AND_WRITE:
+            ways |= COMPARES
         request.sums = None
         if self._checked and is_checkable(request):
             kind, ways = _CHECKED[kind], ways | TRAILER

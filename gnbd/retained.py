@@ -12,6 +12,7 @@ back.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterator
 
 import msgspec
 
@@ -44,6 +45,14 @@ def is_fixed(data: Buffer) -> bool:
 def owned(data: Buffer) -> Buffer:
     """The same bytes, safe from changes by the caller: a copy only if they can change."""
     return data if is_fixed(data) else bytes(data)
+
+
+def split(piece: Piece, limit: int) -> Iterator[Piece]:
+    """Parts that one request may carry."""
+    for start in range(0, piece.length, limit):
+        length = min(limit, piece.length - start)
+        data = None if piece.data is None else memoryview(piece.data)[start : start + length]
+        yield Piece(piece.offset + start, length, data)
 
 
 class Retained:

@@ -21,11 +21,13 @@ Buffer = bytes | bytearray | memoryview
 NO_DATA, SENDS, RECEIVES = range(3)
 TRAILER = 4
 """The checksums travel behind the data (with SENDS or RECEIVES)."""
+COMPARES = 8
+"""The error MISMATCH is followed by the place of the difference (u64), which is not told."""
 BLOCK_BYTES = 4096
 """What one checksum covers, counted from where the request begins."""
 REQUESTS_MAX = 1024
 MISMATCH = 84
-"""The error of a READ whose data is not what its trailer says."""
+"""The error of a READ whose data is not what its trailer says, and of a comparison."""
 _ENDED, _WRONG = -1, -2
 _COUNTERS = ("service_ns", "replies", "failures", "read_bytes", "written_bytes")
 

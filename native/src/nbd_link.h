@@ -28,9 +28,12 @@ enum {
     LINK_SENDS = 1,    /* behind the request */
     LINK_RECEIVES = 2, /* behind the reply, unless that is an error */
     LINK_TRAILER = 4,  /* the checksums follow the data, big endian */
+    LINK_COMPARES = 8, /* the error LINK_MISMATCH is followed by the place (u64), which is dropped */
 };
 enum { LINK_FREE, LINK_POSTED, LINK_SENT }; /* state of a request; the last one: whole */
-#define LINK_MISMATCH 84u /* EILSEQ: the data of a READ is not what its trailer says */
+#define LINK_PLACE_BYTES 8u
+#define LINK_MISMATCH 84u /* EILSEQ: the data of a READ is not what its trailer says; of a request
+                             that compares: something else is there */
 
 /* What native_link_receive returns besides a number of replies. */
 enum {
@@ -63,6 +66,7 @@ struct native_link {
     size_t start, end;
     struct link_request *current; /* whose data comes now */
     size_t have, summed;          /* of its data and trailer; bytes of data with a checksum */
+    size_t dropped;               /* so many bytes that come next are nobody's */
 
     int done_count;
     uint64_t *done_tags;

@@ -98,8 +98,11 @@ static int take_header(struct native_link *link, uint64_t now)
     if (!error && request->ways & LINK_RECEIVES && request->length) {
         link->current = request;
         link->have = link->summed = 0;
-    } else
+    } else {
+        if (error == LINK_MISMATCH && request->ways & LINK_COMPARES)
+            link->dropped = LINK_PLACE_BYTES;
         done(link, request, error, now);
+    }
     return 1;
 }
 
@@ -108,7 +111,12 @@ static int take(struct native_link *link)
 {
     uint64_t now = link_now_ns();
     while (link->end > link->start) {
-        if (link->current)
+        if (link->dropped) {
+            size_t have = link->end - link->start;
+            size_t count = link->dropped < have ? link->dropped : have;
+            link->start += count;
+            link->dropped -= count;
+        } else if (link->current)
             take_data(link, now);
         else if (link->end - link->start < LINK_REPLY_BYTES)
             break;

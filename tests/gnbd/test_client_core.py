@@ -8,9 +8,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cluster.errors import UnreachableError
 from cluster.ids import Epoch
 from gnbd import protocol as p
 from gnbd.client import LANE_BYTES_MAX, ClientCore, Lane, Request
+from gnbd.failures import Patience, UnknownOutcomeError
 from gnbd.intervals import IntervalSet
 from gnbd.retained import OVERLAPS_SOUGHT_MAX, Piece, Retained, owned
 
@@ -120,6 +122,8 @@ class World:
         self.acknowledged: dict[int, int] = {}
         self.busy: set[int] = set()
         self.version = 0
+        self.maybe: dict[int, set[int]] = {}
+        """Versions that were given up, since the last acknowledged one."""
         self.now_ns = 1 << 40
 
     def tick(self) -> int:
@@ -194,7 +198,7 @@ class World:
 
     def write(self) -> None:
         free = [o for o in range(0, 8 * WIDTH, WIDTH) if o not in self.busy]
-        if not free:
+        if not free or self.core.failed:
             return
         offset, self.version = self.chance.choice(free), self.version + 1
         self.busy.add(offset)
@@ -202,21 +206,27 @@ class World:
 
         class Done:
             def done(self, error) -> None:
-                assert error is None
                 world.busy.discard(offset)
-                world.acknowledged[offset] = version
+                if error is None:
+                    world.acknowledged[offset] = version
+                    world.maybe.pop(offset, None)
+                else:
+                    assert isinstance(error, UnreachableError)
+                    world.maybe.setdefault(offset, set()).add(version)
 
         data = str(version).encode().ljust(WIDTH)
         self.core.submit(Request(p.CMD_WRITE, offset, len(data), data, waiter=Done()))
 
     def flush(self) -> None:
+        if self.core.failed:
+            return
         seen = dict(self.acknowledged)
         world = self
 
         class Done:
             def done(self, error) -> None:
-                assert error is None
-                for offset, version in seen.items():
+                assert error is None or isinstance(error, UnreachableError)
+                for offset, version in seen.items() if error is None else ():
                     assert world.durable.get(offset, 0) >= version, "a flush lied"
 
         self.core.submit(Request(p.CMD_FLUSH, waiter=Done()))
@@ -247,6 +257,16 @@ class World:
             index = self.chance.randrange(len(self.lingering))
             self.execute(self.lingering.pop(index)[2])
 
+    def give_up(self) -> None:
+        """Fail after: all is cut, the callers go on, what was sent may still arrive."""
+        for path in self.core.paths:
+            if path.lanes:
+                self.break_path(path)
+        self.core.fail("for too long")
+        self.core.check()
+        with pytest.raises(UnreachableError):
+            self.core.submit(Request(p.CMD_READ, 0, 512))
+
     def settle(self) -> None:
         for _ in range(10_000):
             for path in self.core.paths:
@@ -256,14 +276,14 @@ class World:
                     self.connect(path)
             self.send()
             self.progress()
-            if not self.core.all_requests():
+            if not self.core.all_requests() and not self.core.failed:
                 return
         raise AssertionError("it does not come to rest")
 
 
 @settings(max_examples=300, deadline=None)
-@given(st.integers(0, 1 << 32))
-def test_no_acknowledged_byte_is_lost(seed):
+@given(st.integers(0, 1 << 32), st.sampled_from([0, 0.01]))
+def test_no_acknowledged_byte_is_lost(seed, give_up):
     """Random faults: a living client's acknowledged writes are all there in the end, a flush never
     lies, and no late request overwrites newer data."""
     world = World(seed)
@@ -274,6 +294,8 @@ def test_no_acknowledged_byte_is_lost(seed):
             world.crash()
         elif roll < 0.02:
             world.lose_cache()
+        elif roll < 0.02 + give_up:
+            world.give_up()
         elif roll < 0.06:
             path = world.chance.choice(world.core.paths)
             if path.lanes:
@@ -289,7 +311,8 @@ def test_no_acknowledged_byte_is_lost(seed):
     world.settle()
     while world.lingering:
         world.linger()
-    assert {o: world.disk[o] for o in world.acknowledged} == world.acknowledged
+    for offset, version in world.acknowledged.items():
+        assert world.disk[offset] in {version} | world.maybe.get(offset, set())
 
 
 @pytest.mark.parametrize("installed", [0, 1])
@@ -438,3 +461,51 @@ def test_nothing_overtakes_a_sequence_number():
     for lane, request in sent:
         core.completed(lane, request.cookie, 0, 0)
     assert [r.offset for _, r in core.assign(0)] == [512]
+
+
+@settings(max_examples=200)
+@given(st.integers(0, 1 << 32))
+def test_patience(seed):
+    """What has waited for the limit and an eighth more is told, nothing before the limit, and
+    nothing that is answered."""
+    chance = random.Random(seed)
+    limit_ns = 800
+    patience = Patience(limit_ns)
+    now_ns, newest = 0, 0
+    waiting: dict[int, int] = {}
+    looked_ns = 0
+    for _ in range(100):
+        now_ns += chance.choice([1, 30, 100])
+        if chance.random() < 0.5:
+            newest += 1
+            waiting[newest] = now_ns
+        if waiting and chance.random() < 0.4:
+            del waiting[chance.choice(list(waiting))]
+        regular = now_ns - looked_ns <= limit_ns // 8
+        looked_ns = now_ns
+        told = patience.look(now_ns, newest, min(waiting, default=None))
+        age_ns = max((now_ns - since for since in waiting.values()), default=0)
+        assert not told or age_ns >= limit_ns
+        assert told or not regular or age_ns < limit_ns + limit_ns // 4
+
+
+def test_a_compare_and_write_is_not_sent_twice():
+    """Its answer is lost: its caller learns that when it is sure not to be executed any more."""
+    core = ClientCore(2, 1)
+    for path in core.paths:
+        core.logged_in(path, Epoch(1), 1, 4096)
+        core.lane_up(path, 0)
+    told = []
+
+    class Caller:
+        def done(self, error) -> None:
+            told.append(error)
+
+    core.submit(Request(p.CMD_COMPARE_AND_WRITE, 0, 1024, bytes(1024), waiter=Caller()))
+    ((lane, _),) = core.assign(0)
+    core.path_lost(lane.path, 0)
+    assert not told
+    (drain,) = core.drains()
+    core.drained(drain.path, drain.generation)
+    assert [type(error) for error in told] == [UnknownOutcomeError]
+    assert core.assign(0) == []

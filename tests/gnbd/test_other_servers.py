@@ -5,7 +5,10 @@ from __future__ import annotations
 import os
 import random
 import re
+import subprocess
+import sys
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 import pytest
 import trio
@@ -382,3 +385,15 @@ def test_uris(uri, address, port, export):
 def test_what_is_no_uri(uri):
     with pytest.raises(UsageError, match="no NBD URI"):
         parse_uri(uri)
+
+
+def test_the_example_of_the_documentation(tmp_path):
+    """docs/gnbd.md: it runs as it stands there, over several connections."""
+    text = (Path(__file__).parents[2] / "docs/gnbd.md").read_text()
+    (example,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    with serving(Nbdkit(tmp_path)) as server:
+        done = subprocess.run(
+            [sys.executable, "-c", example, server.uri], capture_output=True, text=True, timeout=60
+        )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"{SIZE_BYTES} b'hello' False [2]\n"

@@ -12,6 +12,7 @@ import pytest
 from native import crc32c_blocks
 from native.link import (
     BLOCK_BYTES,
+    COMPARES,
     MISMATCH,
     NO_DATA,
     RECEIVES,
@@ -22,7 +23,7 @@ from native.link import (
     OutOfStepError,
 )  # fmt: skip
 
-READ, WRITE, FLUSH = 0, 1, 3
+READ, WRITE, FLUSH, COMPARE = 0, 1, 3, 0x4307
 REQUEST = struct.Struct(">IHHQQI")
 REPLY = struct.Struct(">IIQ")
 REPLY_MAGIC = 0x67446698
@@ -93,15 +94,20 @@ def build_session(link: Link) -> tuple[bytes, dict[int, tuple[bytearray, bytes, 
     link.post(4, WRITE, 0, 0, 3, SENDS, b"abc")
     link.post(5, READ, 0, 0, 512, RECEIVES, bytearray(512))
     link.post(6, READ, 0, 0, 4100, RECEIVES | TRAILER, trailed_memory, sums)
-    cookies = cookies_of(drained(link), [0, 0, 0, 0, 3, 0, 0])
+    for tag in (7, 8):
+        link.post(tag, COMPARE, 0, 0, 4, SENDS | COMPARES, b"oldn")
+    cookies = cookies_of(drained(link), [0, 0, 0, 0, 3, 0, 0, 4, 4])
     stream = reply(cookies[2], contents[2]) + reply(cookies[4]) + reply(cookies[5], error=5)
     stream += reply(cookies[0], contents[0]) + reply(cookies[3])
     trailer = big_endian(crc32c_blocks(trailed, BLOCK_BYTES))
+    stream += reply(cookies[7], bytes(8), error=MISMATCH) + reply(cookies[8])
     stream += reply(cookies[6], trailed + trailer) + reply(cookies[1], contents[1])
     expected = {tag: (memories[tag], contents[tag], 0) for tag in range(4)}
     expected[4] = (bytearray(), b"", 0)
     expected[5] = (bytearray(), b"", 5)
     expected[6] = (trailed_memory, trailed, 0)
+    expected[7] = (bytearray(), b"", MISMATCH)
+    expected[8] = (bytearray(), b"", 0)
     return stream, expected
 
 
@@ -113,12 +119,12 @@ def test_replies_cut_at_every_byte():
         link = Link()
         stream, expected = build_session(link)
         done = [*link.feed(stream[:cut]), *link.feed(stream[cut:])]
-        assert sorted(done) == [(tag, expected[tag][2]) for tag in range(7)]
+        assert sorted(done) == [(tag, expected[tag][2]) for tag in range(9)]
         assert all(memory == content for memory, content, _ in expected.values())
     link = Link()
     stream, expected = build_session(link)
     done = [pair for at in range(length) for pair in link.feed(stream[at : at + 1])]
-    assert [tag for tag, _ in done] == [2, 4, 5, 0, 3, 6, 1]
+    assert [tag for tag, _ in done] == [2, 4, 5, 0, 3, 7, 8, 6, 1]
     assert all(memory == content for memory, content, _ in expected.values())
 
 
