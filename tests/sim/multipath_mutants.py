@@ -239,7 +239,7 @@ def a_fence_that_does_not_flush(patch: Patch) -> None:
 def a_comparison_beside_others(patch: Patch) -> None:
     """COMPARE AND WRITE is alone among its kind on a connection only: two may compare before either
     writes."""
-    patch(DataServer, "must_wait", lambda self, _job: False)
+    patch(DataServer, "may_enter", lambda self, _job: True)
 
 
 def a_swap_that_is_not_durable(patch: Patch) -> None:

@@ -13,6 +13,7 @@ any later one. A process that is killed while it writes leaves any part of that.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -161,7 +162,8 @@ class DataServer(Server):
         self.flushing: Flush | None = None
         self.next_flush: Flush | None = None
         self.alone: Job | None = None
-        """A COMPARE AND WRITE that executes, or waits for what does: nothing else begins."""
+        """A COMPARE AND WRITE that executes, or waits for what does."""
+        self.held: list[Job] = []
         super().boot()
         self.cache_generation = self.life * CACHE_GENERATION_ERRORS
 
@@ -327,20 +329,29 @@ class DataServer(Server):
         assert isinstance(write, Job)
         if write.end.closing:
             self.not_alone(write)
-        elif self.must_wait(write):
-            self.later(1, lambda: self.execute(write))
-        else:
+        elif self.may_enter(write):
             super().execute(write)
 
-    def must_wait(self, job: Job) -> bool:
-        if job.call.kind == p.CMD_COMPARE_AND_WRITE and self.alone is None:
-            self.alone = job
-        return bool(self.flying) if self.alone is job else self.alone is not None
+    def may_enter(self, job: Job) -> bool:
+        """COMPARE AND WRITE waits until nothing executes, and meanwhile nothing else begins."""
+        if self.alone is job:
+            return True
+        if self.alone is not None:
+            self.held.append(job)
+            return False
+        if job.call.kind != p.CMD_COMPARE_AND_WRITE:
+            return True
+        self.alone = job
+        self.wait_for(self.flying, lambda: self.execute(job))
+        return False
 
     def not_alone(self, job: Job) -> None:
         """This one has ended."""
         if self.alone is job:
             self.alone = None
+            held, self.held = self.held, []
+            for other in held:
+                self.later(1, partial(self.execute, other))
 
     def rejected(self, write: Write) -> None:
         assert isinstance(write, Job)
