@@ -21,6 +21,7 @@ import trio
 from bench.gnbd_client import rate
 from bench.gnbd_cost import costs, percent
 from bench.gnbd_faults import CONNECTIONS, CUTS, FENCES, PATH_MS, WRITES, fences, path_cuts
+from bench.gnbd_integrity import cost as integrity_cost
 from bench.gnbd_peers import JOBS, RUNTIME_S, SIZE_MIB, Peer, Samples, compare, fio, foreign
 from gnbd.retained import RETAINED_BYTES_MAX
 from lab.block_server import GnbdServer, export_toml, instance, member, opened
@@ -137,6 +138,8 @@ def measure(directory: Path, rounds: int, say: Callable[[str], None]) -> str:
     cuts = path_cuts(directory / "paths")
     text += f"\n\nLongest write of a client when one of two networks goes silent ({CUTS} times, "
     text += f"path_ms {PATH_MS}, no error): {_tail(cuts)}; aim ≤ 300 ms.\n\n"
+    say("integrity")
+    text += integrity_cost(directory / "integrity", rounds) + "\n\n"
     return text + "From end to end, through a mount: `python -m bench --only throughput`."
 
 
