@@ -13,6 +13,9 @@ connections. Who may read and write under which type stands in a table, `ACCESS`
 | PREEMPT AND ABORT | 5.7.11.5 |
 | CLEAR | 5.7.11.6 |
 | kept through a loss of power (APTPL) | 5.7.5 |
+| who may do what under which type | 5.7.1 |
+| unit attentions: 2A/03 after CLEAR; 2A/04 when a reservation of registrants ends or its type changes; 2A/05 for preempted registrations | 5.7.11.6; 5.7.11.2, 5.7.11.3, 5.7.11.4.3; 5.7.11.4 |
+| the generation | 6.13.2 |
 | READ KEYS, READ RESERVATION, REPORT CAPABILITIES, READ FULL STATUS | 6.13.2 to 6.13.5 |
 
 The generation counts successful REGISTER, REGISTER AND IGNORE EXISTING KEY, REGISTER AND MOVE,
@@ -20,7 +23,7 @@ CLEAR and both PREEMPTs, wraps at 32 bits and is not kept over a restart; RESERV
 count. Everything else is kept when the last successful registration asked for it (`aptpl`). SPC
 lets a preempted nexus register again; what stops a dead instance for ever are the bars
 (`admission`).
-"""
+"""  # noqa: E501
 
 from __future__ import annotations
 
@@ -184,7 +187,7 @@ class Reservations:
         self.holder = state.holder
         self.type = ReservationType(state.type)
         self.generation = 0
-        self.aptpl = bool(self.keys)
+        self.aptpl = state != ReservationState()  # only with it anything was stored
 
     def copy(self) -> Reservations:
         twin = Reservations(self.state())

@@ -220,7 +220,7 @@ class ControlServer:
             tombstones=record.tombstones if record else {},
             start_count=service.start_count,
             voter=self._voter is not None and self._voter.is_voter,
-            attentions=[(a.nexus, name, a.code) for a, name in list(service.attentions)],
+            attentions=[(a.nexus, name, a.code) for a, name in list(service.attentions.last)],
         )
 
 

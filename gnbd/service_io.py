@@ -11,7 +11,6 @@ from __future__ import annotations
 import secrets
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -28,6 +27,7 @@ from fencing.store import ExportState, ServerState
 from fencing.store_io import StateFile
 from gnbd import messages as m
 from gnbd import protocol as p
+from gnbd.attentions_io import Attentions
 from gnbd.damages_io import Damages
 from gnbd.export_io import (
     CACHE_GENERATION_ERRORS,
@@ -43,7 +43,6 @@ from gnbd.identity import ServerIdentity
 from gnbd.tls_io import server_context
 from native import nbd as g
 
-ATTENTIONS_MAX = 256
 PATHS_MAX = 1 << 16
 STOP_S = 10.0
 """For a client that does not take its last answers."""
@@ -82,7 +81,7 @@ class Service:
             self.open_export(export)
         self._paths: dict[PathKey, NexusPath] = {}
         self._draining: list[g.Access] = []
-        self.attentions: deque[tuple[Attention, str]] = deque(maxlen=ATTENTIONS_MAX)
+        self.attentions = Attentions()
         self.serving_changed: Callable[[], None] = lambda: None
         # A start invalidates what clients believe to be in our cache: durable before we serve.
         self._file.save(self._state(self.admission.record))
@@ -467,6 +466,7 @@ class Service:
 
     def _record(self, record: a.InstallRecord) -> None:
         tables: dict[str, Reservations] = {}
+        told: dict[str, list[Attention]] = {}
         for name, export in self.exports.items():
             gone = {
                 nexus for nexus in export.reservations.keys
@@ -475,12 +475,12 @@ class Service:
             }  # fmt: skip
             if gone:
                 tables[name] = export.reservations.copy()
-                for attention in tables[name].drop(gone):
-                    self.attentions.append((attention, name))
+                told[name] = tables[name].drop(gone)
         if tables or record != self.admission.record:
             self._file.save(self._state(record, tables))
         for name, table in tables.items():
             self.exports[name].reservations = table
+            self.attentions.tell(name, told[name])
 
     def _forget_barred(self) -> None:
         """Paths, gates and sequence numbers of barred instances are of no more use."""
@@ -526,7 +526,7 @@ class Service:
             )  # fmt: skip
             if outcome.changed:
                 self._save({export.name: table})
-                self.attentions.extend((item, export.name) for item in outcome.attentions)
+                self.attentions.tell(export.name, outcome.attentions)
                 self._refresh([export])
         if outcome.drain and outcome.status is Status.GOOD:
             self.wait_drained()

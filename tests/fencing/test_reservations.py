@@ -286,6 +286,8 @@ def test_bars_drop_registrations_but_not_the_reservation_of_all():
     table.check()
     assert table.access(N1) == READ
     assert table.type == 7
+    again = Reservations(table.stored_state())
+    assert Reservations(again.stored_state()).type == 7, "it ends with the second restart"
 
 
 STATUS = {Status.GOOD: "good", Status.RESERVATION_CONFLICT: "conflict",

@@ -376,6 +376,7 @@ def test_preempt_and_abort_blocks_writes(server):
         assert first.request(p.CMD_WRITE, 0, b"x" * 512) == 0
         status = control.ask(m.StatusRequest(), m.StatusReport)
         assert (ME, "disk0", 0x2A05) in status.attentions
+        assert "2a05 registrations preempted" in server.log.read_text()
 
 
 def test_login_does_not_claim_an_install_that_is_not_drained(server):
