@@ -172,6 +172,8 @@ class Path:
         self.lanes: list[Lane] = []
         self.stranded: list[Stranded] = []
         self.health = Health()
+        self.repeated = 0
+        """Requests that were lost with it and are sent again."""
 
 
 class Drain(msgspec.Struct, frozen=True):
@@ -472,6 +474,7 @@ class ClientCore:
             if stranded.generation <= generation:
                 back += stranded.requests
         path.stranded = [s for s in path.stranded if s.generation > generation]
+        path.repeated += len(back)
         for request in sorted(back, key=lambda r: r.order, reverse=True):
             if request.kind == p.CMD_COMPARE_AND_WRITE:  # it might compare with what it has written
                 request.finish(UnknownOutcomeError("the answer to a compare and write is lost"))

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections import Counter
 from collections.abc import Iterable, Sequence
 
 import msgspec
@@ -66,6 +67,21 @@ class Options(msgspec.Struct, frozen=True):
     tls: TlsSection | None = None
 
 
+class PathStats(msgspec.Struct, frozen=True):
+    """What one path has done since the device was opened, its pings included. `state`: up, standby
+    or down; `service_us`: from the request to its reply, a moving average, 0 when down;
+    `failures`: requests that the store refused; `repeated`: lost with the path and sent again."""
+
+    state: str
+    connections: int
+    requests: int
+    failures: int
+    read_bytes: int
+    written_bytes: int
+    repeated: int
+    service_us: float
+
+
 class GnbdDevice:
     """A `cluster.device.BlockDevice`. Make it with `open_device`."""
 
@@ -81,6 +97,8 @@ class GnbdDevice:
         self._options = options
         self._declaring = Group(0)
         self._links: dict[int, Link] = {}
+        self._totals: list[Counter[str]] = [Counter() for _ in server.addresses]
+        """By path, of connections that are closed."""
         self._scopes: dict[int, trio.CancelScope] = {}
         self._wake = trio.Event()
         self._opened = trio.Event()
@@ -215,6 +233,33 @@ class GnbdDevice:
             "failed": core.failed,
             "problems": dict(self._problems),
         }
+
+    def stats(self) -> list[PathStats]:
+        """Of each path."""
+        core, found = self.core, []
+        for path, standby in zip(core.paths, core.standby(boottime_ns()), strict=True):
+            totals = Counter(self._totals[path.index])
+            links = [self._links[id(lane)] for lane in path.lanes]
+            for link in links:
+                totals.update(link.counters())
+            stats = PathStats(
+                state=("standby" if standby else "up") if links else "down",
+                connections=len(links),
+                requests=totals["replies"],
+                failures=totals["failures"],
+                read_bytes=totals["read_bytes"],
+                written_bytes=totals["written_bytes"],
+                repeated=path.repeated,
+                service_us=totals["service_ns"] / max(1, len(links)) / 1000,
+            )
+            found.append(stats)
+        return found
+
+    def _close_link(self, link: Link) -> None:
+        counters = link.counters()
+        del counters["service_ns"]
+        self._totals[link.lane.path.index].update(counters)
+        link.close()
 
     async def aclose(self) -> None:
         """End cleanly: the registration at the server goes. Nothing may be in flight."""
@@ -368,7 +413,7 @@ class GnbdDevice:
         for path in paths:
             self._scopes[path.index].cancel()
             for lane in path.lanes:
-                self._links.pop(id(lane)).close()
+                self._close_link(self._links.pop(id(lane)))
             self.core.path_lost(path, boottime_ns())
 
     async def wait_open(self) -> None:
@@ -438,7 +483,7 @@ class GnbdDevice:
             for link in links:
                 self._links.pop(id(link.lane), None)
                 link.interrupt()
-                link.close()
+                self._close_link(link)
             for connection in connections:
                 connection.close()
             if path.lanes:
@@ -490,7 +535,7 @@ class GnbdDevice:
 
     def _bar(self, reason: str) -> None:
         for link in self._links.values():  # their callers go on at once
-            link.close()
+            self._close_link(link)
         self.core.bar(reason)
         self._retry_now()
 

@@ -280,8 +280,12 @@ class Link:
                     request.place, request.cookie, memory, request.length, request.sums
                 )
 
+    def counters(self) -> dict[str, int]:
+        """See `native.link.Link.counters`."""
+        return self._transport.counters()
+
     def close(self) -> None:
-        """No memory of any request is used from now on. Ends the path."""
+        """No memory of any request is used from now on. Ends the path. Counts no further."""
         self._transport.close()
         self._scope.cancel()
 

@@ -15,6 +15,7 @@ from cluster.control import ServerInfo
 from cluster.errors import BarredError, DeviceError, UsageError
 from cluster.ids import Epoch, ServerId
 from gnbd import messages as m
+from gnbd import protocol as p
 from gnbd.client_io import open_device
 from gnbd.link_io import REQUEST_BYTES_MAX
 from gnbd.path_choice import LOSSES
@@ -627,5 +628,44 @@ def test_who_is_barred_gets_its_memory_back(server, relayed):
         with pytest.raises(BarredError):
             await device.read_into(0, memoryview(memory))
         assert not any(link._transport._pins for link in device._links.values())
+
+    trio_test(body)
+
+
+def test_what_the_paths_have_done(server, relayed):
+    """Also of connections that are gone, and what of theirs was repeated."""
+    info, relays = relayed
+
+    async def body():
+        async with opened(server, info=info) as device:
+            await eventually(lambda: device.status()["paths"] == [1, 1])
+            await device.write(0, b"s" * 8192)
+            await device.read(0, 4096)
+            with pytest.raises(DeviceError):
+                await device.read(device.size_bytes, 512)
+            assert [path.state for path in device.stats()] == ["up", "up"]
+            assert total(device, "failures") == 1
+            assert total(device, "written_bytes") == 8192
+            assert 4096 <= total(device, "read_bytes") < 8192
+            assert any(path.service_us > 0 for path in device.stats())
+            for relay in relays:
+                relay.stall()
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(device.write, 0, b"t" * 4096)
+                await trio.testing.wait_all_tasks_blocked()
+                writes = (r.kind == p.CMD_WRITE for r in in_flight(device, 0))
+                used = 0 if any(writes) else 1
+                relays[used].cut()
+                await eventually(lambda: device.stats()[used].state == "down")
+                relays[1 - used].release()
+            assert device.stats()[used].connections == 0
+            assert device.stats()[used].repeated == 1
+            assert total(device, "written_bytes") == 8192 + 4096
+
+    def total(device, name):
+        return sum(getattr(path, name) for path in device.stats())
+
+    def in_flight(device, index):
+        return device.core.paths[index].lanes[0].in_flight.values()
 
     trio_test(body)
