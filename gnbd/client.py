@@ -16,7 +16,6 @@ The shell calls one method per event and then `assign`; what it must do comes ba
 
 from __future__ import annotations
 
-from array import array
 from collections import deque
 from typing import Protocol
 
@@ -36,6 +35,7 @@ from gnbd.path_choice import (
     Ranking,
 )
 from gnbd.retained import Piece, Retained, owned, split
+from native.link import Sums
 
 LANE_REQUESTS_MAX = 256
 LANE_BYTES_MAX = 16 << 20
@@ -60,7 +60,7 @@ class Request:
     """One NBD request on its way. `into` receives a READ; `result` is what was read."""
 
     __slots__ = ("cookie", "data", "flags", "into", "kind", "length", "mark", "offset", "order",
-                 "place", "result", "round", "sums", "waiter")  # fmt: skip
+                 "place", "result", "round", "sums", "waiter", "wanted")  # fmt: skip
 
     def __init__(
         self,
@@ -83,7 +83,9 @@ class Request:
         self.cookie = 0
         self.place = 0
         """Of the transport, while it is in flight."""
-        self.sums: array[int] | None = None
+        self.wanted: Sums | None = None
+        """Where the caller wants the checksums of its data."""
+        self.sums: Sums | None = None
         """The checksums that travel with its data, while it is in flight."""
         self.order = 0
         """Rises with each `submit`."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from array import array
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
@@ -32,7 +33,9 @@ from gnbd.control_client_io import drive
 from gnbd.dialogues import greeting_dialogue, starttls_dialogue
 from gnbd.entrance_io import ClusterEntrance, Entrance, OldGenerationError
 from gnbd.failures import MiscompareError, Patience
-from gnbd.link_io import REQUEST_BYTES_MAX, Group, Link
+from gnbd.link_io import Group, Link
+from gnbd.path_stats import PathStats, path_stats
+from gnbd.pieces import REQUEST_BYTES_MAX, chunks, flat, reads_into, writes
 from gnbd.retained import owned
 from native.buffers import unset_bytes
 
@@ -65,21 +68,6 @@ class Options(msgspec.Struct, frozen=True):
     sequence: int = 0
     fail_after_ms: int = 0
     tls: TlsSection | None = None
-
-
-class PathStats(msgspec.Struct, frozen=True):
-    """What one path has done since the device was opened, its pings included. `state`: up, standby
-    or down; `service_us`: from the request to its reply, a moving average, 0 when down;
-    `failures`: requests that the store refused; `repeated`: lost with the path and sent again."""
-
-    state: str
-    connections: int
-    requests: int
-    failures: int
-    read_bytes: int
-    written_bytes: int
-    repeated: int
-    service_us: float
 
 
 class GnbdDevice:
@@ -117,7 +105,7 @@ class GnbdDevice:
 
     async def read(self, offset_bytes: int, length_bytes: int) -> bytes:
         if length_bytes > REQUEST_BYTES_MAX:
-            return b"".join(await self.read_many(_chunks(offset_bytes, length_bytes)))
+            return b"".join(await self.read_many(chunks(offset_bytes, length_bytes)))
         group = Group(1)
         request = Request(p.CMD_READ, offset_bytes, length_bytes, waiter=group)
         await self._run_one(group, request)
@@ -129,20 +117,32 @@ class GnbdDevice:
         await self._run(group, requests)
         return [request.result for request in requests]
 
-    async def read_into(self, offset_bytes: int, view: memoryview) -> None:
-        """Read straight into a buffer; do not touch it before the return."""
-        group = Group(1)
-        request = Request(p.CMD_READ, offset_bytes, len(view), waiter=group)
-        request.into = view
-        await self._run(group, [request])
+    async def read_into(
+        self, offset_bytes: int, view: memoryview, *, sums: array[int] | None = None
+    ) -> None:
+        """Read straight into a buffer; do not touch it before the return. `sums` gets the CRC-32C
+        of each 4096 bytes of it, computed as they come. Raises TypeError if it is not writable."""
+        if view.readonly:
+            raise TypeError("what is read into must be writable")
+        group = Group(0)
+        requests = reads_into(offset_bytes, view.cast("B"), group, sums)
+        group.left = len(requests)
+        await self._run(group, requests)
 
-    async def write(self, offset_bytes: int, data: Buffer, *, fua: bool = False) -> None:
+    async def write(
+        self, offset_bytes: int, data: Buffer, *, fua: bool = False, sums: array[int] | None = None
+    ) -> None:
+        """See `BlockDevice`. `sums` gets the CRC-32C of each 4096 bytes, computed as they go."""
+        flags = p.CMD_FLAG_FUA if fua else 0
         if len(data) > REQUEST_BYTES_MAX:
-            await self.write_many([(offset_bytes, data)], fua=fua)
+            group = Group(0)
+            requests = writes(offset_bytes, data, flags, group, sums)
+            group.left = len(requests)
+            await self._run(group, requests)
             return
         group = Group(1)
-        flags = p.CMD_FLAG_FUA if fua else 0
-        request = Request(p.CMD_WRITE, offset_bytes, len(data), data, flags, group)
+        request = Request(p.CMD_WRITE, offset_bytes, len(data), flat(data), flags, group)
+        request.wanted = sums
         await self._run_one(group, request)
 
     async def write_many(self, parts: Sequence[tuple[int, Buffer]], *, fua: bool = False) -> None:
@@ -150,13 +150,7 @@ class GnbdDevice:
         group = Group(0)
         requests = []
         for offset, data in parts:
-            if len(data) <= REQUEST_BYTES_MAX:
-                requests.append(Request(p.CMD_WRITE, offset, len(data), data, flags, group))
-                continue
-            view = memoryview(data)
-            for start, length in _chunks(0, len(data)):
-                piece = view[start : start + length]
-                requests.append(Request(p.CMD_WRITE, offset + start, length, piece, flags, group))
+            requests += writes(offset, data, flags, group)
         group.left = len(requests)
         await self._run(group, requests)
 
@@ -188,7 +182,7 @@ class GnbdDevice:
         return True
 
     async def _run_spans(self, kind: int, offset: int, length: int) -> None:
-        spans = _chunks(offset, length, SPAN_BYTES_MAX)
+        spans = chunks(offset, length, SPAN_BYTES_MAX)
         group = Group(len(spans))
         await self._run(group, [Request(kind, o, n, waiter=group) for o, n in spans])
 
@@ -236,23 +230,12 @@ class GnbdDevice:
 
     def stats(self) -> list[PathStats]:
         """Of each path."""
-        core, found = self.core, []
-        for path, standby in zip(core.paths, core.standby(boottime_ns()), strict=True):
+        found = []
+        for path, standby in zip(self.core.paths, self.core.standby(boottime_ns()), strict=True):
             totals = Counter(self._totals[path.index])
-            links = [self._links[id(lane)] for lane in path.lanes]
-            for link in links:
-                totals.update(link.counters())
-            stats = PathStats(
-                state=("standby" if standby else "up") if links else "down",
-                connections=len(links),
-                requests=totals["replies"],
-                failures=totals["failures"],
-                read_bytes=totals["read_bytes"],
-                written_bytes=totals["written_bytes"],
-                repeated=path.repeated,
-                service_us=totals["service_ns"] / max(1, len(links)) / 1000,
-            )
-            found.append(stats)
+            for lane in path.lanes:
+                totals.update(self._links[id(lane)].counters())
+            found.append(path_stats(path, standby, totals))
         return found
 
     def _close_link(self, link: Link) -> None:
@@ -345,6 +328,9 @@ class GnbdDevice:
                 request.data = owned(request.data)
             elif request.into is not None:
                 request.into, request.result = None, unset_bytes(request.length)
+            if request.wanted is not None and request.sums is not None:
+                request.sums = array("I", request.sums)
+            request.wanted = None
             for link in self._links.values():
                 link.forsake(request)
 
@@ -594,10 +580,6 @@ class _DrainWaiter:
     def done(self, error: StackError | None) -> None:
         if error is None:
             self._device.core.drained(self._path, self._generation)
-
-
-def _chunks(offset: int, length: int, limit: int = REQUEST_BYTES_MAX) -> list[tuple[int, int]]:
-    return [(offset + at, min(limit, length - at)) for at in range(0, length, limit)]
 
 
 async def open_device(

@@ -45,7 +45,6 @@ SENT_AT_ONCE_MAX = 2
 """Requests under way on a lane: a further one waits for its neighbours,"""
 SENT_TOGETHER = 16
 """but not for more of them: the server shall not be idle while callers prepare what they want."""
-REQUEST_BYTES_MAX = 4 << 20
 PROBES_MIN = 2
 """A single probe of a closed window may go without an answer: Linux answers one in 500 ms
 (tcp_invalid_ratelimit)."""
@@ -219,14 +218,16 @@ class Link:
             ways, memory = (SENDS if request.data is not None else NO_DATA), request.data
         if kind == p.CMD_COMPARE_AND_WRITE:
             ways |= COMPARES
-        request.sums = None
+        sums, request.sums = request.wanted, None
         if self._checked and is_checkable(request):
             kind, ways = _CHECKED[kind], ways | TRAILER
-            request.sums = array("I", bytes(4 * -(-request.length // BLOCK_BYTES)))
+            if sums is None:
+                sums = array("I", bytes(4 * -(-request.length // BLOCK_BYTES)))
+            request.sums = sums
         try:
             request.place = self._transport.post(
                 request.cookie, kind, request.flags, request.offset, request.length, ways, memory,
-                request.sums,
+                sums,
             )  # fmt: skip
         except OSError:  # it has just been closed: the request is one of those that are lost
             self._scope.cancel()

@@ -17,6 +17,7 @@ nothing is confirmed about broken connections. After one breaks:
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
@@ -44,9 +45,11 @@ class PlainDevice(GnbdDevice):
     def _can(self, flag: int) -> bool:
         return bool(self.flags & flag)
 
-    async def write(self, offset_bytes: int, data: Buffer, *, fua: bool = False) -> None:
+    async def write(
+        self, offset_bytes: int, data: Buffer, *, fua: bool = False, sums: array[int] | None = None
+    ) -> None:
         direct = fua and self._can(p.FLAG_SEND_FUA)
-        await super().write(offset_bytes, data, fua=direct)
+        await super().write(offset_bytes, data, fua=direct, sums=sums)
         if fua and not direct:
             await self.flush()
 

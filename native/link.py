@@ -13,11 +13,12 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Union
 
 from native._native import ffi, lib
 
 Buffer = bytes | bytearray | memoryview
+Sums = Union["array[int]", memoryview]
 NO_DATA, SENDS, RECEIVES = range(3)
 TRAILER = 4
 """The checksums travel behind the data (with SENDS or RECEIVES)."""
@@ -53,13 +54,13 @@ class Link:
 
     def post(
         self, tag: int, kind: int, flags: int, offset: int, length: int, ways: int = NO_DATA,
-        data: Buffer | None = None, sums: array[int] | None = None,
+        data: Buffer | None = None, sums: Sums | None = None,
     ) -> int:  # fmt: skip
         """Queue a request that is `tag` to the caller; gives its place, for `move`. `data` is sent
         or filled according to `ways`, also if it is bytes, which only the maker of new ones may
         ask for. `sums` (one u32 for each block): checksums of what is sent, computed here, or of
         what was received, there with the reply. Raises ConnectionError after `close`."""
-        memory = data if type(data) is bytes else _memory(data, length if ways else 0)
+        memory = data if type(data) is bytes else _memory(data, length, ways)
         more = ffi.NULL if sums is None else _sums(sums, length)
         assert sums is not None or not ways & TRAILER
         link = self._link
@@ -72,11 +73,11 @@ class Link:
         return place
 
     def move(
-        self, place: int, tag: int, data: Buffer, length: int, sums: array[int] | None = None
+        self, place: int, tag: int, data: Buffer, length: int, sums: Sums | None = None
     ) -> bool:
         """The memory of a request is elsewhere from now on; False: it is not under way. What has
         been received of the data comes along; `sums` has to be the same one, or a copy."""
-        memory, more = _memory(data, length), _sums(sums, length)
+        memory, more = _memory(data, length, SENDS), _sums(sums, length)
         if not (self._link and lib.native_link_move(self._link, place, tag, memory, more)):
             return False
         self._pins[tag] = (memory, more)
@@ -98,7 +99,7 @@ class Link:
 
     def feed(self, data: Buffer) -> Iterable[tuple[int, int]]:
         """As `receive`, with these bytes."""
-        return self._done(lib.native_link_feed(self._link, _memory(data, 0), len(data)))
+        return self._done(lib.native_link_feed(self._link, _memory(data, 0, SENDS), len(data)))
 
     def drain(self, into: bytearray | memoryview) -> int:
         """Put what is to be sent into a buffer; how much that is."""
@@ -134,15 +135,18 @@ def _ended() -> ConnectionError:
     return ConnectionResetError("the connection has ended")
 
 
-def _memory(data: Buffer | None, length: int) -> Any:
+def _memory(data: Buffer | None, length: int, ways: int) -> Any:
     """Where C finds it; lives as long as the result."""
     if data is None:
+        assert not ways
         return ffi.NULL
     assert len(data) >= length
-    return data if type(data) is bytes else ffi.from_buffer(data)
+    if type(data) is bytes:
+        return data
+    return ffi.from_buffer("uint8_t[]", data, require_writable=bool(ways & RECEIVES))
 
 
-def _sums(sums: array[int] | None, length: int) -> Any:
+def _sums(sums: Sums | None, length: int) -> Any:
     if sums is None:
         return ffi.NULL
     assert sums.itemsize == 4

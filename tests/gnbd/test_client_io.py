@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+from array import array
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
 
@@ -17,10 +18,11 @@ from cluster.ids import Epoch, ServerId
 from gnbd import messages as m
 from gnbd import protocol as p
 from gnbd.client_io import open_device
-from gnbd.link_io import REQUEST_BYTES_MAX
 from gnbd.path_choice import LOSSES
+from gnbd.pieces import REQUEST_BYTES_MAX
 from gnbd.retained import RETAINED_BYTES_MAX
 from lab import block_server
+from native import crc32c_blocks
 from tests.gnbd.harness import export_toml, instance, member, running
 from tests.gnbd.proxy import Relay
 
@@ -667,5 +669,53 @@ def test_what_the_paths_have_done(server, relayed):
 
     def in_flight(device, index):
         return device.core.paths[index].lanes[0].in_flight.values()
+
+    trio_test(body)
+
+
+def test_checksums_of_the_same_call(server):
+    """Of what is read and written, in several requests too; a caller that is cancelled gets its
+    room back."""
+    size = 2 * REQUEST_BYTES_MAX + 5 * 512
+
+    async def body():
+        async with opened(server) as device:
+            data = os.urandom(size)
+            right = crc32c_blocks(data, 4096)
+            for length in (size, 4096, 512):
+                blocks = -(-length // 4096)
+                expected = right[:blocks] if length % 4096 == 0 else None
+                sums = [array("I", bytes(4 * blocks)) for _ in range(2)]
+                await device.write(0, data[:length], sums=sums[0])
+                memory = bytearray(length)
+                await device.read_into(0, memoryview(memory), sums=sums[1])
+                assert memory == data[:length]
+                assert sums[0] == sums[1] == (expected or crc32c_blocks(memory, 4096))
+            with server.control() as control:
+                control.ask(m.FilterCommand("disk0", "add", "delay", {"read_ms": 400}), m.Done)
+            room = array("I", bytes(4))
+            with trio.move_on_after(0.1) as scope:
+                await device.read_into(0, memoryview(bytearray(4096)), sums=room)
+            assert scope.cancelled_caught
+            await eventually(lambda: not device.status()["pending"])
+            assert room[0] == 0
+
+    trio_test(body)
+
+
+def test_memory_that_cannot_be_used(server):
+    """It is refused before anything is sent, and nothing hangs afterwards."""
+
+    async def body():
+        async with opened(server) as device:
+            with pytest.raises(TypeError):
+                await device.read_into(0, memoryview(bytes(512)))
+            with pytest.raises(TypeError):
+                await device.read_into(0, memoryview(bytearray(1024))[::2])
+            for call in (device.write, lambda o, d: device.write_many([(o, d)])):
+                with pytest.raises(TypeError):
+                    await call(0, memoryview(bytes(1024))[::2])
+            await device.write(0, b"f" * 512)
+            assert await device.read(0, 512) == b"f" * 512
 
     trio_test(body)
