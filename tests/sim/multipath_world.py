@@ -57,6 +57,8 @@ class MultipathWorld(FenceWorld):
         self._value = 0
         super().__init__(seed)
         self.streams = Streams(self.world)
+        self.bad_flushes = 0.25 if seed % 3 == 0 else 0.03
+        """So many of them fail: now and then one upon the other."""
         self.start_clients()
 
     def new_servers(self) -> list[Server]:
@@ -151,7 +153,7 @@ class MultipathWorld(FenceWorld):
     # --- faults
 
     def flush_fails(self) -> bool:
-        return self.faults and self.rng.random() < 0.04
+        return self.faults and self.rng.random() < self.bad_flushes
 
     def disk_fails(self) -> bool:
         return self.faults and self.rng.random() < 0.01
