@@ -59,7 +59,8 @@ static int post_ways(const uint8_t *post)
 {
     static const int ways[] = {LINK_RECEIVES, LINK_RECEIVES, LINK_SENDS, LINK_NO_DATA,
                                LINK_RECEIVES | LINK_TRAILER, LINK_SENDS | LINK_TRAILER};
-    return ways[post[0] % (sizeof ways / sizeof *ways)];
+    int found = ways[post[0] % (sizeof ways / sizeof *ways)];
+    return found == LINK_SENDS && post[0] & 64 ? found | LINK_COMPARES : found;
 }
 
 static uint32_t post_length(const uint8_t *post)
@@ -86,10 +87,15 @@ static void make_reply(unsigned post, const uint8_t *posts)
 {
     const uint8_t *what = posts + post * POST_BYTES;
     uint32_t length = post_length(what), error = draw(8) ? 0 : 5;
+    int differs = post_ways(what) & LINK_COMPARES && draw(2);
+    if (differs)
+        error = LINK_MISMATCH;
     uint64_t cookie = htobe64((uint64_t)(post + 1) * LINK_REQUESTS_MAX + post);
     uint32_t head[2] = {htobe32(0x67446698), htobe32(error)};
     put(head, sizeof head);
     put(&cookie, sizeof cookie);
+    if (differs)
+        put(content(post), LINK_PLACE_BYTES);
     if (error || !(post_ways(what) & LINK_RECEIVES))
         return;
     const uint8_t *data = content(post);
@@ -185,7 +191,7 @@ static void check(struct memory *memory, unsigned post, const uint8_t *what, uin
 {
     if (input[MUTATED])
         return;
-    assert(!error || error == 5);
+    assert(!error || error == 5 || (error == LINK_MISMATCH && post_ways(what) & LINK_COMPARES));
     if (error || !post_ways(what))
         return;
     assert(!memcmp(memory->data, content(post), memory->length));
