@@ -13,6 +13,7 @@ fails. A dead local opener counts until it is barred.
 
 from __future__ import annotations
 
+import contextlib
 import secrets
 from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
@@ -48,6 +49,8 @@ from node.instances import LocalInstance
 
 LOCK_PREFIX = "lock:"
 LOCK_WAIT_S = 60.0
+UNLOCK_WAIT_S = 5.0
+"""Then it goes on in the background. A clusterd that ends decides nothing any more."""
 LOCK_POLL_S = 0.2
 SUSPEND_TIMEOUT_S = 60.0
 CALL_TIMEOUT_S = 10.0
@@ -195,8 +198,10 @@ class Volumes:
         try:
             yield
         finally:
-            with trio.CancelScope(shield=True):
+            with trio.move_on_after(UNLOCK_WAIT_S, shield=True) as scope:
                 await self._unlock(name, mine)
+            if scope.cancelled_caught:
+                self._go_on_unlocking(name, mine)
 
     async def _try_lock(self, name: str, mine: dict[str, Any]) -> bool:
         state = await self._daemon.read_state()
@@ -214,7 +219,12 @@ class Volumes:
         try:
             await self._swap(name, "", mine, None)
         except StackError:
-            assert self._daemon.nursery is not None
+            self._go_on_unlocking(name, mine)
+
+    def _go_on_unlocking(self, name: str, mine: dict[str, Any]) -> None:
+        """Unless this clusterd ends: others take the lock of who is out."""
+        assert self._daemon.nursery is not None
+        with contextlib.suppress(RuntimeError):  # its nursery is closed
             self._daemon.nursery.start_soon(self._unlock_later, name, mine)
 
     async def _unlock_later(self, name: str, mine: dict[str, Any]) -> None:
