@@ -43,16 +43,6 @@ SECTIONS = {
 }
 
 
-NOTES = """What the figures do not say: all hosts share two cores, so a mount competes with the
-servers that answer it and with the program that asks; the ratios and distributions are what to look
-at. xfs is a local file system that agrees with nobody. Where an aim of throughput is missed, the
-limit is the way of one request: two changes of process in the kernel's FUSE, two over TCP to the
-block server, each some 20 to 40 us, and about 60 us of Python between them (py-spy: none of the
-parts above a seventh of the time of the mount); with 16 requests under way they overlap. A name is
-seen later than data: the directory and the new inode are two locks, handed over one by one.
-"""
-
-
 def _markdown(results: dict, command: str) -> str:
     lines = [
         "# Benchmarks",
@@ -67,7 +57,7 @@ def _markdown(results: dict, command: str) -> str:
         lines += [f"## {title}", "", "| " + " | ".join(columns) + " |"]
         lines += ["|" + "---|" * len(columns)]
         lines += ["| " + " | ".join(row) + " |" for row in table] + [""]
-    lines += NOTES.splitlines()
+    lines += (Path(__file__).parent / "notes.md").read_text().splitlines()
     return "\n".join(lines)
 
 
@@ -80,7 +70,7 @@ def _markdown(results: dict, command: str) -> str:
 )
 def main(only: tuple[str, ...], json_path: Path, write_docs: bool, directory: Path) -> None:
     """Run the benchmarks."""
-    lab = cluster.create(directory, LabState(3, 2, "4G", "fast"))
+    lab = cluster.create(directory, LabState(3, 2, "4G", "fast", volatile=False))
     results = {}
     try:
         cluster.up(lab)

@@ -1,5 +1,6 @@
-"""fio on one mount, beside fio's nbd engine on a plain export of the same servers and beside an
-empty pyfuse3 file system; in turns, within one run."""
+"""fio on one mount, beside fio's nbd engine on a plain export of one of its servers and beside an
+empty pyfuse3 file system; in turns, within one run. Nothing stands between the servers and their
+files. The export is never flushed; the mount's writes are, every 32 MiB on each server (R7)."""
 
 from __future__ import annotations
 
@@ -10,8 +11,15 @@ from bench import empty
 from lab import hosts
 from lab.topology import MOUNT_POINT, Host, Lab
 
-ROUNDS = 2
+ROUNDS = 3
 RUNTIME_S = 3
+FIRST = {
+    "4k direct random read QD1": 3204,
+    "4k direct random read QD16": 11421,
+    "4k direct random write QD1": 3105,
+    "4k direct random write QD16": 6181,
+}
+"""Of the first version."""
 JOBS = {
     "1M direct read QD8": ["--rw=read", "--bs=1M", "--iodepth=8", "--size=256M"],
     "1M direct write QD8": ["--rw=write", "--bs=1M", "--iodepth=8", "--size=256M"],
@@ -56,9 +64,12 @@ def run(lab: Lab) -> dict:
         f"--filename={path}",
         timeout_s=300,
     )
+    scratch = ["--ioengine=nbd", f"--uri=nbd://{server.address(1)}:10809/scratch"]
+    # A hole is answered without a byte: what is read there has to be written first.
+    hosts.run(lab, node, *COMMON[:3], "--rw=write", "--bs=1M", "--size=256M", *scratch)
     targets = {
         "mount": [*libaio, f"--filename={path}"],
-        "nbd": ["--ioengine=nbd", f"--uri=nbd://{server.address(1)}:10809/scratch"],
+        "nbd": scratch,
         "empty": [*libaio, f"--filename={empty.PATH}/f"],
     }
     samples: dict[str, dict[str, list[float]]] = {j: {t: [] for t in targets} for j in JOBS}
@@ -75,14 +86,18 @@ def run(lab: Lab) -> dict:
         result[job] = {
             **{t: round(v, 1) for t, v in medians.items()},
             "ratio": round(medians["mount"] / base, 3),
-            "aim": 0.3 if job.startswith("1M") else 0.25,
+            "aim": 0.6 if job.startswith("1M") else 0.25,
+            "first": FIRST.get(job, ""),
         }
     return result
 
 
 def rows(result: dict) -> tuple[list[str], list[list[str]]]:
     columns = ["job (MiB/s or IOPS)", "mount", "nbd engine", "empty pyfuse3", "ratio", "aim"]
-    return columns, [
-        [j, str(r["mount"]), str(r["nbd"]), str(r["empty"]), str(r["ratio"]), f">= {r['aim']}"]
-        for j, r in result.items()
-    ]
+    columns.append("first version; aim")
+    table = []
+    for job, r in result.items():
+        values = [str(r[key]) for key in ("mount", "nbd", "empty", "ratio")]
+        before = f"{r['first']}; >= {1.3 * r['first']:.0f}" if r["first"] else ""
+        table.append([job, *values, f">= {r['aim']}", before])
+    return columns, table

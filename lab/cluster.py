@@ -40,7 +40,7 @@ name = "disk0"
 path = "/srv/disk0.img"
 size = "{size}"
 access = "cluster"
-filters = ["volatile"]
+filters = {filters}
 
 [[exports]]
 name = "scratch"
@@ -127,7 +127,9 @@ def _join_node(lab: Lab, node: Host) -> None:
 def _start_server(lab: Lab, server: Host) -> None:
     exports = _state_file(lab, server, "exports.toml")
     if not exports.exists():
-        exports.write_text(_EXPORTS.format(size=lab.state.disk_size, scratch="1G"))
+        filters = '["volatile"]' if lab.state.volatile else "[]"
+        text = _EXPORTS.format(size=lab.state.disk_size, scratch="1G", filters=filters)
+        exports.write_text(text)
     if not _state_file(lab, server, "server.toml").exists():
         token = hosts.run(
             lab,

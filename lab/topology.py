@@ -43,13 +43,16 @@ class Host(msgspec.Struct, frozen=True):
 
 
 class LabState(msgspec.Struct):
-    """The state file. `holders` maps a host to its holder process [pid, start time]."""
+    """The state file. `holders` maps a host to its holder process [pid, start time]. `volatile`: a
+    storage host that loses power loses what was not flushed; the filter that does that executes
+    every request in Python, and is no part of a server that is to be measured."""
 
     nodes: int
     servers: int
     disk_size: str
     profile: str
     formatted: bool = False
+    volatile: bool = True
     holders: dict[str, tuple[int, int]] = {}
 
 
