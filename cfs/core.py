@@ -35,7 +35,7 @@ from cfs.transaction import (
     NotNow,
     Tx,
 )
-from cluster.device import BlockDevice
+from cluster.device import BlockDevice, PromptDevice
 from cluster.errors import BarredError, DeviceError
 from cluster.locks import CachedLock, LockManager, Mode
 
@@ -59,6 +59,7 @@ class Core:
         superblock: Superblock,
     ) -> None:
         self.device = device
+        self.prompt = device if isinstance(device, PromptDevice) else None
         self.locks = locks
         self.environment = environment
         self.runtime = environment.runtime

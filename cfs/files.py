@@ -349,61 +349,6 @@ class Files:
             count -= length
         return result
 
-    async def write_direct(
-        self, state: InodeState, offset: int | None, data: Buffer, *, kill: bool = True
-    ) -> tuple[int, int]:
-        """Past the buffer when all blocks of the range are written; else through it, and out of it
-        before it returns. Raises FsError(EIO) if the disk refuses."""
-        core = self.core
-        length = len(data)
-        if offset is not None and not offset % BLOCK_BYTES and not length % BLOCK_BYTES and length:
-            runs = await core.run(lambda tx: self._direct_body(tx, state, offset, length, kill))
-            if runs is not None:
-                view = memoryview(data)
-                writes: list[tuple[int, Buffer]] = []
-                for logical, physical, blocks, _ in runs:
-                    start = logical * BLOCK_BYTES - offset
-                    writes.append((physical, view[start : start + blocks * BLOCK_BYTES]))
-                try:
-                    await core.pages.write_direct(state, writes)
-                except DeviceError as error:
-                    raise FsError(errno.EIO, error.message) from error
-                return offset, length
-        failures = state.errors.count
-        done = await self.write(state, offset, data, kill=kill)
-        await core.pages.flush(state)
-        if state.errors.count != failures:
-            raise FsError(errno.EIO, "the disk refused the data")
-        return done
-
-    def _direct_body(
-        self, tx: Tx, state: InodeState, offset: int, length: int, kill: bool
-    ) -> list[extents.Piece] | None:
-        """The blocks of a range that is written and lies inside the file; None for any other."""
-        seen = tx.inode(state)
-        need_regular(seen)
-        if seen.root is None or offset + length > seen.size:
-            return None
-        first, count = offset // BLOCK_BYTES, length // BLOCK_BYTES
-        runs = extents.pieces(tx, state, seen, first, count)
-        if not all(block and not unwritten for _, block, _, unwritten in runs):
-            return None
-        need_mutable(seen)
-        pages = self.core.pages
-        if pages.overlaps(state, first, first + count):
-            raise NeedWait(lambda: pages.settle(state))
-        inode = tx.edit_inode(state)
-        self.drop_privileges(tx, state, inode, kill=kill)
-        self.touch(inode)
-
-        def forget_clean() -> None:
-            if state.clean:
-                for index in range(first, first + count):
-                    state.clean.pop(index, None)
-
-        tx.after(forget_clean)
-        return runs
-
     # -- cutting ---------------------------------------------------------------------------------
 
     def set_size(self, tx: Tx, state: InodeState, inode: InodeNode, size: int) -> bool:

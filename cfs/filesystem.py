@@ -22,6 +22,7 @@ from cfs import stage
 from cfs.attributes import BLOCK_BYTES, Attributes, DirEntry, MountOptions, SetAttributes, Totals
 from cfs.background import Background
 from cfs.core import Core
+from cfs.direct import DirectIo
 from cfs.errors import FsError
 from cfs.inodes import Inodes
 from cfs.lock_names import MOUNT_LOCK
@@ -32,7 +33,7 @@ from cfs.range_calls import RangeCalls
 from cfs.renames import Renames
 from cfs.seams import Environment, Runtime
 from cfs.transaction import READER, Missing
-from cluster.device import BlockDevice, Buffer
+from cluster.device import BlockDevice, Buffer, Read, Written
 from cluster.errors import BarredError, BusyError
 from cluster.ids import Instance
 from cluster.locks import CachedLock, LockManager, Mode
@@ -64,6 +65,7 @@ class FileSystem(RangeCalls):
     def __init__(self, core: Core, mount_lock: CachedLock) -> None:
         super().__init__(core)
         self.root_ino = core.superblock.root_ino
+        self.direct = DirectIo(core, self.files, self.reader)
         self.orphans: Orphans
         self.names: Names
         self.renames: Renames
@@ -236,6 +238,17 @@ class FileSystem(RangeCalls):
     def try_write_held(self, ino: int, offset: int, data: Buffer, *, kill: bool) -> int:
         """As `write_held`."""
         return self.files.try_write(self.core.state(ino), offset, data, kill=kill)
+
+    def start_read(self, ino: int, offset: int, size: int, done: Read) -> None:
+        """As a direct `read`, of which `done` is told the end, perhaps before this returns. An end
+        with NotNow: read again. Raises NotNow."""
+        self.direct.start_read(self.core.state(ino), offset, size, done)
+
+    def start_write(
+        self, ino: int, offset: int, data: Buffer, done: Written, *, kill: bool
+    ) -> None:
+        """As a direct `write`, likewise. The caller may change `data` when this has returned."""
+        self.direct.start_write(self.core.state(ino), offset, data, done, kill=kill)
 
     def try_getxattr(self, ino: int, name: bytes) -> bytes | None:
         """As `getxattr`, if it needs neither a message nor the disk. Raises ENODATA."""
@@ -437,7 +450,7 @@ class FileSystem(RangeCalls):
         await state.hold(Mode.EX)
         try:
             if direct:
-                done, length = await self.files.write_direct(state, at, data, kill=kill)
+                done, length = await self.direct.write(state, at, data, kill=kill)
             else:
                 done, length = await self.files.write(state, at, data, kill=kill)
             if sync:

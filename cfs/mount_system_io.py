@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from native.process import lock_memory, set_io_flusher
+from native.process import keep_memory, lock_memory, set_io_flusher
 
 log = logging.getLogger("cfs.mount")
 
@@ -22,6 +22,8 @@ MNT_FORCE = 1
 MNT_DETACH = 2
 UMOUNT_NOFOLLOW = 8
 SWITCH_INTERVAL_S = 0.0005
+FREE_BYTES_KEPT = 64 << 20
+"""Of memory that data was moved through."""
 GC_THRESHOLDS = (100_000, 50, 100)
 OPEN_FILES = 65536
 
@@ -87,6 +89,7 @@ def settle_process() -> None:
     os.umask(0)
     set_io_flusher()
     sys.setswitchinterval(SWITCH_INTERVAL_S)
+    keep_memory(FREE_BYTES_KEPT)
     import resource
 
     _soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)

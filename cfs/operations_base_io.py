@@ -19,6 +19,7 @@ from cfs.kernel_cache_io import ROOT_NODE, KernelCaches
 from cfs.mount_fuse_io import fuse, pyfuse3
 from cfs.mount_interrupt_io import CHANGES, RequestWaits
 from cfs.operations_entry_io import PlainEntry, entry
+from cluster.device import Buffer
 from cluster.errors import BarredError
 from cluster.locks import CachedLock, Mode
 from native.requests import Opcode, Request
@@ -71,8 +72,10 @@ class OperationsBase(pyfuse3.Operations):  # type: ignore[misc]
         self._root = fs.root_ino
         self._plain = PlainEntry()
         self.barred = False
-        self.answer: Callable[[Request, int, bytes], None] = lambda request, error, data: None
+        self.answer: Callable[[Request, int, bytes | list[Buffer]], None]
         """Answers a request with an errno, or 0 and data: `cfs.operations_extension_io`."""
+        self.answer_later: Callable[[Request, Callable[[Request, bytes], Awaitable[bytes]]], None]
+        """Gives a parked request a task after all."""
         self.request: Request
         """The request being dispatched; valid until the first await of its handler."""
 

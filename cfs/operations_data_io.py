@@ -23,7 +23,8 @@ from cfs.mount_fuse_io import pyfuse3
 from cfs.mount_interrupt_io import RequestWaits
 from cfs.mount_system_io import write_calls
 from cfs.operations_base_io import Handle, handler
-from cfs.operations_extension_io import Extension
+from cfs.operations_direct_io import DirectRead, DirectWrite
+from cfs.operations_extension_io import Answer, Extension, Parked
 from cfs.operations_open_io import OpenOperations
 from cluster.device import Buffer
 from cluster.locks import CachedLock, Mode
@@ -80,7 +81,8 @@ class DataOperations(OpenOperations):
     def data_extensions(self) -> dict[Opcode, Extension]:
         return {
             Opcode.FLUSH: Extension(self._flush, self._try_flush),
-            Opcode.WRITE: Extension(self._write, self._try_write),
+            Opcode.READ: Extension(self.read_waiting, self._try_read),
+            Opcode.WRITE: Extension(self._write, try_in_place=self._try_write),
         }
 
     def _try_flush(self, request: Request, body: bytes) -> bytes:
@@ -113,10 +115,13 @@ class DataOperations(OpenOperations):
 
     # -- reading -------------------------------------------------------------------------------
 
-    @handler
-    async def read(self, fh: pyfuse3.FileHandleT, off: int, size: int) -> bytes:
-        handle, request = self.handles[fh], self.request
-        data = await self._read(handle, request, off, size)
+    def _try_read(self, request: Request, body: bytes) -> Answer | Parked | None:
+        return DirectRead(self, request).now_or_later() if request.past_cache else None
+
+    async def read_waiting(self, request: Request, body: bytes) -> bytes:
+        """Any READ, in a task."""
+        handle = self.handles[request.handle]
+        data = await self._read(handle, request, request.offset, request.size)
         if not request.flags & os.O_NOATIME:
             self.fs.accessed(handle.inode.number)
         return data
@@ -164,16 +169,20 @@ class DataOperations(OpenOperations):
 
     # -- writing -------------------------------------------------------------------------------
 
-    def _try_write(self, request: Request, body: bytes) -> bytes | None:
-        """The common case: through the page cache, under a lock that is here."""
-        if request.laundered or request.past_cache or request.flags & WAITING_FLAGS:
+    def _try_write(self, request: Request, body: memoryview) -> Answer | Parked | None:
+        """The common cases: under a lock that is here."""
+        if request.laundered or request.flags & WAITING_FLAGS:
             return None
         handle = self.handles[request.handle]
+        if request.past_cache:
+            if handle.uncached or not request.flags & os.O_DIRECT:
+                return None
+            return DirectWrite(self, request, body[fuse_layout.WRITE_IN_BYTES :]).now_or_later()
         inode, lock = handle.inode, handle.lock
         # `filled`: pages were invalidated, and this WRITE may be near that.
         if inode.revoking or inode.filled or not lock.try_hold(Mode.EX):
             return None
-        off, buf = request.offset, memoryview(body)[fuse_layout.WRITE_IN_BYTES :]
+        off, buf = request.offset, body[fuse_layout.WRITE_IN_BYTES :]
         try:
             kill = request.kills_privileges
             if kill and (seen := self.fs.try_getattr(inode.number)) and seen.mode & 0o6000:

@@ -18,6 +18,7 @@ import trio
 from cfs.mount_fuse_io import fuse
 from cfs.operations_base_io import OperationsBase
 from cfs.transaction import NotNow
+from cluster.device import Buffer
 from native.requests import Opcode, Request
 
 log = logging.getLogger("cfs.operations")
@@ -45,13 +46,19 @@ class Parked(enum.Enum):
 PARKED: Final = Parked.PARKED
 
 
+Answer = bytes | list[Buffer]
+"""The data of an answer, whole or in pieces."""
+
+
 class Extension(NamedTuple):
     """How one operation is answered."""
 
     handle: Handler
-    try_now: Callable[[Request, bytes], bytes | Parked | None] | None = None
+    try_now: Callable[[Request, bytes], Answer | Parked | None] | None = None
     """The answer if it needs no waiting at all; None or NotNow: nothing is done, and `handle` is
     asked. May raise FsError, or Later."""
+    try_in_place: Callable[[Request, memoryview], Answer | Parked | None] | None = None
+    """As `try_now`, in its place, for bodies that are long: the view ends with the call."""
 
 
 class Extensions:
@@ -64,6 +71,7 @@ class Extensions:
         self._nursery: trio.Nursery | None = None
         self._ended = False
         operations.answer = self.answer
+        operations.answer_later = self.answer_later
         fuse.divert(table)
 
     async def run(self, task_status: trio.TaskStatus[None]) -> None:
@@ -80,16 +88,22 @@ class Extensions:
         """Answer the diverted request that was just read, or start the task that will. `length` is
         that of its body. Called by whoever reads the session."""
         request = fuse.current_request()
-        body = fuse.body(length)
         extension = self._rows[request.opcode]
         name = self._names[request.opcode]
         counters = self._operations.counters
         counters[name] = counters.get(name, 0) + 1
         assert extension is not None
         handle = extension.handle
-        if extension.try_now is not None:
+        view = fuse.body(length)
+        body = b"" if extension.try_in_place is not None else bytes(view)
+        if extension.try_now is not None or extension.try_in_place is not None:
+            data: Answer | Parked | None
             try:
-                data = extension.try_now(request, body)
+                if extension.try_in_place is not None:
+                    data = extension.try_in_place(request, view)
+                else:
+                    assert extension.try_now is not None
+                    data = extension.try_now(request, body)
             except NotNow:
                 data = None
             except Later as later:
@@ -101,7 +115,12 @@ class Extensions:
                 if data is not PARKED:
                     self._reply(name, request, 0, data)
                 return
+        self._begin(request, handle, body or bytes(view))
+
+    def _begin(self, request: Request, handle: Handler, body: bytes) -> None:
+        """A task of its own for a request."""
         assert self._nursery is not None, "requests are read before `run` has started"
+        name = self._names[request.opcode]
         self._nursery.start_soon(self._answer, name, handle, request, body, name=name)
 
     async def _answer(self, name: str, handle: Handler, request: Request, body: bytes) -> None:
@@ -119,15 +138,23 @@ class Extensions:
             operations.waits.finished(request.unique)
         self._reply(name, request, error, data)
 
-    def answer(self, request: Request, error: int, data: bytes = b"") -> None:
+    def answer(self, request: Request, error: int, data: Answer = b"") -> None:
         """The late answer to a request."""
         if not self._ended:
             self._reply(self._names[request.opcode], request, error, data)
 
-    def _reply(self, name: str, request: Request, error: int, data: bytes = b"") -> None:
+    def answer_later(self, request: Request, handle: Handler) -> None:
+        """A request without a body was parked in vain: it needs a task after all."""
+        if not self._ended:
+            self._begin(request, handle, b"")
+
+    def _reply(self, name: str, request: Request, error: int, data: Answer = b"") -> None:
         if request.opcode in fuse.UNANSWERED:
             return
         try:
-            fuse.reply(request.unique, error, data)
+            if isinstance(data, list):
+                fuse.reply_pieces(request.unique, data)
+            else:
+                fuse.reply(request.unique, error, data)
         except OSError as failure:  # the connection has been aborted: nobody waits
             log.debug("answer to %s: %s", name, failure)

@@ -20,7 +20,7 @@ from cfs.attributes import BLOCK_BYTES, MountOptions
 from cfs.cache import InodeState, Page
 from cfs.journal import FlushCounter, are_few, joined
 from cfs.seams import Event, Runtime
-from cluster.device import Buffer
+from cluster.device import Buffer, PromptDevice, Written
 from cluster.errors import DeviceError
 
 REFUSED_IN_A_ROW_MAX = 64
@@ -129,12 +129,31 @@ class DirtyPages:
                 [(block * BLOCK_BYTES, data) for block, data in writes]
             )
         finally:
-            # Also after an error: what was written must be flushed before the lock leaves.
-            state.written_at = self._counter.wrote()
-            state.direct_writes -= 1
-            if not state.direct_writes and state.direct_done is not None:
-                state.direct_done.set()
-                state.direct_done = None
+            self._wrote_direct(state)
+
+    def start_direct(
+        self,
+        device: PromptDevice,
+        state: InodeState,
+        writes: list[tuple[int, Buffer]],
+        done: Written,
+    ) -> None:
+        """As `write_direct`, without a task. `device`: ours."""
+        state.direct_writes += 1
+
+        def ended(error: Exception | None) -> None:
+            self._wrote_direct(state)
+            done(error)
+
+        device.start_write([(block * BLOCK_BYTES, data) for block, data in writes], ended)
+
+    def _wrote_direct(self, state: InodeState) -> None:
+        # Also after an error: what was written must be flushed before the lock leaves.
+        state.written_at = self._counter.wrote()
+        state.direct_writes -= 1
+        if not state.direct_writes and state.direct_done is not None:
+            state.direct_done.set()
+            state.direct_done = None
 
     async def room(self, size: int) -> None:
         """Wait while there is too much unwritten data; first come, first served. The caller may

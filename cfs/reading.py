@@ -45,7 +45,7 @@ class FileReader:
 
     async def read(self, state: InodeState, offset: int, size: int) -> bytes:
         core = self.core
-        place = self._one_place(state, offset, size)
+        place = self.one_place(state, offset, size)
         if place:
             version = state.map_version
             try:
@@ -68,7 +68,7 @@ class FileReader:
                 return self._assemble(parts, blocks, offset, size, state)
 
     @staticmethod
-    def _one_place(state: InodeState, offset: int, size: int) -> int:
+    def one_place(state: InodeState, offset: int, size: int) -> int:
         """Where a range of whole blocks inside the file is on the device, if that is one place and
         easily found: the extents are in the inode and nothing newer is in memory. Else 0."""
         node = state.nodes.get(state.number)

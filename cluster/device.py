@@ -8,10 +8,14 @@ has been put out of the cluster: then nothing that was not flushed may be assume
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from typing import Protocol, runtime_checkable
 
 Buffer = bytes | bytearray | memoryview
+Read = Callable[[Exception | None, list[Buffer]], None]
+"""How a read that was started ends: an error, or the bytes in pieces, in order."""
+Written = Callable[[Exception | None], None]
+"""How a write that was started ends."""
 
 
 class BlockDevice(Protocol):
@@ -46,3 +50,20 @@ class BlockDevice(Protocol):
         ...
 
     async def write_zeroes(self, offset_bytes: int, length_bytes: int) -> None: ...
+
+
+@runtime_checkable
+class PromptDevice(Protocol):
+    """A `BlockDevice` that is also asked without a task: the end is a call, made once, perhaps
+    before `start_...` returns. It must not raise. Nobody can cancel what was started."""
+
+    def can_start(self) -> bool:
+        """Whether a request may be started now; else the caller has to wait, with `read` or
+        `write_many`."""
+        ...
+
+    def start_read(self, offset_bytes: int, length_bytes: int, done: Read) -> None: ...
+
+    def start_write(self, parts: Sequence[tuple[int, Buffer]], done: Written) -> None:
+        """As `write_many`. The caller may change the data as soon as this has returned."""
+        ...

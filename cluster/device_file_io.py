@@ -18,7 +18,7 @@ from typing import TypeVar
 
 import trio
 
-from cluster.device import Buffer
+from cluster.device import Buffer, Read, Written
 from cluster.errors import DeviceError
 
 _FALLOC_KEEP_SIZE = 1
@@ -95,7 +95,7 @@ class FileDevice:
                 return await trio.to_thread.run_sync(work)
             return work()
         except OSError as error:
-            raise DeviceError(f"{self.path}: {error.strerror}") from error
+            raise self._failure(error) from error
 
     def _read_now(self, offset_bytes: int, length_bytes: int) -> bytes:
         if not self._direct:
@@ -152,6 +152,34 @@ class FileDevice:
         return await self._run(
             lambda: [self._read_now(offset, length) for offset, length in ranges]
         )
+
+    def can_start(self) -> bool:
+        return not self._offload
+
+    def start_read(self, offset_bytes: int, length_bytes: int, done: Read) -> None:
+        self._check(offset_bytes, length_bytes)
+        try:
+            data = self._read_now(offset_bytes, length_bytes)
+        except (OSError, DeviceError) as error:
+            done(self._failure(error), [])
+        else:
+            done(None, [data])
+
+    def start_write(self, parts: Sequence[tuple[int, Buffer]], done: Written) -> None:
+        for offset, data in parts:
+            self._check(offset, memoryview(data).nbytes)
+        try:
+            for offset, data in parts:
+                self._write_now(offset, data, False)
+        except OSError as error:
+            done(self._failure(error))
+        else:
+            done(None)
+
+    def _failure(self, error: OSError | DeviceError) -> DeviceError:
+        if isinstance(error, DeviceError):
+            return error
+        return DeviceError(f"{self.path}: {error.strerror}")
 
     async def write(self, offset_bytes: int, data: Buffer, *, fua: bool = False) -> None:
         await self.write_many([(offset_bytes, data)], fua=fua)

@@ -18,7 +18,7 @@ from collections.abc import Awaitable, Callable, Sequence
 
 import msgspec
 
-from cluster.device import Buffer
+from cluster.device import Buffer, Read, Written
 
 CHUNK_BYTES = 64 * 1024
 SECTOR_BYTES = 512
@@ -200,6 +200,19 @@ class MemoryDevice:
     async def write_many(self, parts: Sequence[tuple[int, Buffer]], *, fua: bool = False) -> None:
         for offset, data in parts:
             await self.write(offset, data, fua=fua)
+
+    def can_start(self) -> bool:
+        return self.hook is None
+
+    def start_read(self, offset_bytes: int, length_bytes: int, done: Read) -> None:
+        self._check(offset_bytes, length_bytes)
+        done(None, [self._current.read(offset_bytes, length_bytes)])
+
+    def start_write(self, parts: Sequence[tuple[int, Buffer]], done: Written) -> None:
+        for offset, data in parts:
+            self._check(offset, memoryview(data).nbytes)
+            self._apply(LoggedWrite(offset, bytes(data)))
+        done(None)
 
     def _apply(self, entry: LoggedWrite) -> None:
         self._current.write(entry.offset_bytes, entry.data)

@@ -173,6 +173,15 @@ class WriteRun(msgspec.Struct, gc=False):
     buffers: list[memoryview]
 
 
+def joined(runs: list[WriteRun]) -> list[tuple[int, Buffer]]:
+    """One buffer for each run: a copy of at most RUN_BYTES_MAX costs less than the requests that
+    it saves."""
+    return [
+        (run.offset_bytes, run.buffers[0] if len(run.buffers) == 1 else b"".join(run.buffers))
+        for run in runs
+    ]
+
+
 class Layout:
     """A map prepared for the data path. Legs are numbered by position in `pvs`."""
 

@@ -23,9 +23,10 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 import trio
 
 from cluster.control import InstanceGranted, ServerInfo, ViewInfo
-from cluster.device import BlockDevice, Buffer
-from cluster.errors import BarredError, StackError
+from cluster.device import BlockDevice, Buffer, PromptDevice, Read, Written
+from cluster.errors import StackError
 from cluster.ids import Epoch
+from cvm.gathered import GatheredRead, GatheredWrite, worst
 from cvm.layout import (
     Layout,
     Leg,
@@ -34,6 +35,7 @@ from cvm.layout import (
     WriteRun,
     assemble,
     decode_map_untrusted,
+    joined,
     map_legs,
     same_layout,
 )
@@ -107,7 +109,7 @@ async def _all(calls: Sequence[Callable[[], Awaitable[None]]]) -> None:
             nursery.start_soon(run, call)
         await run(calls[0])
     if errors:
-        raise next((one for one in errors if isinstance(one, BarredError)), errors[0])
+        raise worst(errors)
 
 
 class VolumeDevice:
@@ -120,6 +122,8 @@ class VolumeDevice:
         self._layout: Layout | None = None
         self._legs: dict[str, _LegState] = {}
         self._order: list[_LegState] = []
+        self._prompt: list[PromptDevice] = []
+        """The legs in the same order, if all can be asked without a task."""
         self._suspended = False
         self._closed = True
         self._in_flight = 0
@@ -219,6 +223,51 @@ class VolumeDevice:
 
     async def write_zeroes(self, offset_bytes: int, length_bytes: int) -> None:
         await self._each_run(offset_bytes, length_bytes, "write_zeroes")
+
+    # --- without a task ------------------------------------------------------------------------
+
+    def can_start(self) -> bool:
+        """The gate is open, and the legs can start as well."""
+        if self._closed or not self._prompt:
+            return False
+        return all(leg.can_start() for leg in self._prompt)
+
+    def start_read(self, offset_bytes: int, length_bytes: int, done: Read) -> None:
+        layout = self._layout
+        assert layout is not None and not self._closed  # noqa: PT018
+        self._in_flight += 1
+
+        def ended(error: Exception | None, pieces: list[Buffer]) -> None:
+            self._leave()
+            done(error, pieces)
+
+        place = layout.locate(offset_bytes, length_bytes)
+        if place is not None:
+            self._prompt[place[0]].start_read(place[1], length_bytes, ended)
+            return
+        gathered = GatheredRead(layout.plan_reads([(offset_bytes, length_bytes)]), ended)
+        for number, index, (start, length) in gathered.runs:
+            self._prompt[number].start_read(start, length, gathered.taker(number, index))
+
+    def start_write(self, parts: Sequence[tuple[int, Buffer]], done: Written) -> None:
+        layout = self._layout
+        assert layout is not None and not self._closed  # noqa: PT018
+        self._in_flight += 1
+
+        def ended(error: Exception | None) -> None:
+            self._leave()
+            done(error)
+
+        plan = layout.plan_writes(parts)
+        gathered = GatheredWrite(len(plan), ended)
+        for number, runs in plan.items():
+            gathered_leg = partial(self._wrote, self._order[number], gathered)
+            self._prompt[number].start_write(joined(runs), gathered_leg)
+
+    @staticmethod
+    def _wrote(state: _LegState, gathered: GatheredWrite, error: Exception | None) -> None:
+        state.written += 1  # also after an error: a part may have been written
+        gathered.took(error)
 
     # --- legs ----------------------------------------------------------------------------------
 
@@ -362,6 +411,10 @@ class VolumeDevice:
             await self._wait_drained()
             layout = Layout(volume_map)
             self._order = [self._legs[pv] for pv in layout.pvs]
+            legs = [state.device for state in self._order]
+            self._prompt = [leg for leg in legs if isinstance(leg, PromptDevice)]
+            if len(self._prompt) != len(legs):
+                self._prompt = []
             self._layout = layout
         self._map = volume_map
         await self._declare(volume_map.sequence)
@@ -414,14 +467,9 @@ async def _flush_leg(state: _LegState) -> None:
 
 
 async def _write_leg(state: _LegState, runs: list[WriteRun], fua: bool) -> None:
-    """One vectored call for all runs of a leg. Buffers that lie side by side there are joined: a
-    copy of at most RUN_BYTES_MAX costs less than the requests it saves."""
-    parts: list[tuple[int, Buffer]] = [
-        (run.offset_bytes, run.buffers[0] if len(run.buffers) == 1 else b"".join(run.buffers))
-        for run in runs
-    ]
+    """One vectored call for all runs of a leg."""
     try:
-        await state.device.write_many(parts, fua=fua)
+        await state.device.write_many(joined(runs), fua=fua)
     finally:
         if not fua:
             state.written += 1  # also after an error: some may have been written

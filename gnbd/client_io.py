@@ -37,6 +37,7 @@ from gnbd.link_io import Group, Link
 from gnbd.path_stats import PathStats, path_stats
 from gnbd.pieces import REQUEST_BYTES_MAX, chunks, flat, reads_into, writes
 from gnbd.retained import owned
+from gnbd.started_io import Starter
 from native.buffers import unset_bytes
 
 RETRY_FIRST_S = 0.02
@@ -70,7 +71,7 @@ class Options(msgspec.Struct, frozen=True):
     tls: TlsSection | None = None
 
 
-class GnbdDevice:
+class GnbdDevice(Starter):
     """A `cluster.device.BlockDevice`. Make it with `open_device`."""
 
     def __init__(

@@ -3,10 +3,11 @@
 C moves the bytes (`native.link`), under TLS to and from a thread that encrypts them.
 
 A request costs no task. Its caller posts it and parks on a counter (`Group`). The first few under
-way are sent at once; with more, those that are posted in one turn of the scheduler go out together,
-by the sender. A receiver takes many replies in one call. When nothing is in flight the receiver
-rests, and the caller of the next request takes the replies in its place (`lead`) until its own has
-come: one switch of tasks less.
+way, and large ones, are sent at once; with more, those that are posted in one turn of the scheduler
+go out together, by the sender. A receiver takes many replies in one call. When nothing is in flight
+the receiver rests, and the caller of the next request takes the replies in its place (`lead`) until
+its own has come: one switch of tasks less. While requests come that are answered by a call, it does
+not rest.
 
 Memory of a request belongs to the link until the reply, `Link.forsake` or `Link.close`.
 """
@@ -27,6 +28,7 @@ from cluster.paths_io import boottime_ns
 from gnbd import protocol as p
 from gnbd.client import WITH_DATA, Lane, Request
 from gnbd.connection_io import Connection
+from gnbd.path_choice import LARGE_BYTES
 from gnbd.retained import is_fixed
 from native.buffers import unset_bytes
 from native.link import (
@@ -152,10 +154,14 @@ class Link:
         """Requests that nobody has tried to send."""
         self._is_full = False
         """The socket takes no more; the sender waits for it."""
+        self._at_once = False
+        """Something large is posted: the server would idle until it is the sender's turn."""
         self._receiver: trio.lowlevel.Task | None = None
         """The receiver while it rests."""
         self._led = False
         self._leader_waits = False
+        self.callers_lead = True
+        """Whether the last caller waits, and might have led: if not, the receiver does not rest."""
         self.pinged_ns = 0
         """When the PING that is under way was sent; 0: none is."""
         self._unheard_ns = 0
@@ -232,6 +238,7 @@ class Link:
         except OSError:  # it has just been closed: the request is one of those that are lost
             self._scope.cancel()
         self._posted += 1
+        self._at_once = self._at_once or request.length >= LARGE_BYTES
 
     def kick(self) -> None:
         """Send: now, or together with what others post in this turn."""
@@ -239,7 +246,8 @@ class Link:
             self._wake_receiver()
         if self._is_full or not self._posted:
             return
-        waits = self._posted < SENT_TOGETHER and len(self.lane.in_flight) > SENT_AT_ONCE_MAX
+        few = self._posted < SENT_TOGETHER and not self._at_once
+        waits = few and len(self.lane.in_flight) > SENT_AT_ONCE_MAX
         if (waits or self._send()) and self._sender is not None:
             task, self._sender = self._sender, None
             trio.lowlevel.reschedule(task)
@@ -247,6 +255,7 @@ class Link:
     def _send(self) -> bool:
         """Whether something is left that the socket does not take now."""
         self._posted = 0
+        self._at_once = False
         try:
             return self._transport.send()
         except OSError:
@@ -296,7 +305,7 @@ class Link:
         """Takes replies until the connection ends, then gives up the whole path."""
         try:
             while True:
-                if self._led or not self.lane.in_flight:
+                if self._led or (self.callers_lead and not self.lane.in_flight):
                     self._receiver = trio.lowlevel.current_task()
                     await trio.lowlevel.wait_task_rescheduled(self._abort_receiver)
                     continue
@@ -330,6 +339,7 @@ class Link:
 
     def take_lead(self) -> bool:
         """Whether the caller may `lead`, which it then must do at once: the receiver rests."""
+        self.callers_lead = True
         if self._receiver is None or self._led:
             return False
         self._led = True

@@ -30,7 +30,7 @@ import os
 import re
 import struct
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from native.gate import Gate
@@ -200,6 +200,7 @@ def divert(opcodes: Iterable[Opcode]) -> None:
     lib.native_fuse_divert(sum(1 << opcode for opcode in wanted))
 
 
+PIECES_MAX = 64
 NOTHING = -1
 FOR_LIBFUSE = -2
 MESSAGE_BYTES_MAX = (1 << 20) + 4096 - 40
@@ -214,15 +215,27 @@ def read() -> int:
     return int(lib.native_fuse_read())
 
 
-def body(length: int) -> bytes:
-    """What follows the header (as in linux/fuse.h) of the message that was read last."""
-    return bytes(_message[:length])
+def body(length: int) -> memoryview:
+    """What follows the header (as in linux/fuse.h) of the message that was read last, in place:
+    good until the next `read`."""
+    return _message[:length]
 
 
 def reply(unique: int, error: int, data: bytes = b"") -> None:
     """Answer a diverted request with an errno, or with 0 and data. It passes the gate as any
     other answer. Does nothing if nobody waits any more. Raises OSError."""
     failed = lib.native_fuse_reply(unique, error, data, 0 if error else len(data))
+    if failed not in (0, errno.ENOENT):
+        raise OSError(failed, os.strerror(failed))
+
+
+def reply_pieces(unique: int, pieces: Sequence[bytes | bytearray | memoryview]) -> None:
+    """As `reply`, with data that lies in pieces."""
+    if len(pieces) > PIECES_MAX:
+        pieces = [b"".join(pieces)]
+    views = [ffi.from_buffer(piece) for piece in pieces]
+    sizes = [len(view) for view in views]
+    failed = lib.native_fuse_reply_pieces(unique, views, sizes, len(views))
     if failed not in (0, errno.ENOENT):
         raise OSError(failed, os.strerror(failed))
 

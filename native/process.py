@@ -26,6 +26,12 @@ def lock_memory() -> None:
     _check(lib.native_lock_memory())
 
 
+def keep_memory(free_bytes: int) -> None:
+    """Memory that was freed stays with this process until so much of it is free in one piece: what
+    moves large data gets warm pages again instead of faults."""
+    _check(lib.native_keep_memory(free_bytes))
+
+
 def set_parent_death_signal(signal: int) -> None:
     """This process gets `signal` when the thread that started it ends (0: nothing)."""
     _check(lib.native_parent_death_signal(signal))

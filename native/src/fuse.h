@@ -82,6 +82,7 @@ void native_fuse_divert(uint64_t opcodes);
 void *native_fuse_message(void);
 ssize_t native_fuse_read(void);
 int native_fuse_reply(uint64_t unique, int error, const void *data, size_t size);
+int native_fuse_reply_pieces(uint64_t unique, void **data, const size_t *sizes, int count);
 void native_fuse_set_gate(void *gate);
 size_t native_fuse_gate_flush(void);
 int native_fuse_gate_abandon(uint64_t unique, int error);

@@ -12,6 +12,7 @@
 
 #define MESSAGE_BYTES ((size_t)(1 << 20) + 4096) /* the most that is negotiated, and its headers */
 
+enum { PIECES_MAX = 64 };
 enum { NOTHING = -1, FOR_LIBFUSE = -2 }; /* native.fuse knows them too */
 
 static enum { EMPTY, FOR_PYTHON, KEPT } state;
@@ -82,4 +83,16 @@ int native_fuse_reply(uint64_t unique, int error, const void *data, size_t size)
     struct fuse_out_header header = {(uint32_t)(sizeof header + size), -error, unique};
     struct iovec iov[2] = {{&header, sizeof header}, {(void *)data, size}};
     return gate_writev(native_fuse_session_fd(), iov, size ? 2 : 1) < 0 ? errno : 0;
+}
+
+/* As native_fuse_reply with data that lies in at most PIECES_MAX pieces. */
+int native_fuse_reply_pieces(uint64_t unique, void **data, const size_t *sizes, int count)
+{
+    struct fuse_out_header header = {sizeof header, 0, unique};
+    struct iovec iov[1 + PIECES_MAX] = {{&header, sizeof header}};
+    for (int i = 0; i < count; i++) {
+        iov[i + 1] = (struct iovec){data[i], sizes[i]};
+        header.len += (uint32_t)sizes[i];
+    }
+    return gate_writev(native_fuse_session_fd(), iov, 1 + count) < 0 ? errno : 0;
 }

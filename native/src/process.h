@@ -4,5 +4,6 @@
 
 int native_set_io_flusher(int on);
 int native_lock_memory(void);
+int native_keep_memory(int bytes);
 int native_parent_death_signal(int signal);
 #endif

@@ -236,7 +236,7 @@ async def test_sync_waits_for_what_is_on_its_way() -> None:
     async with mounted(device, unmount=False) as fs:
         ino = await make_file(fs, b"f", b"a" * 50_000)
         await fs.sync()
-        data_offset = fs.reader._one_place(fs.core.state(ino), 0, BLOCK_BYTES)
+        data_offset = fs.reader.one_place(fs.core.state(ino), 0, BLOCK_BYTES)
         await fs.write(ino, 0, b"b" * 50_000)
         device.hook = block
         async with trio.open_nursery() as nursery:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 
 import msgspec
 import pytest
@@ -10,12 +11,13 @@ import trio
 import trio.testing
 
 from cluster.control import ViewInfo
+from cluster.device import Buffer, Written
 from cluster.device_memory import MemoryDevice
 from cluster.errors import BarredError, DeviceError, StackError
 from cluster.ids import Epoch, ServerId
 from cvm.allocate import Wanted, allocate
 from cvm.bounded_io import BoundedDevice
-from cvm.layout import Leg, VolumeMap
+from cvm.layout import Leg, VolumeMap, map_legs
 from cvm.metadata import LvRecord, build_map
 from cvm.target_io import VolumeClient, VolumeDevice
 from tests.cvm.test_layout import EXTENT, vg_of
@@ -96,6 +98,93 @@ async def test_reads_and_writes_meet_across_legs() -> None:
         for disk in disks.by_pv.values():
             disk.crash()
         assert await device.read(0, device.size_bytes) == bytes(model)
+
+
+@pytest.mark.trio
+async def test_what_is_started_is_what_is_waited_for() -> None:
+    """Reads and writes without a task, across legs, against the same bytes."""
+    for stripes in (1, 2):
+        device, _disks = await opened(stripes)
+        rng = random.Random(stripes)
+        model = bytearray(device.size_bytes)
+        ends: list[Exception | None] = []
+        assert device.can_start()
+        for _ in range(60):
+            offset = rng.randrange(device.size_bytes // 512 - 500) * 512
+            data = bytearray(rng.randbytes(rng.choice([1, 8, 100, 500]) * 512))
+            device.start_write([(offset, data)], ends.append)
+            model[offset : offset + len(data)] = data
+            data[:] = bytes(len(data))  # it is the caller's again
+            start, length = rng.randrange(1000) * 512, rng.choice([1, 90, 500]) * 512
+            found: list[bytes] = []
+
+            def took(error: Exception | None, pieces: list[Buffer]) -> None:
+                ends.append(error)  # noqa: B023
+                found.append(b"".join(pieces))  # noqa: B023
+
+            device.start_read(start, length, took)
+            assert found == [model[start : start + length]]
+        assert ends == [None] * 120
+        assert await device.read(0, device.size_bytes) == bytes(model)
+
+
+class HeldDisk(LegDisk):
+    """Answers what was started when it is told to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.answers: list[Written] = []
+
+    def start_write(self, parts: Sequence[tuple[int, Buffer]], done: Written) -> None:
+        super().start_write(parts, lambda _: self.answers.append(done))
+
+
+async def opened_held() -> tuple[VolumeDevice, HeldDisk, HeldDisk]:
+    disks = Disks()
+    volume_map = maps()[0]
+    for pv in map_legs(volume_map):
+        disks.by_pv[pv] = HeldDisk()
+    device = VolumeDevice("vg0/vol0", disks.open)
+    await device.start(volume_map)
+    first, second = disks.by_pv.values()
+    assert isinstance(first, HeldDisk)
+    assert isinstance(second, HeldDisk)
+    return device, first, second
+
+
+@pytest.mark.trio
+async def test_a_change_waits_for_what_was_started() -> None:
+    device, first, second = await opened_held()
+    ends: list[Exception | None] = []
+    device.start_write([(0, bytes(32768))], ends.append)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(device.suspend, 2)
+        await trio.testing.wait_all_tasks_blocked()
+        assert not device.can_start()
+        assert device.in_flight == 1
+        first.answers.pop()(None)
+        assert (ends, device.in_flight) == ([], 1)
+        second.answers.pop()(None)
+    assert (ends, device.in_flight) == ([None], 0)
+
+
+@pytest.mark.parametrize("barred_first", [True, False])
+@pytest.mark.trio
+async def test_the_worst_of_two_answers_counts_and_both_legs_are_flushed(
+    barred_first: bool,
+) -> None:
+    device, first, second = await opened_held()
+    await device.flush()
+    flushes = first.flush_count, second.flush_count
+    ends: list[Exception | None] = []
+    device.start_write([(0, bytes(32768))], ends.append)
+    errors = [BarredError("out"), DeviceError("broken")]
+    one, other = errors if barred_first else errors[::-1]
+    first.answers.pop()(one)
+    second.answers.pop()(other)
+    assert ends == [errors[0]]
+    await device.flush()
+    assert (first.flush_count, second.flush_count) == (flushes[0] + 1, flushes[1] + 1)
 
 
 @pytest.mark.trio

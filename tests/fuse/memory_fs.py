@@ -95,6 +95,12 @@ class MemoryFileSystem:
     async def getattr_held(self, ino):
         return self.attributes(self.node(ino))
 
+    def start_read(self, ino, offset, size, done):
+        raise NotNow
+
+    def start_write(self, ino, offset, data, done, *, kill):
+        raise NotNow
+
     async def read_held(self, ino, offset, size, *, direct=False):
         return bytes(self.node(ino).data[offset : offset + size])
 

@@ -33,11 +33,23 @@ class RefusingDevice:
             await self.write(offset, data, fua=fua)
 
     async def write(self, offset, data, *, fua=False):
+        self._refuse(data)
+        await self._base.write(offset, data, fua=fua)
+
+    def start_write(self, parts, done):
+        try:
+            for _, data in parts:
+                self._refuse(data)
+        except DeviceError as error:
+            done(error)
+        else:
+            self._base.start_write(parts, done)
+
+    def _refuse(self, data):
         view = memoryview(data)
         bad = any(view[at : at + 4] == b"BAD!" for at in range(0, len(view), 4096))
-        if bad and await trio.Path(self._control).exists():
+        if bad and os.path.exists(self._control):
             raise DeviceError("bad blocks")
-        await self._base.write(offset, data, fua=fua)
 
 
 def main():

@@ -63,6 +63,36 @@ def test_a_killed_caller_does_not_wait_for_storage(frozen):
     assert frozen.close() == 0
 
 
+def test_a_killed_caller_does_not_wait_for_a_read_without_a_task(frozen):
+    """As above, past the page cache: an open file with O_APPEND has none."""
+    program = "import os; os.pread(os.open('slow', os.O_RDWR | os.O_APPEND), 4096, 0)"
+    client = stuck(frozen, "env", "-C", frozen.path, "python3", "-c", program, counters=("read",))
+    assert client.poll() is None
+    client.kill()
+    client.wait(DEADLINE_S)
+    assert (frozen.path / "free").read_bytes() == b"data"
+    (frozen.log.parent / "thaw").touch()
+    assert (frozen.path / "slow").read_bytes() == b"data"
+    assert frozen.close() == 0
+
+
+@pytest.mark.parametrize("operation", ["os.preadv(f, [b], 0)", "os.pwrite(f, b, 0)"])
+def test_direct_io_waits_for_storage(frozen, operation):
+    """It ends well when the storage is back."""
+    program = (
+        "import os, mmap\nb = mmap.mmap(-1, 4096); b[:4] = b'data'\n"
+        f"f = os.open('slow', os.O_RDWR | os.O_DIRECT)\nassert {operation} in (4, 4096)"
+    )
+    counter = "read" if "pread" in operation else "write"
+    client = stuck(frozen, "env", "-C", frozen.path, "python3", "-c", program, counters=(counter,))
+    assert client.poll() is None
+    assert (frozen.path / "free").read_bytes() == b"data"
+    (frozen.log.parent / "thaw").touch()
+    assert client.wait(DEADLINE_S) == 0
+    assert (frozen.path / "slow").read_bytes()[:4] == b"data"
+    assert frozen.close() == 0
+
+
 CHANGES = {
     "mkdir": ("os.mkdir('slowdir')", "os.path.isdir('slowdir')"),
     "create": ("open('slowfile', 'x')", "os.path.exists('slowfile')"),

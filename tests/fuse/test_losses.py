@@ -90,7 +90,8 @@ def test_a_loss_is_told_to_who_opens_later_if_nobody_else_was_there(refusing):
     """Written, closed, lost; whoever opens the file next to fsync it hears of it."""
     path, refuse = refusing
     refuse.touch()
-    (path / "h").write_bytes(BAD)
+    while fails((path / "h").write_bytes, BAD):  # it was lost before it was closed
+        pass
     fd = os.open(path, os.O_RDONLY)
     os.fsync(fd)  # commits, and with it tries to write the data
     os.close(fd)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import random
+import weakref
 from array import array
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
@@ -13,7 +15,7 @@ import trio
 import trio.testing
 
 from cluster.control import ServerInfo
-from cluster.errors import BarredError, DeviceError, UsageError
+from cluster.errors import BarredError, DeviceError, StackError, UsageError
 from cluster.ids import Epoch, ServerId
 from gnbd import messages as m
 from gnbd import protocol as p
@@ -82,6 +84,57 @@ def test_every_operation(server):
     trio_test(body)
     server.kill()
     assert (server.directory / "disk0.img").read_bytes()[:4096] == b"q" * 4096
+
+
+class Ends:
+    """How requests without a task ended."""
+
+    def __init__(self):
+        self.all = []
+        self.read = b""
+
+    def wrote(self, error):
+        self.all.append(error)
+
+    def took(self, error, pieces):
+        self.all.append(error)
+        self.read = b"".join(pieces)
+
+
+def test_requests_without_a_task(server):
+    """What was started ends with a call; the memory of it is free again at once."""
+
+    async def body():
+        async with opened(server) as device:
+            assert device.can_start()
+            ends = Ends()
+            datas = [bytearray(os.urandom(n)) for n in (4096, 512 * KIB, 1 << 20)]
+            wanted = b"".join(datas)
+            offset = 0
+            parts = []
+            for data in datas:
+                parts.append((offset, memoryview(data)))
+                offset += len(data)
+            device.start_write(parts, ends.wrote)
+            for data in datas:
+                data[:] = bytes(len(data))
+            await eventually(lambda: ends.all == [None])
+            device.start_read(0, offset, ends.took)
+            await eventually(lambda: len(ends.all) == 2)
+            assert ends.read == wanted
+            gone = weakref.ref(ends)
+            ends = None
+            assert gone() is None, "a circle: only the collector would free what was read"
+        ends = Ends()
+        device.start_write([(0, bytes(4096))], ends.wrote)
+        device.start_read(0, 4096, ends.took)
+        assert [type(error) for error in ends.all] == [StackError, StackError]
+
+    gc.disable()
+    try:
+        trio_test(body)
+    finally:
+        gc.enable()
 
 
 def test_many_tasks(server):

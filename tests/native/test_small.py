@@ -47,6 +47,29 @@ def test_process_settings_hold():
     assert int(result.stdout) > 1000
 
 
+def test_memory_is_kept():
+    """What was freed is used again: no page of it is new. In a process of its own, for good."""
+    program = """
+import resource
+from native.process import keep_memory
+
+def faults():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+def use():
+    kept = [bytes(bytearray(512 << 10)) for _ in range(16)]
+
+keep_memory(64 << 20)
+use()
+before = faults()
+for _ in range(50):
+    use()
+print(faults() - before)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, check=True)
+    assert int(done.stdout) < 2048, "less than the pages of one round"
+
+
 def test_fatal_signal_pending():
     assert not process.fatal_signal_pending(os.getpid())
     stopped = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
