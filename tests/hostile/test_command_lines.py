@@ -52,10 +52,11 @@ def filled(command: click.Command, **given: str) -> list[str]:
         kind = parameter.type
         value = kind.choices[0] if isinstance(kind, click.Choice) else "x"
         value = given.get(parameter.name or "", str(getattr(kind, "min", value)))
-        if isinstance(parameter, click.Option) and (parameter.required or parameter.name in given):
-            words += [parameter.opts[0], value]
-        elif isinstance(parameter, click.Argument) and parameter.required:
-            words.append(value)
+        if not (parameter.required or parameter.name in given):
+            continue
+        if isinstance(parameter, click.Option):
+            words.append(parameter.opts[0])
+        words.append(value)
     return words
 
 
