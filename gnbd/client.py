@@ -1,8 +1,7 @@
 """The client's bookkeeping for one export over several paths, without I/O (R3, R6, R7).
 
-A *path* is one network to the server; its *lanes* are its connections, all of one generation. A
-request is in exactly one place: the queue, in flight on a lane, or *stranded*: sent on a path that
-was lost. Invariants:
+A request is in exactly one place: the queue, in flight on a lane (`gnbd.lanes`), or *stranded*:
+sent on a path that was lost. Invariants:
 
 - a stranded request goes back to the queue only when the server confirmed that its path is
   drained: by a LOGIN of a newer generation there, or by DRAIN on another path (R6); only a server
@@ -17,181 +16,25 @@ The shell calls one method per event and then `assign`; what it must do comes ba
 from __future__ import annotations
 
 from collections import deque
-from typing import Protocol
 
-import msgspec
-
-from cluster.device import Buffer
 from cluster.errors import BarredError, StackError
 from cluster.ids import Epoch
 from gnbd import protocol as p
 from gnbd.failures import UnknownOutcomeError, failure, given_up
-from gnbd.path_choice import (
-    HEADER_COST_BYTES,
-    LARGE_BYTES,
-    SAMPLE_NS,
-    SPREAD_BYTES,
-    Health,
-    Ranking,
-)
+from gnbd.lanes import LANE_BYTES_MAX, Drain, Lane, Path, Request, Stranded
+from gnbd.merging import merged
+from gnbd.path_choice import LARGE_BYTES, SPREAD_BYTES, Ranking
 from gnbd.retained import Piece, Retained, owned, split
-from native.link import Sums
 
-LANE_REQUESTS_MAX = 256
-LANE_BYTES_MAX = 16 << 20
-FLUSH_COST_BYTES = 8 << 20
-"""A connection executes in order: what can go elsewhere does not wait behind a FLUSH."""
-
-WITH_DATA = frozenset({p.CMD_READ, p.CMD_PING})
-"""Whose answers bring `length` bytes."""
-_CARRIES = WITH_DATA | {p.CMD_WRITE, p.CMD_COMPARE_AND_WRITE}
 _OF_ONE_LANE = frozenset({p.CMD_PING, p.CMD_DRAIN, p.CMD_LOGOUT})
 _MEASURED = frozenset({p.CMD_READ, p.CMD_WRITE})
 """Of these the service time is taken."""
 
 
-class Waiter(Protocol):
-    """Who waits for requests."""
-
-    def done(self, error: StackError | None) -> None: ...
-
-
-class Request:
-    """One NBD request on its way. `into` receives a READ; `result` is what was read."""
-
-    __slots__ = ("cookie", "data", "flags", "into", "kind", "length", "mark", "offset", "order",
-                 "place", "result", "round", "sums", "waiter", "wanted")  # fmt: skip
-
-    def __init__(
-        self,
-        kind: int,
-        offset: int = 0,
-        length: int = 0,
-        data: Buffer | None = None,
-        flags: int = 0,
-        waiter: Waiter | None = None,
-    ) -> None:
-        self.kind = kind
-        self.offset = offset
-        self.length = length
-        self.data = data
-        self.flags = flags
-        self.waiter = waiter
-        self.into: memoryview | None = None
-        self.result: bytes = b""
-        self.mark = 0
-        self.cookie = 0
-        self.place = 0
-        """Of the transport, while it is in flight."""
-        self.wanted: Sums | None = None
-        """Where the caller wants the checksums of its data."""
-        self.sums: Sums | None = None
-        """The checksums that travel with its data, while it is in flight."""
-        self.order = 0
-        """Rises with each `submit`."""
-        self.round = 0
-        """Not 0: sends retained bytes again, in that round."""
-
-    def cost_bytes(self) -> int:
-        """What it costs a connection, in bytes that it could carry in that time."""
-        if self.kind == p.CMD_FLUSH:
-            return FLUSH_COST_BYTES
-        return HEADER_COST_BYTES + (self.length if self.kind in _CARRIES else 0)
-
-    def finish(self, error: StackError | None) -> None:
-        waiter, self.waiter = self.waiter, None
-        if waiter is not None:
-            waiter.done(error)
-
-
-class Lane:
-    """One connection in transmission."""
-
-    def __init__(self, path: Path, index: int) -> None:
-        self.path = path
-        self.index = index
-        self.generation = path.generation
-        self.in_flight: dict[int, Request] = {}
-        self.bytes_in_flight = 0
-        self.flushes = 0
-        self.answered = 0
-        self.measured: Request | None = None
-        self._sent_ns = 0
-        self._cost_bytes = 0
-
-    @property
-    def health(self) -> Health:
-        return self.path.health
-
-    def is_measured(self) -> bool:
-        return self.measured is not None
-
-    def measure(self, request: Request, now_ns: int) -> bool:
-        """This one has just been placed: take its time, unless one is under way or was lately."""
-        if self.measured is not None or now_ns - self._sent_ns < SAMPLE_NS:
-            return False
-        self.measured = request
-        self._sent_ns = now_ns
-        self._cost_bytes = self.bytes_in_flight
-        return True
-
-    def measured_done(self, number: int, now_ns: int) -> None:
-        """Its answer is here."""
-        assert self.measured is not None
-        large = self.measured.length >= LARGE_BYTES
-        self.measured = None
-        if number:
-            self.health.failed(large, now_ns)
-        else:
-            self.health.sample(large, self._cost_bytes, now_ns - self._sent_ns, now_ns)
-
-    def is_overdue(self, now_ns: int) -> bool:
-        """Whether it takes longer than was known. Asked now and then."""
-        if self.measured is None:
-            return False
-        large = self.measured.length >= LARGE_BYTES
-        return self.health.overdue(large, self._cost_bytes, now_ns - self._sent_ns)
-
-    def has_room(self) -> bool:
-        limit = LANE_BYTES_MAX + self.flushes * FLUSH_COST_BYTES
-        return len(self.in_flight) < LANE_REQUESTS_MAX and self.bytes_in_flight < limit
-
-
-class Stranded(msgspec.Struct):
-    """Requests of a lost generation of a path, waiting for the confirmation of its drain."""
-
-    generation: int
-    requests: list[Request]
-    asked: bool = False
-
-
-class Path:
-    """One network to the server."""
-
-    def __init__(self, index: int, generation: int) -> None:
-        self.index = index
-        self.generation = generation
-        self.lanes: list[Lane] = []
-        self.stranded: list[Stranded] = []
-        self.health = Health()
-        self.repeated = 0
-        """Requests that were lost with it and are sent again."""
-
-
-class Drain(msgspec.Struct, frozen=True):
-    """Send DRAIN for a path over `lane`, and give `drained` when it succeeded."""
-
-    lane: Lane
-    path: Path
-    generation: int
-
-
 class ClientCore:
     """One export of one server as one instance sees it."""
 
-    def __init__(
-        self, path_count: int, first_generation: int, *, drains: bool = True
-    ) -> None:
+    def __init__(self, path_count: int, first_generation: int, *, drains: bool = True) -> None:
         """`drains`: the server confirms them. If it does not, the requests of a lost path go back
         to the queue at once."""
         self._drains = drains
@@ -276,6 +119,8 @@ class ClientCore:
             if lane is None:
                 return result
             queue.popleft()
+            if self._barrier is None:
+                request = merged(request, queue)
             self._place(lane, request, now_ns)
             result.append((lane, request))
 
@@ -374,6 +219,9 @@ class ClientCore:
             self._barrier = None
         if request.round:
             self._resync_done(request, number)
+            return
+        if number and request.parts:  # which of them it was shows when each goes alone
+            self.queue.extendleft(reversed(request.parts))
             return
         if number:
             request.finish(failure(request.kind, request.offset, request.length, number))

@@ -27,12 +27,13 @@ from cluster.ids import Epoch, Instance
 from cluster.paths_io import boottime_ns
 from cluster.tls import TlsSection
 from gnbd import protocol as p
-from gnbd.client import ClientCore, Lane, Path, Request
+from gnbd.client import ClientCore
 from gnbd.connection_io import Connection, connect
 from gnbd.control_client_io import drive
 from gnbd.dialogues import greeting_dialogue, starttls_dialogue
 from gnbd.entrance_io import ClusterEntrance, Entrance, OldGenerationError
 from gnbd.failures import MiscompareError, Patience
+from gnbd.lanes import Lane, Path, Request
 from gnbd.link_io import Group, Link
 from gnbd.path_stats import PathStats, path_stats
 from gnbd.pieces import REQUEST_BYTES_MAX, chunks, flat, reads_into, writes

@@ -12,9 +12,9 @@ from cluster.errors import BarredError, StackError, UsageError
 from cluster.ids import Epoch, Instance
 from gnbd import messages as m
 from gnbd import protocol as p
-from gnbd.client import Path
 from gnbd.control_client_io import drive
 from gnbd.dialogues import go_dialogue, login_dialogue
+from gnbd.lanes import Path
 
 
 class OldGenerationError(StackError):

@@ -26,8 +26,8 @@ from cluster.device import Buffer
 from cluster.errors import StackError
 from cluster.paths_io import boottime_ns
 from gnbd import protocol as p
-from gnbd.client import WITH_DATA, Lane, Request
 from gnbd.connection_io import Connection
+from gnbd.lanes import WITH_DATA, Lane, Request
 from gnbd.path_choice import LARGE_BYTES
 from gnbd.retained import is_fixed
 from native.buffers import unset_bytes

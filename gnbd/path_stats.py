@@ -6,7 +6,7 @@ from collections import Counter
 
 import msgspec
 
-from gnbd.client import Path
+from gnbd.lanes import Path
 
 
 class PathStats(msgspec.Struct, frozen=True):

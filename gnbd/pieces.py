@@ -6,7 +6,7 @@ from array import array
 
 from cluster.device import Buffer
 from gnbd import protocol as p
-from gnbd.client import Request, Waiter
+from gnbd.lanes import Request, Waiter
 from native.link import BLOCK_BYTES
 
 REQUEST_BYTES_MAX = 4 << 20

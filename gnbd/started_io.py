@@ -8,7 +8,8 @@ from cluster.device import Buffer, Read, Written
 from cluster.errors import StackError
 from cluster.paths_io import boottime_ns
 from gnbd import protocol as p
-from gnbd.client import ClientCore, Request
+from gnbd.client import ClientCore
+from gnbd.lanes import Request
 from gnbd.link_io import Group, Link
 from gnbd.retained import owned
 

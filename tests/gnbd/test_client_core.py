@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from cluster.errors import UnreachableError
 from cluster.ids import Epoch
 from gnbd import protocol as p
-from gnbd.client import LANE_BYTES_MAX, ClientCore, Lane, Request
+from gnbd.client import ClientCore
 from gnbd.failures import Patience, UnknownOutcomeError
 from gnbd.intervals import IntervalSet
+from gnbd.lanes import LANE_BYTES_MAX, Lane, Request
 from gnbd.retained import OVERLAPS_SOUGHT_MAX, Piece, Retained, owned
 
 ranges = st.tuples(st.integers(0, 60), st.integers(0, 60)).map(sorted)
@@ -154,7 +155,8 @@ class World:
 
     def execute(self, request: Request) -> None:
         if request.kind == p.CMD_WRITE:
-            self.disk[request.offset] = int(bytes(request.data))
+            for at in range(0, request.length, WIDTH):
+                self.disk[request.offset + at] = int(bytes(request.data)[at : at + WIDTH])
         elif request.kind == p.CMD_FLUSH:
             self.durable = dict(self.disk)
 

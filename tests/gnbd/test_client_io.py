@@ -525,7 +525,7 @@ def test_a_flapping_network_is_held_down(server, relayed):
             assert device.status()["standby"] == [True, False]
             good = device.core.paths[1].lanes[0]
             before = good.answered
-            await device.write_many([(n * 4096, b"x" * 4096) for n in range(100)])
+            await device.write_many([(n * 8192, b"x" * 4096) for n in range(100)])
             assert good.answered >= before + 100
             relays[1].cut()
             assert await device.read(0, 4096) == b"x" * 4096

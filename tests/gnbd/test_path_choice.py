@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from cluster.ids import Epoch
 from gnbd import protocol as p
-from gnbd.client import LANE_REQUESTS_MAX, ClientCore, Lane, Path, Request
+from gnbd.client import ClientCore
+from gnbd.lanes import LANE_REQUESTS_MAX, Lane, Path, Request
 from gnbd.path_choice import (
     HEADER_COST_BYTES,
     LOSSES,

@@ -14,7 +14,8 @@ from cluster.errors import DeviceError, StackError
 from cluster.ids import Instance
 from gnbd import messages as m
 from gnbd import protocol as p
-from gnbd.client import ClientCore, Lane, Path, Request
+from gnbd.client import ClientCore
+from gnbd.lanes import Lane, Path, Request
 from tests.sim.multipath_judge import Cell
 from tests.sim.multipath_server import (
     BLOCKS,

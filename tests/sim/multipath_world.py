@@ -18,7 +18,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 
-import gnbd.client
+import gnbd.lanes
 import gnbd.retained
 from cluster.ids import Instance
 from tests.sim.fence_server import Server, View, Write
@@ -37,7 +37,7 @@ ALL, GONE = 0, -1
 SMALL = {
     (gnbd.retained, "RETAINED_MAX"): 10,
     (gnbd.retained, "OVERLAPS_SOUGHT_MAX"): 2,
-    (gnbd.client, "LANE_REQUESTS_MAX"): 3,
+    (gnbd.lanes, "LANE_REQUESTS_MAX"): 3,
 }
 """So small that a short run meets the limits."""
 
