@@ -443,3 +443,16 @@ class _OwnFlush:
 
     def done(self, _error: StackError | None) -> None:
         self._core.own_flush_done()
+
+
+class DrainWaiter:
+    """Takes the answer to a DRAIN."""
+
+    def __init__(self, core: ClientCore, path: Path, generation: int) -> None:
+        self._core = core
+        self._path = path
+        self._generation = generation
+
+    def done(self, error: StackError | None) -> None:
+        if error is None:
+            self._core.drained(self._path, self._generation)

@@ -27,7 +27,7 @@ from cluster.ids import Epoch, Instance
 from cluster.paths_io import boottime_ns
 from cluster.tls import TlsSection
 from gnbd import protocol as p
-from gnbd.client import ClientCore
+from gnbd.client import ClientCore, DrainWaiter
 from gnbd.connection_io import Connection, connect
 from gnbd.control_client_io import drive
 from gnbd.dialogues import greeting_dialogue, starttls_dialogue
@@ -356,7 +356,7 @@ class GnbdDevice(Starter):
     def _send_drains(self) -> None:
         for drain in self.core.drains():
             link = self._links[id(drain.lane)]
-            waiter = _DrainWaiter(self, drain.path, drain.generation)
+            waiter = DrainWaiter(self.core, drain.path, drain.generation)
             request = Request(p.CMD_DRAIN, drain.generation, drain.path.index, waiter=waiter)
             self.core.place_private(drain.lane, request)
             link.post(request)
@@ -569,19 +569,6 @@ class GnbdDevice(Starter):
         self.core.can_flush = bool(self.flags & p.FLAG_SEND_FLUSH)
         self._cut(cut)
         return True
-
-
-class _DrainWaiter:
-    """Takes the answer to a DRAIN."""
-
-    def __init__(self, device: GnbdDevice, path: Path, generation: int) -> None:
-        self._device = device
-        self._path = path
-        self._generation = generation
-
-    def done(self, error: StackError | None) -> None:
-        if error is None:
-            self._device.core.drained(self._path, self._generation)
 
 
 async def open_device(
