@@ -105,8 +105,16 @@ class Node:
                 env=self.environment, cwd=ROOT, stderr=log, stdout=log,
             )  # fmt: skip
         self.cluster.started.append(self.process)
-        wait_until(lambda: self.call("cluster.status"), f"{self.name} answers\n{self.logs()}")
+        try:
+            wait_until(self._answers, f"{self.name} answers")
+        except AssertionError as error:
+            raise AssertionError(f"{error}, {self.process.poll()}\n{self.logs()}") from None
         self.guard = next(iter(children(self.process.pid)))
+
+    def _answers(self):
+        if self.process.poll() is not None:
+            raise AssertionError(f"{self.name} has ended")
+        return self.call("cluster.status")
 
     def call(self, method, params=None, timeout_s=30.0):
         return control_client_io.call(method, params or {}, self.run_dir, timeout_s)
