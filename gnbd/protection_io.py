@@ -45,9 +45,12 @@ def _put_on(service: Service, export: ExportRuntime, path: Path) -> None:
 
 def _take_off(service: Service, export: ExportRuntime, path: Path) -> None:
     remove_area(path)  # first: sums that nobody keeps up must not be found by the next start
+    export.stop_upkeep()  # nobody settles
     with service.lock:
         before = export.integrity
         assert before is not None
+        # Requests that have begun go by the area still, beside others that do not keep it up.
+        before.area.doubt()
         export.use_integrity(None)
         service.renew_gates(export)
     export.stop_upkeep()

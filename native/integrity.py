@@ -151,6 +151,11 @@ class Area:
         """The disk is longer; the file of the area is, too."""
         _check(lib.native_integrity_grow(self._area, descriptor, size_bytes), None)
 
+    def doubt(self) -> None:
+        """Believe no sum any more: from now on others may change data without this area, whose file
+        is gone. Nobody may `settle` any more."""
+        lib.native_integrity_doubt(self._area)
+
     def counters(self) -> dict[str, int]:
         """Mismatches in this life; regions in flux and not settled, now."""
         out = ffi.new("uint64_t[3]")

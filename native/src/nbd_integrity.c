@@ -282,6 +282,19 @@ int integrity_unsettle(struct native_integrity *area, uint64_t first, uint64_t e
     return error;
 }
 
+void native_integrity_doubt(struct native_integrity *area)
+{
+    pthread_mutex_lock(&area->lock);
+    uint64_t regions = regions_of(area->size_bytes);
+    for (uint64_t region = 0; region < regions; region++)
+        if (area->states[region] != UNSETTLED) {
+            area->states[region] = UNSETTLED;
+            area->unsettled++;
+        }
+    tell_change(area);
+    pthread_mutex_unlock(&area->lock);
+}
+
 /* ---- becoming clean ---- */
 
 static int is_held(struct native_integrity *area, uint64_t region)

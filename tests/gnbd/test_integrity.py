@@ -251,6 +251,7 @@ def test_it_grows_with_its_disk(tmp_path):
             assert server.ctl("resize", "disk", "40M").returncode == 0
             assert client.request(p.CMD_WRITE, 40 * MIB - 10, b"f" * 10) == 0
             assert client.read(SIZE - 100, 200) == b"e" * 100 + bytes(100)
+        wait_for(lambda: settled(server), "all sums are known")
         assert server.stop() == 0
         damage(server, 40 * MIB - 1)
         server.start()

@@ -95,6 +95,19 @@ def sums_of(data: bytes):
     return array("I", (google_crc32c.value(b.ljust(BLOCK_BYTES, b"\0")) ^ ZERO_SUM for b in blocks))
 
 
+def test_an_area_that_is_given_up_calls_nothing_damage(disk):
+    """Requests that began under it are beside others that do not keep it up any more."""
+    disk.write(0, b"a" * 3 * BLOCK_BYTES)
+    disk.damage(BLOCK_BYTES, b"b" * BLOCK_BYTES)
+    with pytest.raises(ChecksumError):
+        disk.read(0, BLOCK_BYTES + 1)
+    disk.area.doubt()
+    assert disk.read(BLOCK_BYTES - 1, 2) == b"ab"
+    disk.write(BLOCK_BYTES + 1, b"c")
+    assert disk.read(BLOCK_BYTES, 3) == b"bcb"
+    assert disk.area.counters()["unsettled_regions"] == 4
+
+
 OFFSETS = st.one_of(
     st.integers(0, SIZE - 1),
     st.integers(0, SIZE // BLOCK_BYTES).map(lambda n: n * BLOCK_BYTES),

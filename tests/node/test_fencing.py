@@ -117,7 +117,7 @@ def test_a_node_that_is_fenced_by_hand_stays_out_until_it_is_let_in(cluster):
     record = explained(first, "n3")
     assert record["reason"] == "operator on n1: smoke"
     assert record["held"]
-    assert record["alive"]
+    wait_until(lambda: explained(first, "n3")["alive"], "n3 is heard")
     assert fencectl(first, "unfence", "n3") == "n3 may come back\n"
     cluster.wait_view([1, 2, 3])
     assert fencectl(first, "unfence", "n3") == "n3 was not held out\n"
