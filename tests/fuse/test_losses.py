@@ -86,9 +86,8 @@ def test_synchronous_writes_tell_at_once(refusing):
         os.close(fd)
 
 
-def test_a_loss_is_told_to_who_opens_later_if_nobody_else_was_there(refusing):
-    """Written, closed, lost; whoever opens the file next to fsync it hears of it."""
-    path, refuse = refusing
+def written_closed_lost(path, refuse):
+    """Whether whoever opens the file next to fsync it hears of it, once."""
     refuse.touch()
     while fails((path / "h").write_bytes, BAD):  # it was lost before it was closed
         pass
@@ -97,6 +96,14 @@ def test_a_loss_is_told_to_who_opens_later_if_nobody_else_was_there(refusing):
     os.close(fd)
     refuse.unlink()
     fd = os.open(path / "h", os.O_RDONLY)
-    assert fails(os.fsync, fd)
-    assert not fails(os.fsync, fd)
-    os.close(fd)
+    try:
+        heard = fails(os.fsync, fd)
+        assert not fails(os.fsync, fd)
+    finally:
+        os.close(fd)
+    return heard
+
+
+def test_a_loss_is_told_to_who_opens_later_if_nobody_else_was_there(refusing):
+    """Now and then somebody was: the kernel releases the handle after close() has returned."""
+    assert any(written_closed_lost(*refusing) for _ in range(20))
