@@ -20,6 +20,7 @@ from gnbd.exports import Export, ServerConfig
 from gnbd.integrity_io import area_path
 from gnbd.protection_io import convert
 from gnbd.service_io import Service
+from native.integrity import Area
 from tests.gnbd.harness import GnbdServer, export_toml, reserve_port, running, wait_for
 from tests.gnbd.raw import RawClient
 from tests.hostile.disks import loop_device
@@ -321,7 +322,8 @@ def test_a_disk_is_converted_under_load(tmp_path):
 
 
 def test_a_conversion_waits_for_writes_that_know_nothing_of_it(tmp_path):
-    """One ends while the gates are drained, without a sum: none has been computed before."""
+    """One ends while the gates are drained, without a sum: none has been computed before, and none
+    is believed any more by who has begun under the old area."""
     (tmp_path / "disk.img").write_bytes(b"before" * (MIB // 6))
     config = Export("disk", str(tmp_path / "disk.img"))
     export = ExportRuntime(config, Reservations(), 0, tmp_path)
@@ -334,6 +336,7 @@ def test_a_conversion_waits_for_writes_that_know_nothing_of_it(tmp_path):
             self.lock = threading.RLock()
             self.damages = Damages()
             self.drained = 0
+            self.before: Area | None = None
 
         def renew_gates(self, export: ExportRuntime) -> None:
             pass
@@ -342,8 +345,10 @@ def test_a_conversion_waits_for_writes_that_know_nothing_of_it(tmp_path):
             area = export.disk.area
             if area is not None and export.keeper is not None:
                 wait_for(lambda: not area.counters()["unsettled_regions"], "it began too early")
-            os.pwrite(export.disk.fd, b"late" * 1024, 4096)
+            os.pwrite(export.disk.fd, b"late"[self.drained :] * 1024, 4096)
             self.drained += 1
+            if self.before is not None:
+                self.before.read(export.disk.fd, 4096, memoryview(bytearray(10)))
 
         def flush(self, export: ExportRuntime, own: object = None) -> None:
             export.backend.flush()
@@ -357,6 +362,7 @@ def test_a_conversion_waits_for_writes_that_know_nothing_of_it(tmp_path):
         data = bytearray(8192)
         export.backend.read_into(0, memoryview(data))
         assert data[4096:] == b"late" * 1024
+        service.before = area
         convert(service, export, False)
         assert service.drained == 2
     finally:
