@@ -137,6 +137,24 @@ def test_what_was_merged_is_kept_and_sent_again():
     core.check()
 
 
+def test_what_waits_for_a_sequence_number_is_not_drawn_before_it():
+    """A lost request comes back to its neighbour, which came after the declaration."""
+    core = ClientCore(2, 1)
+    for path in core.paths:
+        core.logged_in(path, core.required, 1, 1 << 30)
+        core.lane_up(path, 0)
+    early, late = request(p.CMD_WRITE, 0), request(p.CMD_WRITE, BLOCK)
+    core.submit(early)
+    ((lane, _),) = core.assign(0)
+    core.path_lost(lane.path, 0)
+    core.submit(Request(p.CMD_SEQUENCE, 1))
+    core.submit(late)
+    ((_, declaring),) = core.assign(0)
+    assert declaring.kind == p.CMD_SEQUENCE
+    core.drained(lane.path, lane.generation)
+    assert [one for _, one in core.assign(0)] == [early]
+
+
 def test_at_a_real_server(tmp_path):
     parts = [(index * BLOCK, bytes([index]) * BLOCK) for index in range(32)]
 
