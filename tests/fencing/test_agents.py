@@ -12,7 +12,7 @@ from cluster.errors import ConfigError
 from fencing.agent_io import Agent
 from fencing.methods import Verdict
 from fencing.settings import MethodConfig
-from tests.gnbd.harness import wait_for
+from lab.block_server import wait_for
 
 SECRET = "hunter2-hunter2"
 

@@ -19,8 +19,7 @@ from gnbd import messages as m
 from gnbd import protocol as p
 from gnbd.control_blocking_io import open_blocking
 from gnbd.control_session import Peer
-from tests.fencing.killed_server import CALLS
-from tests.gnbd.harness import (
+from lab.block_server import (
     INCARNATION,
     GnbdServer,
     export_toml,
@@ -29,6 +28,7 @@ from tests.gnbd.harness import (
     running,
     wait_for,
 )
+from tests.fencing.killed_server import CALLS
 from tests.gnbd.raw import logged_in, login_status
 
 ME = instance(1)

@@ -25,7 +25,7 @@ from gnbd.exports import decode_exports
 from gnbd.identity import LOCAL_IDENTITY
 from gnbd.reload import plan_reload
 from gnbd.service_io import Service
-from tests.gnbd.harness import GnbdServer, export_toml, member, reserve_port, running, wait_for
+from lab.block_server import GnbdServer, export_toml, member, reserve_port, running, wait_for
 from tests.gnbd.raw import RawClient
 from tests.gnbd.test_client_io import MEMBERS, eventually, opened
 

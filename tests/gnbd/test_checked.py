@@ -14,8 +14,8 @@ from cluster.control import ServerInfo
 from gnbd import messages as m
 from gnbd import protocol as p
 from gnbd.integrity_io import area_path
+from lab.block_server import export_toml, instance, member, running
 from native.integrity import SUMS_AT
-from tests.gnbd.harness import export_toml, instance, member, running
 from tests.gnbd.proxy import Relay
 from tests.gnbd.raw import RawClient
 from tests.gnbd.test_client_io import opened

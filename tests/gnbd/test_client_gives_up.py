@@ -5,14 +5,11 @@ from __future__ import annotations
 import pytest
 import trio
 
-from cluster.control import ServerInfo
 from cluster.errors import StackError, UnreachableError, UsageError
-from cluster.ids import ServerId
 from gnbd.client_io import Options
 from gnbd.failures import UnknownOutcomeError
 from gnbd.plain_io import open_plain
-from tests.gnbd.harness import export_toml, instance, running
-from tests.gnbd.proxy import Relay
+from lab.block_server import export_toml, instance, running
 from tests.gnbd.test_client_io import MEMBERS, eventually, opened, trio_test
 
 BLOCK = 4096
@@ -26,16 +23,6 @@ def server(tmp_path):
     with running(tmp_path, exports) as server:
         server.install(1, MEMBERS)
         yield server
-
-
-@pytest.fixture
-def relayed(server):
-    relays = [Relay(f"127.0.0.{n}", server.port, ("127.0.0.1", server.port)) for n in (7, 8)]
-    info = ServerInfo(ServerId(129), "s1", [r.address for r in relays], server.port)
-    yield info, relays
-    for relay in relays:
-        relay.release()
-        relay.cut()
 
 
 def test_what_is_given_up_never_lands_later(server, relayed):

@@ -12,7 +12,7 @@ from fencing.reservations import ServiceAction, Status
 from gnbd import messages as m
 from gnbd import protocol as p
 from gnbd.control_client import InstallRefusedError
-from tests.gnbd.harness import export_toml, instance, member, running, wait_for
+from lab.block_server import export_toml, instance, member, running, wait_for
 from tests.gnbd.raw import RawClient, logged_in, login_result, login_status
 
 ME = instance(1)

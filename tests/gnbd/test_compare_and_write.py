@@ -10,7 +10,7 @@ import pytest
 from fencing.reservations import ServiceAction, Status
 from gnbd import messages as m
 from gnbd import protocol as p
-from tests.gnbd.harness import export_toml, instance, member, running, wait_for
+from lab.block_server import export_toml, instance, member, running, wait_for
 from tests.gnbd.raw import RawClient
 from tests.gnbd.test_extended_headers import Extended
 

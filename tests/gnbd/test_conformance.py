@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from gnbd import protocol as p
 from gnbd.handshake import Close, Denied, Enter, Handshake, Offer, Private, Send
-from tests.gnbd.harness import export_toml, running
+from lab.block_server import export_toml, running
 from tests.gnbd.raw import RawClient
 
 SIZE = 1 << 20

@@ -9,7 +9,7 @@ import pytest
 
 from gnbd import messages as m
 from gnbd import protocol as p
-from tests.gnbd.harness import export_toml, running, wait_for
+from lab.block_server import export_toml, running, wait_for
 from tests.gnbd.raw import RawClient
 
 BLOCK = 64

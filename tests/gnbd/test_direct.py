@@ -14,7 +14,7 @@ import pytest
 from cluster.errors import ConfigError
 from gnbd import protocol as p
 from gnbd.backends_io import FileBackend
-from tests.gnbd.harness import export_toml, running
+from lab.block_server import export_toml, running
 from tests.gnbd.raw import RawClient
 from tests.hostile.disks import loop_device
 

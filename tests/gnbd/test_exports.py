@@ -19,7 +19,7 @@ from gnbd.exports import FilterSpec, decode_exports, parse_filter
 from gnbd.filters.log_io import LOG_ENTRY, LOG_MAGIC
 from gnbd.filters.stack_io import changed_stack, filters_of, stack_filter
 from gnbd.identity import decode_server_token_untrusted, encode_server_token
-from tests.gnbd.harness import export_toml, member, running
+from lab.block_server import export_toml, member, running
 
 GOOD = """
 listen = "127.0.0.1"

@@ -7,7 +7,7 @@ import struct
 import pytest
 
 from gnbd import protocol as p
-from tests.gnbd.harness import export_toml, running
+from lab.block_server import export_toml, running
 from tests.gnbd.raw import RawClient
 
 MIB = 1 << 20

@@ -12,7 +12,7 @@ from gnbd import protocol as p
 from gnbd.exports import FILTER_KINDS, FilterSpec, checked_filter, parse_filter
 from gnbd.filters.bucket import Bucket
 from gnbd.filters.chooser_io import Chooser
-from tests.gnbd.harness import export_toml, instance, member, running, wait_for
+from lab.block_server import export_toml, instance, member, running, wait_for
 from tests.gnbd.raw import RawClient, logged_in
 
 SECOND_NS = 1_000_000_000

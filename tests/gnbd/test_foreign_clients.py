@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from gnbd import protocol as p
-from tests.gnbd.harness import export_toml, running, wait_for
+from lab.block_server import export_toml, running, wait_for
 from tests.gnbd.raw import RawClient
 
 MIB = 1 << 20

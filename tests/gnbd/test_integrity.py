@@ -20,8 +20,8 @@ from gnbd.exports import Export, ServerConfig
 from gnbd.integrity_io import area_path
 from gnbd.protection_io import convert
 from gnbd.service_io import Service
+from lab.block_server import GnbdServer, export_toml, reserve_port, running, wait_for
 from native.integrity import Area
-from tests.gnbd.harness import GnbdServer, export_toml, reserve_port, running, wait_for
 from tests.gnbd.raw import RawClient
 from tests.hostile.disks import loop_device
 

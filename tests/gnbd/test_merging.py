@@ -13,7 +13,7 @@ from gnbd import protocol as p
 from gnbd.client import ClientCore
 from gnbd.lanes import Request
 from gnbd.merging import MERGED_BYTES_MAX, PART_BYTES_MAX, merged
-from tests.gnbd.harness import export_toml, running
+from lab.block_server import export_toml, running
 from tests.gnbd.test_client_io import MEMBERS, opened
 
 BLOCK = 4096

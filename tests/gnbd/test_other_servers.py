@@ -19,8 +19,8 @@ from cluster.errors import DeviceError, UsageError
 from cluster.ids import ServerId
 from gnbd.client_io import Options, open_device
 from gnbd.plain_io import open_plain, parse_uri
+from lab.block_server import export_toml, running
 from tests.gnbd.certificates import Authority
-from tests.gnbd.harness import export_toml, running
 from tests.gnbd.others import SIZE_BYTES, Nbdkit, NbdServer, QemuNbd, serving
 from tests.gnbd.test_client_io import DEADLINE_S, ME, eventually, trio_test
 from tests.gnbd.test_tls import tls_head

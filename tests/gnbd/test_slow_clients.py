@@ -8,7 +8,7 @@ import pytest
 
 from gnbd import messages as m
 from gnbd import protocol as p
-from tests.gnbd.harness import export_toml, instance, member, running, wait_for
+from lab.block_server import export_toml, instance, member, running, wait_for
 from tests.gnbd.raw import RawClient, logged_in
 
 MIB = 1 << 20

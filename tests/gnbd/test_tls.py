@@ -13,8 +13,8 @@ from cluster.errors import ConfigError
 from gnbd import messages as m
 from gnbd import protocol as p
 from gnbd.exports import decode_exports
+from lab.block_server import export_toml, instance, member, running
 from tests.gnbd.certificates import Authority
-from tests.gnbd.harness import export_toml, instance, member, running
 from tests.gnbd.raw import RawClient
 
 MIB = 1 << 20

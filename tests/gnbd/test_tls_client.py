@@ -15,8 +15,8 @@ from cluster.ids import ServerId
 from cluster.tls import TlsSection
 from gnbd import messages as m
 from gnbd.client_io import open_device
+from lab.block_server import export_toml, member, running
 from tests.gnbd.certificates import Authority
-from tests.gnbd.harness import export_toml, member, running
 from tests.gnbd.proxy import Relay
 from tests.gnbd.test_client_io import ME, eventually, opened, trio_test
 from tests.gnbd.test_tls import tls_head

@@ -33,7 +33,7 @@ from cluster.state import NodeInfo, initial_state
 from cluster.wire import Frame, seal, unseal_untrusted
 from gnbd.control_client_io import open_control
 from gnbd.control_session import Peer
-from tests.gnbd.harness import INCARNATION, export_toml, member, running
+from lab.block_server import INCARNATION, export_toml, member, running
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from gnbd import protocol as p
-from tests.gnbd.harness import GnbdServer, running
+from lab.block_server import GnbdServer, running
 from tests.gnbd.raw import RawClient
 from tests.hostile.disks import SmallDisk, loop_device, small_disk
 

@@ -12,7 +12,7 @@ import pytest
 from cluster.errors import EXIT_NO_SPACE, StackError
 from gnbd import messages as m
 from gnbd import protocol as p
-from tests.gnbd.harness import GnbdServer, export_toml, member
+from lab.block_server import GnbdServer, export_toml, member
 from tests.gnbd.raw import RawClient
 from tests.hostile.disks import small_disk
 

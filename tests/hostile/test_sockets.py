@@ -38,8 +38,8 @@ from gnbd import messages as m
 from gnbd import protocol as p
 from gnbd import server_io
 from gnbd.export_io import Connection
+from lab.block_server import export_toml, instance, member, running
 from node.guard_mounts_io import MountSocket
-from tests.gnbd.harness import export_toml, instance, member, running
 from tests.gnbd.raw import RawClient, logged_in
 
 ID = bytes(16)
