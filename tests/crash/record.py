@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import random
+import signal
 import subprocess
 import sys
 import threading
@@ -63,6 +64,14 @@ def make_things(
     return things
 
 
+class AgentDied(Exception):
+    """The client process has ended."""
+
+    def __init__(self, status: int) -> None:
+        super().__init__(f"the agent died: {status}")
+        self.status = status
+
+
 class Agent:
     """A client process on one mount."""
 
@@ -77,7 +86,7 @@ class Agent:
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         if not line:
-            raise AssertionError(f"the agent died: {self.process.wait()}")
+            raise AgentDied(self.process.wait())
         answer: dict[str, Any] = json.loads(line)
         return answer
 
@@ -129,7 +138,12 @@ class Driver:
             history.begins.append(now_ns())
             history.states.append(change.state)
             self._unsynced[index] = mount
-        answer = agent.do(change.commands)
+        try:
+            answer = agent.do(change.commands)
+        except AgentDied as died:
+            if mount == self.dead and died.status == -signal.SIGBUS:
+                return False  # it was writing to a mapping: no page comes from a dead mount
+            raise
         if answer["error"]:
             if mount != self.dead:
                 self.errors.append(f"{history.name}: {change.commands}: {answer['text']}")
