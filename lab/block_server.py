@@ -170,8 +170,9 @@ class GnbdServer:
         return next(one for one in found if one.name == export)
 
     def install(
-        self, epoch: int, *members: MemberInfo, dead_ms: int = 60_000, node: int = 1
+        self, epoch: int, *members: MemberInfo, dead_ms: int = 3_600_000, node: int = 1
     ) -> None:
+        """No clusterd sends the server heartbeats: a short `dead_ms` closes its gate (rule R3)."""
         with self.control(node) as control:
             control.ask(m.Install(Epoch(epoch), list(members), {}, dead_ms), m.Done)
 
