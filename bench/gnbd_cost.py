@@ -20,7 +20,10 @@ from gnbd.service_io import registration_key
 from lab.block_server import GnbdServer, instance, member
 from lab.raw_client import RawClient
 
-ME = instance(1)
+NUMBER = 5
+ME = instance(NUMBER)
+"""Greater than those of the measurements before (an install never admits more), less than those of
+the fences."""
 BLOCK = 4096
 ROUND_S = 0.1
 ROUNDS_EACH = 20
@@ -41,7 +44,7 @@ def cpu_s(pid: int) -> float:
 @contextmanager
 def reserved(server: GnbdServer, export: str, epoch: int) -> Iterator[RawClient]:
     """A client that has logged in, and reserved the export for registrants only."""
-    server.install(epoch, member(1, (1,), 2))
+    server.install(epoch, member(1, (NUMBER,), NUMBER + 1))
     with RawClient(server) as client:
         assert client.login(ME, export).status == m.LOGIN_OK
         kind = int(ReservationType.WRITE_EXCLUSIVE_REGISTRANTS_ONLY)
