@@ -6,7 +6,7 @@ import errno
 import functools
 import logging
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Concatenate, ParamSpec, TypeVar
 
 import trio
@@ -44,6 +44,9 @@ class Handle:
     """Answered with direct_io: nothing of it goes through the page cache."""
     appending: trio.CancelScope | None = None
     """A hold of the lock is kept for the rest of a record that the kernel has split."""
+    appends: dict[int, trio.Event] = field(default_factory=dict)
+    """WRITEs at the end of file, by `unique`, in the order in which the kernel sent them: the parts
+    of one call may come all at once. The first one's event is set."""
     removed: bool = False
     """Of a directory that is no more; it holds no reference."""
     losses_heard: int = 0

@@ -171,9 +171,15 @@ class DataOperations(OpenOperations):
 
     def _try_write(self, request: Request, body: memoryview) -> Answer | Parked | None:
         """The common cases: under a lock that is here."""
-        if request.laundered or request.flags & WAITING_FLAGS:
+        if request.laundered:
             return None
         handle = self.handles[request.handle]
+        if request.flags & WAITING_FLAGS:
+            if request.append:
+                turn = handle.appends[request.unique] = trio.Event()
+                if len(handle.appends) == 1:
+                    turn.set()
+            return None
         if request.past_cache:
             if handle.uncached or not request.flags & os.O_DIRECT:
                 return None
@@ -208,7 +214,7 @@ class DataOperations(OpenOperations):
     async def _write_by(self, handle: Handle, request: Request, off: int, buf: Buffer) -> int:
         inode = handle.inode
         flags, kill = request.flags, request.kills_privileges
-        if flags & os.O_APPEND:
+        if request.append:
             return await self._append(handle, request, off, buf)
         if request.past_cache:
             return await self._write_past_cache(handle, flags, off, buf, kill)
@@ -245,6 +251,31 @@ class DataOperations(OpenOperations):
 
     async def _append(self, handle: Handle, request: Request, off: int, buf: Buffer) -> int:
         """Write at the true end of file, whatever the kernel believes that to be."""
+        turn = handle.appends[request.unique]
+        try:
+            if not turn.is_set():
+                await self.waits.wait(turn)
+            end, written = await self._append_in_turn(handle, request, off, buf)
+        finally:
+            del handle.appends[request.unique]
+            for following in handle.appends.values():
+                following.set()
+                break
+        spans = [(end, end + len(buf))]
+        if handle.uncached:
+            await self.caches.settle(handle.inode, spans)
+        else:
+            # O_APPEND was set on an open handle (F_SETFL): the kernel has filled pages at its own
+            # idea of the end.
+            self.caches.start_settle(handle.inode, [*spans, (off, off + len(buf))])
+        if request.data_sync:
+            await self.sync_written(handle, request.flags)
+        return written
+
+    async def _append_in_turn(
+        self, handle: Handle, request: Request, off: int, buf: Buffer
+    ) -> tuple[int, int]:
+        """Where the end of file was, and what was written there."""
         inode, lock = handle.inode, handle.lock
         if handle.appending is not None:
             handle.appending.cancel()  # this takes over the hold that was kept for it
@@ -266,16 +297,7 @@ class DataOperations(OpenOperations):
             else:
                 lock.release(Mode.EX)
             self.caches.served_one(inode)
-        spans = [(end, end + len(buf))]
-        if handle.uncached:
-            await self.caches.settle(inode, spans)
-        else:
-            # O_APPEND was set on an open handle (F_SETFL): the kernel has filled pages at its own
-            # idea of the end.
-            self.caches.start_settle(inode, [*spans, (off, off + len(buf))])
-        if request.data_sync:
-            await self.sync_written(handle, request.flags)
-        return written
+        return end, written
 
     def _keep_for_the_rest(self, handle: Handle, thread: int) -> None:
         """The kernel splits a write of at most 1 MiB whose buffer is not page aligned; the lock

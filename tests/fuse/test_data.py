@@ -124,6 +124,24 @@ def test_append_is_seen_by_cached_readers(place):
     assert os.fstat(reader).st_size == len(expected)
 
 
+def test_an_append_in_parts_keeps_its_order(place):
+    """Past the page cache the kernel sends the parts of a long write all at once, also those of one
+    that goes to the end of file."""
+    part = 1 << 20
+    buffer = mmap.mmap(-1, 4 * part)
+    for number in range(4):
+        buffer[number * part : (number + 1) * part] = bytes([65 + number]) * part
+    for attempt in range(16):
+        path = place / f"f{attempt}"
+        fd = os.open(path, os.O_CREAT | os.O_RDWR | os.O_DIRECT)
+        fcntl.fcntl(fd, fcntl.F_SETFL, os.O_APPEND | os.O_DIRECT)
+        for _ in range(2):
+            assert os.write(fd, buffer) == len(buffer)
+        os.close(fd)
+        assert path.read_bytes() == 2 * bytes(buffer)
+        path.unlink()
+
+
 def test_open_truncates(place):
     """O_TRUNC empties a file, also under a reader and a mapping."""
     path = place / "f"
