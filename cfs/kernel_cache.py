@@ -40,7 +40,7 @@ RANGES_MAX = 64
 EPOCH_NEVER = -1
 WRITES_MAX = 256
 NEAR_NS = 5_000_000_000
-"""How long a WRITE may be on its way from the page cache to this process."""
+"""How long a WRITE may be on its way from the kernel's look at its pages to this process."""
 WaiterId = NewType("WaiterId", int)
 
 Span = tuple[int, int]
@@ -176,6 +176,8 @@ class KernelInode:
     """When pages were last invalidated; 0: never."""
     filled: Spans = field(default_factory=Spans)
     """Pages that READs have brought since; kept only once there was an invalidation."""
+    filled_ns: int = 0
+    """When pages were last answered or written; 0: never."""
     reading: int = 0
     write_number: int = 0
     writes: deque[tuple[int, int, int]] = field(default_factory=lambda: deque(maxlen=WRITES_MAX))
@@ -193,9 +195,16 @@ class KernelInode:
             return True
         return any(n > number and s < end and start < e for n, s, e in self.writes)
 
-    def answered_read(self, start: int, end: int) -> None:
+    def wrote_pages(self, start: int, end: int, now_ns: int) -> None:
+        """A WRITE through the page cache: the kernel has filled the pages of [start, end)."""
+        self.note_write(start, end)
+        self.pages.add(start, end)
+        self.filled_ns = now_ns
+
+    def answered_read(self, start: int, end: int, now_ns: int) -> None:
         """The pages of [start, end) go to the kernel now."""
         self.pages.add(start, end)
+        self.filled_ns = now_ns
         if self.invalidated_ns:
             self.filled.add(start, end)
 
@@ -204,6 +213,15 @@ class KernelInode:
         self.invalidated_ns = now_ns
         self.filled.take()
         return self.pages.take()
+
+    def filled_beside(self, start: int, end: int, arrived_ns: int) -> bool:
+        """Whether the kernel may hold pages of [start, end) that it has filled since it dropped
+        them for a WRITE past the page cache, which arrived at `arrived_ns`. It drops them once more
+        behind a WRITE that its caller waits for, unless that fails, but not behind one of io_submit
+        or io_uring."""
+        return self.filled_ns > arrived_ns - NEAR_NS and self.pages.overlaps(
+            *page_span(start, end)
+        )
 
     def near_invalidation(self, arrived_ns: int) -> bool:
         """Whether pages could have been dropped under a WRITE that arrived at `arrived_ns`."""

@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
@@ -291,6 +291,11 @@ class KernelCaches:
         if stale:
             inode.invalidated_ns = time.monotonic_ns()
             await self._run([encode_pages(inode.node, span) for span in stale])
+
+    def settle_then(self, inode: KernelInode, span: Span, then: Callable[[], None]) -> None:
+        """Drop the pages of `span`, as `settle` does; `then` is called at the end."""
+        inode.invalidated_ns = time.monotonic_ns()
+        self._notifier.submit([encode_pages(inode.node, page_span(*span))], then)
 
     def start_settle(self, inode: KernelInode, spans: list[Span]) -> None:
         """`settle` for bytes that the kernel has also put into pages, which may be locked until

@@ -146,7 +146,7 @@ class DataOperations(OpenOperations):
                 if mode == Mode.EX or not inode.writers:
                     return data
             finally:
-                inode.answered_read(off, off + size)
+                inode.answered_read(off, off + size, time.monotonic_ns())
                 lock.release(mode)
                 self.caches.served_one(inode)
             # A shared writer came while this waited, or read: again, under EX.
@@ -196,8 +196,7 @@ class DataOperations(OpenOperations):
             written = self.fs.try_write_held(inode.number, off, buf, kill=kill)
         finally:
             # Whatever becomes of it: the kernel has filled its pages before it asked.
-            inode.note_write(off, off + len(buf))
-            inode.pages.add(off, off + len(buf))
+            inode.wrote_pages(off, off + len(buf), time.monotonic_ns())
             lock.release(Mode.EX)
         return fuse_layout.WRITE_OUT.pack(written, 0)
 
@@ -235,16 +234,19 @@ class DataOperations(OpenOperations):
     ) -> int:
         inode = handle.inode
         direct = bool(flags & os.O_DIRECT)
+        arrived_ns = time.monotonic_ns()
         try:
             written = await self.fs.write(inode.number, off, buf, direct=direct, kill=kill)
         except FsError:
             # If data was lost on the way through the buffer, the handle is told of it now.
             _, handle.losses_heard = self.fs.take_error(inode.number, handle.losses_heard)
             raise
-        if handle.uncached:
-            await self.caches.settle(inode, [(off, off + len(buf))])
-        else:
-            inode.note_write(off, off + len(buf))  # the kernel itself drops what it overlaps
+        finally:
+            # Also after an error: some of it may have been written.
+            if handle.uncached or inode.filled_beside(off, off + len(buf), arrived_ns):
+                await self.caches.settle(inode, [(off, off + len(buf))])
+            else:
+                inode.note_write(off, off + len(buf))
         if flags & os.O_DSYNC:
             await self.sync_written(handle, flags)
         return written
@@ -331,8 +333,7 @@ class DataOperations(OpenOperations):
         try:
             return await self.fs.write_held(inode.number, off, buf, laundered=laundered, kill=kill)
         finally:
-            inode.note_write(off, off + len(buf))
-            inode.pages.add(off, off + len(buf))
+            inode.wrote_pages(off, off + len(buf), time.monotonic_ns())
             lock.release(Mode.EX)
             self.caches.served_one(inode)
 

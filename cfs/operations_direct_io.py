@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import os
+import time
 from typing import TYPE_CHECKING
 
 from cfs import fuse_layout
@@ -60,7 +61,11 @@ class _DirectCall:
         return PARKED
 
     def ended(self, error: Exception | None, pieces: list[Buffer]) -> None:
-        self.over, self.error, self.pieces = True, error, pieces
+        self.error, self.pieces = error, pieces
+        self._finish()
+
+    def _finish(self) -> None:
+        self.over = True
         if not self.parked:
             return
         operations, request = self.operations, self.request
@@ -101,10 +106,11 @@ class DirectRead(_DirectCall):
 
 
 class DirectWrite(_DirectCall):
-    __slots__ = ("data",)
+    __slots__ = ("arrived_ns", "data")
 
     def __init__(self, operations: DataOperations, request: Request, data: memoryview) -> None:
         super().__init__(operations, request)
+        self.arrived_ns = time.monotonic_ns()
         self.data: memoryview | None = data
 
     def _start(self) -> None:
@@ -117,7 +123,15 @@ class DirectWrite(_DirectCall):
         fs.start_write(number, request.offset, data, self.written, kill=kill)
 
     def written(self, error: Exception | None) -> None:
-        self.ended(error, [])
+        """Also after an error some of it may have been written."""
+        self.error = error
+        inode, start = self.handle.inode, self.request.offset
+        end = start + self.request.size
+        inode.note_write(start, end)
+        if inode.filled_beside(start, end, self.arrived_ns):
+            self.operations.caches.settle_then(inode, (start, end), self._finish)
+        else:
+            self._finish()
 
     def _answer(self) -> Answer:
         handle, request = self.handle, self.request
@@ -128,6 +142,4 @@ class DirectWrite(_DirectCall):
             )
         if self.error is not None:
             raise self.error
-        # The kernel itself drops what it overlaps.
-        handle.inode.note_write(request.offset, request.offset + request.size)
         return fuse_layout.WRITE_OUT.pack(request.size, 0)

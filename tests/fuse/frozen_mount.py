@@ -1,7 +1,7 @@
 """A mount whose file `f` is locked by another node until a file called `thaw` appears.
 
 Arguments: DIRECTORY CONTROL_DIRECTORY. `free` is held by nobody else; the storage of `slow` is away
-until the thaw.
+until the thaw, and what is written past the buffer to `late` lands then.
 """
 
 import logging
@@ -22,7 +22,7 @@ from cfs.transaction import NotNow
 from dlm.modes import Result
 from tests.fuse.memory_fs import MemoryFileSystem, Node
 
-FROZEN, FREE, SLOW = 50, 51, 52
+FROZEN, FREE, SLOW, LATE = 50, 51, 52, 53
 
 
 class AwayStorage(MemoryFileSystem):
@@ -35,23 +35,24 @@ class AwayStorage(MemoryFileSystem):
             await self.back.wait()
         return await super().read_held(ino, offset, size)
 
-
     def start_read(self, ino, offset, size, done):
-        self._later(ino, lambda: done(None, [bytes(self.node(ino).data[offset : offset + size])]))
+        if ino != SLOW:
+            raise NotNow
+        self._later(lambda: done(None, [bytes(self.node(ino).data[offset : offset + size])]))
 
     def start_write(self, ino, offset, data, done, *, kill):
+        if ino not in (SLOW, LATE):
+            raise NotNow
         data = bytes(data)
 
         def write():
             self.node(ino).data[offset : offset + len(data)] = data
             done(None)
 
-        self._later(ino, write)
+        self._later(write)
 
-    def _later(self, ino, action):
+    def _later(self, action):
         """A disk without a task."""
-        if ino != SLOW:
-            raise NotNow
 
         async def wait():
             await self.back.wait()
@@ -122,7 +123,7 @@ def main():
         locks.engine = Slow(locks.engine)
         root = Node(7, stat.S_IFDIR | 0o755)
         nodes = {7: root}
-        for name, ino in ((b"f", FROZEN), (b"free", FREE), (b"slow", SLOW)):
+        for name, ino in ((b"f", FROZEN), (b"free", FREE), (b"slow", SLOW), (b"late", LATE)):
             nodes[ino] = Node(ino, stat.S_IFREG | 0o666)
             nodes[ino].data[:] = b"data"
             root.names[name] = (ino, ino, stat.S_IFREG)

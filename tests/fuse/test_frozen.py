@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
+import mmap
 import os
+import struct
 import subprocess
 import time
 from pathlib import Path
@@ -10,6 +13,9 @@ from pathlib import Path
 import pytest
 
 from tests.fuse.mounting import DEADLINE_S, Mounted, scratch
+
+IOCB = struct.Struct("=QIiHhIQQqQII")
+IOCB_CMD_PWRITE = 1
 
 
 @pytest.fixture
@@ -90,6 +96,46 @@ def test_direct_io_waits_for_storage(frozen, operation):
     (frozen.log.parent / "thaw").touch()
     assert client.wait(DEADLINE_S) == 0
     assert (frozen.path / "slow").read_bytes()[:4] == b"data"
+    assert frozen.close() == 0
+
+
+class Submitted:
+    """A write at the start of a file that nobody waits for."""
+
+    def __init__(self, fd, buffer):
+        self.library = ctypes.CDLL("libaio.so.1")
+        self.context = ctypes.c_void_p()
+        assert self.library.io_setup(1, ctypes.byref(self.context)) == 0
+        place = ctypes.addressof(ctypes.c_char.from_buffer(buffer))
+        block = IOCB.pack(0, 0, 0, IOCB_CMD_PWRITE, 0, fd, place, len(buffer), 0, 0, 0, 0)
+        self.block = ctypes.create_string_buffer(block, len(block))
+        pointers = (ctypes.c_void_p * 1)(ctypes.addressof(self.block))
+        assert self.library.io_submit(self.context, 1, pointers) == 1
+
+    def result(self):
+        event = ctypes.create_string_buffer(32)
+        assert self.library.io_getevents(self.context, 1, 1, event, None) == 1
+        return struct.unpack_from("<q", event.raw, 16)[0]
+
+
+def test_pages_read_beside_a_write_that_nobody_waits_for_are_dropped(frozen):
+    """The kernel itself drops them only behind writes that their caller waits for."""
+    path = frozen.path / "late"
+    path.write_bytes(b"old!" * 2048)
+    direct, cached = os.open(path, os.O_RDWR | os.O_DIRECT), os.open(path, os.O_RDONLY)
+    buffer = mmap.mmap(-1, 4096)
+    buffer[:] = b"new!" * 1024
+    before = frozen.counters()["write"]
+    submitted = Submitted(direct, buffer)
+    end = time.monotonic() + DEADLINE_S
+    while frozen.counters()["write"] == before:
+        assert time.monotonic() < end
+    assert os.pread(cached, 8192, 0) == b"old!" * 2048
+    (frozen.log.parent / "thaw").touch()
+    assert submitted.result() == 4096
+    assert os.pread(cached, 8192, 0) == b"new!" * 1024 + b"old!" * 1024
+    os.close(direct)
+    os.close(cached)
     assert frozen.close() == 0
 
 

@@ -212,7 +212,7 @@ async def test_an_answer_that_the_kernel_has_not_taken_in_is_taken_back_all_the_
     caches, inode = known_inode(kernel)
     assert caches.attribute_timeout(inode, Lock(), inode.revision) > 0
     if pages:
-        inode.answered_read(0, 4096)
+        inode.answered_read(0, 4096, 1)
     await caches.revoke(7, Mode.NL)
     assert kernel.unseen < 0
     assert not inode.attributes_out
