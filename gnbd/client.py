@@ -6,6 +6,8 @@ sent on a path that was lost. Invariants:
 - a stranded request goes back to the queue only when the server confirmed that its path is
   drained: by a LOGIN of a newer generation there, or by DRAIN on another path (R6); only a server
   that knows neither is not waited for, and gnbd.plain_io says what is lost with that;
+- what would change bytes that a forsaken request (its caller was cancelled) may still change waits
+  for that one's end;
 - nothing is sent while the server is not known to have installed the required epoch (R3);
 - when the server's cache generation changes, every lane of the old one is cut, and what was written
   since the last FLUSH is sent again before any new request (R7).
@@ -29,6 +31,7 @@ from gnbd.retained import Piece, Retained, owned, split
 _OF_ONE_LANE = frozenset({p.CMD_PING, p.CMD_DRAIN, p.CMD_LOGOUT})
 _MEASURED = frozenset({p.CMD_READ, p.CMD_WRITE})
 """Of these the service time is taken."""
+_CHANGES = frozenset({p.CMD_WRITE, p.CMD_WRITE_ZEROES, p.CMD_TRIM, p.CMD_COMPARE_AND_WRITE})
 
 
 class ClientCore:
@@ -57,6 +60,7 @@ class ClientCore:
         self._barrier: Request | None = None
         self._round = 0
         self._resync_left = 0
+        self._forsaken: set[Request] = set()
         self._refused: list[Request] = []
         """Of these; tried again at the next `look`."""
         self._own_flush = False
@@ -73,6 +77,27 @@ class ClientCore:
         self._order += 1
         request.order = self._order
         self.queue.append(request)
+
+    def forsake(self, request: Request) -> None:
+        """Its caller is cancelled and may write there again. It goes on, and newer bytes wait."""
+        request.waiter = None
+        if request.kind in _CHANGES:
+            self._forsaken.add(request)
+            request.waiter = _Forsaken(self._forsaken, request)
+
+    def _must_wait(self, request: Request) -> bool:
+        """Whether older bytes of a forsaken request could come over those of this one."""
+        if not self._forsaken or request.kind not in _CHANGES:
+            return False
+        end = request.offset + request.length
+        return any(
+            part in self._forsaken
+            and part.order < request.order
+            and part.offset < end
+            and request.offset < part.offset + part.length
+            for sent in self._sent()
+            for part in sent.parts or [sent]
+        )
 
     def is_open(self) -> bool:
         """Whether ordinary requests may be sent."""
@@ -107,6 +132,8 @@ class ClientCore:
             request = queue[0]
             if self._barrier is not None and request.order > self._barrier.order:
                 return result
+            if self._must_wait(request):
+                return result
             changes = request.kind in (p.CMD_WRITE, p.CMD_WRITE_ZEROES)
             if changes and request.round == 0 and self.retained.is_full():
                 flush = next((r for r in queue if r.kind == p.CMD_FLUSH), None)
@@ -119,7 +146,7 @@ class ClientCore:
             if lane is None:
                 return result
             queue.popleft()
-            if self._barrier is None:
+            if self._barrier is None and not self._forsaken:
                 request = merged(request, queue)
             self._place(lane, request, now_ns)
             result.append((lane, request))
@@ -131,6 +158,7 @@ class ClientCore:
             len(self.queue) != 1
             or self.urgent
             or self._barrier is not None
+            or self._forsaken
             or self._resync_left
             or self.installed < self.required
             or self.retained.wants_flush()
@@ -413,7 +441,11 @@ class ClientCore:
 
     def all_requests(self) -> list[Request]:
         """Everything not yet finished."""
-        found = [*self.queue, *self.urgent, *self._refused]
+        return [*self.queue, *self.urgent, *self._refused, *self._sent()]
+
+    def _sent(self) -> list[Request]:
+        """What may be executing."""
+        found: list[Request] = []
         for path in self.paths:
             found += [r for s in path.stranded for r in s.requests]
             found += [r for lane in path.lanes for r in lane.in_flight.values()]
@@ -430,9 +462,21 @@ class ClientCore:
         """Assert the invariants."""
         everything = self.all_requests()
         assert len({id(r) for r in everything}) == len(everything)
+        assert self._forsaken <= {part for r in everything for part in r.parts or [r]}
         for path in self.paths:
             assert all(s.generation < path.generation for s in path.stranded)
             assert all(lane.generation == path.generation for lane in path.lanes)
+
+
+class _Forsaken:
+    """In the place of a caller that was cancelled."""
+
+    def __init__(self, forsaken: set[Request], request: Request) -> None:
+        self._forsaken = forsaken
+        self._request = request
+
+    def done(self, _error: StackError | None) -> None:
+        self._forsaken.discard(self._request)
 
 
 class _OwnFlush:

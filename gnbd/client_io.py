@@ -85,7 +85,6 @@ class GnbdDevice(Starter):
         self.core = ClientCore(len(server.addresses), boottime_ns(), drains=entrance.fenced)
         self._entrance = entrance
         self._options = options
-        self._declaring = Group(0)
         self._links: dict[int, Link] = {}
         self._totals: list[Counter[str]] = [Counter() for _ in server.addresses]
         """By path, of connections that are closed."""
@@ -136,6 +135,7 @@ class GnbdDevice(Starter):
     ) -> None:
         """See `BlockDevice`. `sums` gets the CRC-32C of each 4096 bytes, computed as they go."""
         flags = p.CMD_FLAG_FUA if fua else 0
+        data = flat(data)
         if len(data) > REQUEST_BYTES_MAX:
             group = Group(0)
             requests = writes(offset_bytes, data, flags, group, sums)
@@ -143,7 +143,7 @@ class GnbdDevice(Starter):
             await self._run(group, requests)
             return
         group = Group(1)
-        request = Request(p.CMD_WRITE, offset_bytes, len(data), flat(data), flags, group)
+        request = Request(p.CMD_WRITE, offset_bytes, len(data), data, flags, group)
         request.wanted = sums
         await self._run_one(group, request)
 
@@ -174,6 +174,8 @@ class GnbdDevice(Starter):
             raise UsageError(f"{self.name}: only a gnbd-server compares and writes")
         if len(expected) != len(new) or len(new) > p.COMPARE_BYTES_MAX:
             raise UsageError("compare and write: two equal lengths up to 64 KiB")
+        if self.core.retained.may_overlap(offset_bytes, len(new)):
+            await self.flush()  # if the answer is lost, nothing older is to come over what is there
         group = Group(1)
         kind, both = p.CMD_COMPARE_AND_WRITE, expected + new
         request = Request(kind, offset_bytes, len(both), both, p.CMD_FLAG_FUA, group)
@@ -209,7 +211,7 @@ class GnbdDevice(Starter):
         """Declare the volume sequence number that this instance works with. Call it while nothing
         is in flight; it is declared again at every LOGIN."""
         self._entrance.sequence = sequence
-        group = self._declaring = Group(1)
+        group = Group(1)
         await self._run(group, [Request(p.CMD_SEQUENCE, sequence, waiter=group)])
 
     def status(self) -> dict[str, object]:
@@ -304,7 +306,7 @@ class GnbdDevice(Starter):
         if self._closed:
             raise StackError("the device is closed")
         self.core.submit(request)
-        lane = None if self._declaring.left else self.core.assign_one(boottime_ns())
+        lane = self.core.assign_one(boottime_ns())
         try:
             if lane is None:
                 self.pump()
@@ -325,7 +327,7 @@ class GnbdDevice(Starter):
         for request in requests:
             if request.waiter is None:
                 continue
-            request.waiter = None
+            self.core.forsake(request)
             if request.data is not None:
                 request.data = owned(request.data)
             elif request.into is not None:
@@ -374,15 +376,18 @@ class GnbdDevice(Starter):
             raise
 
     async def run(self) -> None:
-        """Keep all paths up; ends with `aclose`."""
-        with self._scope:
-            async with trio.open_nursery() as nursery:
-                for path in self.core.paths:
-                    nursery.start_soon(self._path_loop, path)
-                if self._options.fail_after_ms:
-                    nursery.start_soon(self._fail_loop, self._options.fail_after_ms)
-        self.core.fail_all(StackError("the device is closed"))
-        self._opened.set()
+        """Keep all paths up; ends with `aclose`, or when it is cancelled."""
+        try:
+            with self._scope:
+                async with trio.open_nursery() as nursery:
+                    for path in self.core.paths:
+                        nursery.start_soon(self._path_loop, path)
+                    if self._options.fail_after_ms:
+                        nursery.start_soon(self._fail_loop, self._options.fail_after_ms)
+        finally:
+            self._closed = self._closed or self.core.barred is None
+            self.core.fail_all(StackError("the device is closed"))
+            self._opened.set()
 
     async def _fail_loop(self, limit_ms: int) -> None:
         """Give up what has waited for too long."""

@@ -18,10 +18,14 @@ def chunks(offset: int, length: int, limit: int = REQUEST_BYTES_MAX) -> list[tup
 
 
 def flat(data: Buffer) -> Buffer:
-    """What can be sent as it lies. Raises TypeError for the rest."""
-    if isinstance(data, memoryview) and not data.c_contiguous:
+    """What can be sent as it lies; its length is that of its bytes. Raises TypeError for the
+    rest."""
+    if isinstance(data, bytes | bytearray):
+        return data
+    view = memoryview(data)
+    if not view.c_contiguous:
         raise TypeError("what is written must lie in one piece")
-    return data
+    return view if view.ndim == view.itemsize == 1 else view.cast("B")
 
 
 def reads_into(
@@ -41,10 +45,11 @@ def writes(
     offset: int, data: Buffer, flags: int, waiter: Waiter, sums: array[int] | None = None
 ) -> list[Request]:
     """Of `data`; `sums` has room for their checksums. Raises TypeError."""
+    data = flat(data)
     view = data if len(data) <= REQUEST_BYTES_MAX else memoryview(data)
     requests = []
     for start, length in chunks(0, len(data)) or [(0, 0)]:
-        piece = flat(view if length == len(data) else view[start : start + length])
+        piece = view if length == len(data) else view[start : start + length]
         request = Request(p.CMD_WRITE, offset + start, length, piece, flags, waiter)
         request.wanted = _part(sums, start, length)
         requests.append(request)

@@ -69,18 +69,19 @@ class Retained:
     def add(self, piece: Piece, *, durable: bool = False) -> None:
         """A write has completed; `durable`: it was a FUA write."""
         if durable:
-            if not self._may_overlap(piece):
+            if not self.may_overlap(piece.offset, piece.length):
                 return
             piece = Piece(piece.offset, piece.length, None, durable=True)
         self._pieces.append(piece)
         if piece.data is not None:
             self.bytes += piece.length
 
-    def _may_overlap(self, piece: Piece) -> bool:
+    def may_overlap(self, offset: int, length: int) -> bool:
+        """Whether something in here is of that place."""
         if len(self._pieces) > OVERLAPS_SOUGHT_MAX:
             return True
-        end = piece.offset + piece.length
-        return any(p.offset < end and piece.offset < p.offset + p.length for p in self._pieces)
+        end = offset + length
+        return any(p.offset < end and offset < p.offset + p.length for p in self._pieces)
 
     def mark(self) -> int:
         """What a FLUSH that is sent now covers."""

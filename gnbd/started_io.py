@@ -10,7 +10,8 @@ from cluster.paths_io import boottime_ns
 from gnbd import protocol as p
 from gnbd.client import ClientCore
 from gnbd.lanes import Request
-from gnbd.link_io import Group, Link
+from gnbd.link_io import Link
+from gnbd.pieces import flat
 from gnbd.retained import owned
 
 
@@ -25,7 +26,7 @@ def started_write(parts: Sequence[tuple[int, Buffer]], done: Written) -> list[Re
     """WRITEs that are not longer each than one request may be; what the caller may change is
     copied."""
     waiter = _StartedWrite(len(parts), done)
-    kept = [(offset, owned(data)) for offset, data in parts]
+    kept = [(offset, flat(owned(data))) for offset, data in parts]
     return [Request(p.CMD_WRITE, offset, len(data), data, waiter=waiter) for offset, data in kept]
 
 
@@ -64,7 +65,6 @@ class Starter:
 
     core: ClientCore
     _closed: bool
-    _declaring: Group
     _links: dict[int, Link]
 
     def pump(self) -> None:
@@ -89,7 +89,7 @@ class Starter:
         except StackError as error:
             request.finish(error)
             return
-        lane = None if self._declaring.left else self.core.assign_one(boottime_ns())
+        lane = self.core.assign_one(boottime_ns())
         if lane is None:
             self.pump()
         else:

@@ -511,3 +511,67 @@ def test_a_compare_and_write_is_not_sent_twice():
     core.drained(drain.path, drain.generation)
     assert [type(error) for error in told] == [UnknownOutcomeError]
     assert core.assign(0) == []
+
+
+def two_paths() -> tuple[ClientCore, list]:
+    """A device with one connection on each of its paths."""
+    core = ClientCore(2, 1)
+    for path in core.paths:
+        core.logged_in(path, Epoch(1), 1, 4096)
+        core.lane_up(path, 0)
+    return core, core.paths
+
+
+@pytest.mark.parametrize("is_lost", [False, True])
+def test_bytes_of_a_cancelled_writer_come_before_newer_ones(is_lost):
+    """It may write the same place again, and is told that this was done: the older write must not
+    be under way any more. Other places do not wait."""
+    core, paths = two_paths()
+    old = Request(p.CMD_WRITE, 512, 512, b"o" * 512, waiter=Counted())
+    core.submit(old)
+    ((lane, _),) = core.assign(0)
+    core.forsake(old)
+    new = Request(p.CMD_WRITE, 0, 1024, b"n" * 1024, waiter=Counted())
+    elsewhere = Request(p.CMD_WRITE, 1024, 512, b"e" * 512, waiter=Counted())
+    core.submit(elsewhere)
+    assert core.assign_one(0) is None
+    ((other, _),) = core.assign(0)
+    core.submit(new)
+    core.submit(Request(p.CMD_READ, 0, 512))
+    assert core.assign(0) == []
+    core.completed(other, elsewhere.cookie, 0, 0)
+    if is_lost:
+        core.path_lost(lane.path, 0)
+        assert core.assign(0) == []
+        (drain,) = core.drains()
+        core.drained(drain.path, drain.generation)
+        ((lane, again),) = core.assign(0)
+        assert again is old
+    core.check()
+    core.completed(lane, old.cookie, 0, 0)
+    assert new in [request for _, request in core.assign(0)]
+    assert not any(path.stranded for path in paths)
+
+
+def test_what_a_cancelled_writer_has_merged_is_waited_for_too():
+    """One part of what went out as one has lost its caller."""
+    core, _ = two_paths()
+    parts = [Request(p.CMD_WRITE, at, 512, b"o" * 512, waiter=Counted()) for at in (0, 512)]
+    for part in parts:
+        core.submit(part)
+    ((lane, whole),) = core.assign(0)
+    assert whole.parts == parts
+    core.forsake(parts[1])
+    for offset in (1024, 512):
+        core.submit(Request(p.CMD_WRITE, offset, 512, b"n" * 512, waiter=Counted()))
+    first, newer = core.queue
+    assert [request for _, request in core.assign(0)] == [first]
+    core.completed(lane, whole.cookie, 0, 0)
+    assert [request for _, request in core.assign(0)] == [newer]
+    assert parts[0].waiter is None and parts[1].waiter is None  # noqa: PT018
+
+
+class Counted:
+    """Somebody waits."""
+
+    def done(self, error) -> None: ...

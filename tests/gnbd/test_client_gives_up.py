@@ -6,6 +6,7 @@ import pytest
 import trio
 
 from cluster.errors import StackError, UnreachableError, UsageError
+from gnbd import messages as m
 from gnbd.client_io import Options
 from gnbd.failures import UnknownOutcomeError
 from gnbd.plain_io import open_plain
@@ -161,6 +162,36 @@ def test_compare_and_write_without_an_answer(server, relayed):
                 for relay in relays:
                     relay.release()
             assert await device.read(0, 512) in (bytes(512), b"x" * 512)
+
+    trio_test(body)
+
+
+def test_what_a_compare_and_write_has_written_is_not_undone(server):
+    """Its answer is lost, but it is there and durable, and others build on it. What this client had
+    written there before is not brought back when the server loses its cache."""
+
+    async def body():
+        async with opened(server) as device, opened(server, instance(2)) as other:
+            await device.write(0, b"a" * BLOCK)  # kept until a flush
+            with server.control() as control:
+                which = {"operation": "write", "count": 1}
+                control.ask(m.FilterCommand("disk0", "add", "drop", which), m.Done)
+
+            async def change():
+                with pytest.raises(UnknownOutcomeError):
+                    await device.compare_and_write(0, b"a" * BLOCK, b"b" * BLOCK)
+
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(change)
+                while await other.read(0, BLOCK) != b"b" * BLOCK:
+                    pass
+                device._scopes[0].cancel()
+            assert await other.compare_and_write(0, b"b" * BLOCK, b"c" * BLOCK)
+            server.kill()
+            server.start()
+            server.install(1, MEMBERS)
+            await device.flush()
+            assert await device.read(0, BLOCK) == b"c" * BLOCK
 
     trio_test(body)
 
