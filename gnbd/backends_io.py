@@ -195,12 +195,20 @@ class FileBackend(Backend):
             os.close(self.fd)
             raise
         self.size_bytes = present if size_bytes is None else min(size_bytes, present)
-        if direct:
-            try:
+        try:
+            if direct:
                 self._go_direct()
-            except StackError:
-                os.close(self.fd)
-                raise
+            self._flush_fd = self.reopen(os.O_RDONLY)
+        except (StackError, OSError):
+            os.close(self.fd)
+            raise
+
+    def reopen(self, flags: int) -> int:
+        """The same disk as another open file, the caller's to close. The kernel tells each of them
+        once that a write-back has failed: whoever must not miss it asks through one that nobody
+        else makes anything durable through. Raises OSError."""
+        direct = fcntl.fcntl(self.fd, fcntl.F_GETFL) & os.O_DIRECT
+        return os.open(f"/proc/self/fd/{self.fd}", flags | direct | os.O_CLOEXEC)
 
     def _go_direct(self) -> None:
         """O_DIRECT from now on, with the smallest alignment that works."""
@@ -245,24 +253,33 @@ class FileBackend(Backend):
         else:
             read_exactly(self.fd, offset, view)
 
-    def _write(self, offset: int, view: memoryview, flags: int) -> None:
-        if (area := self.area) is not None:
-            area.write(self.fd, offset, view, flags)
-        else:
-            write_exactly(self.fd, offset, view, flags)
-
     def write(self, offset: int, view: memoryview, fua: bool) -> None:
-        flags = _RWF_DSYNC if fua else 0
+        if not fua:
+            self._write(self.fd, offset, view, 0)
+            return
+        fd = self.reopen(os.O_RDWR)
+        try:
+            self._write(fd, offset, view, _RWF_DSYNC)
+        finally:
+            os.close(fd)
+
+    def _write(self, fd: int, offset: int, view: memoryview, flags: int) -> None:
         if self.alignment == 1 or not view:
-            self._write(offset, view, flags)
+            self._write_aligned(fd, offset, view, flags)
             return
         with mmap.mmap(-1, len(view)) as memory, memoryview(memory) as aligned:
             aligned[:] = view
-            self._write(offset, aligned, flags)
+            self._write_aligned(fd, offset, aligned, flags)
+
+    def _write_aligned(self, fd: int, offset: int, view: memoryview, flags: int) -> None:
+        if (area := self.area) is not None:
+            area.write(fd, offset, view, flags)
+        else:
+            write_exactly(fd, offset, view, flags)
 
     def flush(self) -> None:
         try:
-            os.fdatasync(self.fd)
+            os.fdatasync(self._flush_fd)
         except OSError:
             self.drop_refused()
             raise
@@ -330,5 +347,6 @@ class FileBackend(Backend):
         self.size_bytes = size_bytes
 
     def close(self) -> None:
-        fd, self.fd = self.fd, -1
-        os.close(fd)
+        for fd in (self._flush_fd, self.fd):
+            os.close(fd)
+        self._flush_fd = self.fd = -1

@@ -1,9 +1,10 @@
 """Flushes of one export. A failure reaches everybody whose writes it may have lost (R7).
 
-The kernel tells the error of a write-back once per open file, and all clients share ours: whoever
+The kernel tells the error of a write-back once per open file, and all flushes share one: whoever
 flushes beside or right after a failed flush would be told that all is well. So one flush runs at a
 time (those that come meanwhile share the next one), and before another may begin after a failure
-`failed` is called, which cuts all clients off.
+`failed` is called, which sees to it that all clients learn of it. Durable writes go through open
+files of their own: what one of them is told is not missed by a flush, nor by another one.
 """
 
 from __future__ import annotations
@@ -54,15 +55,29 @@ class Flushes:
         try:
             flush()
         except OSError:
-            self.write_failed()
+            self._spoil()
             failed()
             raise
         with self._changed:
             if self._failed >= mine:
                 raise _error(errno.EIO)
 
-    def write_failed(self) -> None:
-        """A durable write has failed: a flush that runs now may not see what that one saw."""
+    def write_failed(self, flush: Callable[[], None], failed: Callable[[], None]) -> None:
+        """A durable write has failed, which is as bad as a failed flush: one that runs now fails,
+        and the next one is ours. `flush` takes the error from the file that flushes go by."""
+
+        def refused() -> None:
+            flush()
+            raise _error(errno.EIO)
+
+        self._spoil()
+        while True:
+            try:
+                self.run(refused, failed, lambda: False)  # another one's may be good, and for us
+            except OSError:
+                return
+
+    def _spoil(self) -> None:
         with self._changed:
             self._failed = self._begun
 

@@ -411,8 +411,8 @@ class Service:
         )
 
     def flush_failed(self, export: ExportRuntime, own: Connection | None = None) -> None:
-        """The store may have dropped acknowledged writes: all clients log in anew and see it.
-        `own` is cut by the caller, after its answer."""
+        """The store may have dropped acknowledged writes: all clients log in anew and see it, or at
+        their next FLUSH. `own` is cut by the caller, after its answer."""
         with self._lock:
             export.cache_generation += 1
             connections = [c for c in export.connections if c.session is not None]

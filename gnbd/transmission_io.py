@@ -55,6 +55,7 @@ class Transmission:
         self._export = export
         self._contexts = entered.contexts
         self._style = entered.style
+        self._generation = export.cache_generation
         self._flush_lost = False
         self._durable_write = False
         self._differs_at: int | None = None
@@ -188,6 +189,8 @@ class Transmission:
         if durable and not backend.read_only:
             self._flush_lost = True
             self._service.flush(self._export, self._connection)
+            if self._export.cache_generation != self._generation:  # another client was told
+                raise OSError(p.EIO, "what was written before may be lost")
             self._flush_lost = False
         return 0
 
@@ -267,13 +270,17 @@ class Transmission:
             native.put(p.SIZE.pack(self._export.size_bytes))
 
     def _durable_write_failed(self, error: int) -> None:
-        self._export.flushes.write_failed()
-        self._export.disk.drop_refused()
-        self._service.flush_failed(self._export, self._connection)
+        export, own = self._export, self._connection
+
+        def take_error() -> None:
+            export.disk.flush()
+            export.disk.drop_refused()
+
+        export.flushes.write_failed(take_error, lambda: self._service.flush_failed(export, own))
         self._answer_last(error)
 
     def _answer_last(self, error: int) -> None:
-        """What others wrote may be lost with it, and they were cut off; we had to be told first."""
+        """What others wrote may be lost with it, and they will know; we had to be told first."""
         self._native.done(error, self._why)
         self._native.send()
         self._connection.shut()

@@ -103,6 +103,7 @@ struct native_nbd {
     size_t start, end;
     struct nbd_memory payload; /* of a request that does not fit into the buffer */
     uint8_t *aligned;          /* where the data of a WRITE is moved that must be aligned */
+    int durable_fd; /* the disk as an open file of this connection's, once it is needed; else -1 */
 
     uint8_t *arena; /* data of READs that wait to be sent */
     struct nbd_memory large; /* of one that does not fit into the arena */

@@ -41,6 +41,7 @@ struct native_nbd *native_nbd_open(int sock, struct native_nbd_export *export, i
     if (!nbd)
         return NULL;
     nbd->sock = sock;
+    nbd->durable_fd = -1;
     nbd->export = export;
     nbd->logged_in = logged_in;
     nbd->structured = style != NBD_SIMPLE;
@@ -72,6 +73,8 @@ void native_nbd_free(struct native_nbd *nbd)
     unmap_memory(nbd->aligned, NBD_RECEIVE_BYTES);
     nbd_memory_free(&nbd->payload);
     nbd_memory_free(&nbd->large);
+    if (nbd->durable_fd >= 0)
+        close(nbd->durable_fd);
     free(nbd);
 }
 
@@ -175,10 +178,25 @@ static int read_run(struct native_nbd *nbd, int fd, uint8_t *data, size_t length
     return error;
 }
 
+/* The kernel tells an open file once that a write-back has failed, whoever made it durable then:
+ * through one file the failure of one connection's WRITE could be told to another one alone. -1 with
+ * errno. */
+static int durable_file(struct native_nbd *nbd, int fd)
+{
+    char name[32];
+    if (nbd->durable_fd < 0) {
+        snprintf(name, sizeof name, "/proc/self/fd/%d", fd);
+        nbd->durable_fd = open(name, O_RDWR | O_CLOEXEC | (fcntl(fd, F_GETFL) & O_DIRECT));
+    }
+    return nbd->durable_fd;
+}
+
 static int write_run(struct native_nbd *nbd, int fd, int flags)
 {
     struct native_nbd_request *request = &nbd->request;
     struct native_integrity *area = area_of(nbd);
+    if (flags && (fd = durable_file(nbd, fd)) < 0)
+        return errno;
     return area ? native_integrity_write(area, fd, nbd->data, nbd->checked ? nbd->sums : NULL,
                                          request->length, request->offset, flags, &nbd->bad)
                 : native_write_exactly(fd, nbd->data, request->length, request->offset, flags);

@@ -8,6 +8,8 @@ fdatasync succeeds. Whoever reads the new bytes meanwhile decides by something t
 from __future__ import annotations
 
 import contextlib
+import os
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -35,6 +37,16 @@ def serving(tmp_path: Path, filters: str) -> Iterator[tuple[GnbdServer, SmallDis
                 yield server, disk
 
 
+def write_back(server: GnbdServer) -> None:
+    """The kernel does so at any time, and finds out what the disk refuses."""
+    device = os.open(tomllib.loads(server.file.read_text())["exports"][0]["path"], os.O_RDONLY)
+    try:
+        with pytest.raises(OSError, match="Input/output"):
+            os.fdatasync(device)
+    finally:
+        os.close(device)
+
+
 @pytest.mark.parametrize("filters", ["", '"stats"'], ids=["C", "Python"])
 @pytest.mark.parametrize("how", ["flush", "durable"])
 def test_what_was_refused_is_not_read(tmp_path, how, filters):
@@ -54,3 +66,30 @@ def test_what_was_refused_is_not_read(tmp_path, how, filters):
             assert client.read(MIB, PIECE) == bytes(PIECE)
             assert client.read(0, PIECE) == b"n" * PIECE
             assert client.request(p.CMD_FLUSH) == 0
+
+
+@pytest.mark.parametrize("filters", ["", '"stats"'], ids=["C", "Python"])
+@pytest.mark.parametrize("other", ["flush", "durable", "refused"])
+def test_whoever_lost_something_is_told(tmp_path, other, filters):
+    """The kernel tells of a failed write-back once per open file: not another client, instead."""
+    with (
+        serving(tmp_path, filters) as (server, disk),
+        RawClient(server, "disk") as client,
+        RawClient(server, "disk") as second,
+    ):
+        assert client.request(p.CMD_WRITE, 0, b"o" * PIECE, flags=p.CMD_FLAG_FUA) == 0
+        disk.fill()
+        assert client.request(p.CMD_WRITE, MIB, b"n" * PIECE) == 0
+        write_back(server)
+        match other:
+            case "flush":
+                assert second.request(p.CMD_FLUSH) == p.EIO
+            case "durable":
+                assert second.request(p.CMD_WRITE, 0, b"d" * PIECE, flags=p.CMD_FLAG_FUA) == 0
+            case "refused":
+                durable = second.request(p.CMD_WRITE, 2 * MIB, b"d" * PIECE, flags=p.CMD_FLAG_FUA)
+                assert durable == p.EIO
+        assert client.request(p.CMD_FLUSH) == p.EIO
+        with RawClient(server, "disk") as third:
+            assert third.request(p.CMD_FLUSH) == 0
+            assert third.request(p.CMD_WRITE, 0, b"t" * PIECE, flags=p.CMD_FLAG_FUA) == 0
