@@ -10,8 +10,8 @@ import re
 from cluster.errors import ConfigError
 
 SIZE_BYTES_MAX = 1 << 62
-_UNITS = {"": 0, "b": 0, "k": 10, "m": 20, "g": 30, "t": 40, "p": 50}
-_SIZE = re.compile(r"([0-9]{1,19})\s*([kmgtp]?)(i?b)?", re.IGNORECASE | re.ASCII)
+_UNITS = {"": 0, "b": 0, "k": 10, "m": 20, "g": 30, "t": 40, "p": 50, "e": 60}
+_SIZE = re.compile(r"([0-9]{1,40})\s*([kmgtpe]?)(i?b)?", re.IGNORECASE | re.ASCII)
 
 
 def parse_size(value: str | int, default_unit: str = "") -> int:

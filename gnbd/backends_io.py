@@ -12,7 +12,7 @@ import fcntl
 import mmap
 import os
 import stat
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from cluster.errors import (
     BusyError,
     ConfigError,
     NoSpaceError,
+    NotFoundError,
     StackError,
     os_failure,
 )
@@ -35,6 +36,7 @@ EXTENTS_MAX = 4096
 """In one answer to BLOCK_STATUS."""
 COMPARED_BYTES_MAX = 1 << 30
 """Of holes with their sums, in one such answer: nobody waits long for it."""
+_NO_PATH = (errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP)
 ALIGNMENTS = (512, 4096)
 """That O_DIRECT may want."""
 _ZERO_CHUNK = bytes(1 << 20)
@@ -49,6 +51,18 @@ def open_failure(path: Path, error: OSError) -> StackError:
     if error.errno == errno.EBUSY:
         return BusyError(f"{path} is mounted or in use on this machine", hint="see: lsblk")
     return os_failure(error, f"cannot open {path}")
+
+
+def check_served(exports: Sequence[Export], served: Collection[str]) -> None:
+    """Refuse to make disks anew that were here before (`served`: names): a file system that is not
+    mounted would give its clients zeroes for what they wrote. Raises NotFoundError."""
+    for export in exports:
+        if export.name in served and not os.path.exists(export.path):
+            raise NotFoundError(
+                f"export {export.name!r}: {export.path} is gone, and was served before",
+                hint="is its file system mounted? For an empty disk in its place: "
+                f"truncate -s {export.size_bytes} {export.path}",
+            )
 
 
 def check_disks(exports: Sequence[Export]) -> None:
@@ -68,13 +82,16 @@ def check_disks(exports: Sequence[Export]) -> None:
                 raise ConfigError(f"{disk} does not exist", hint=hint) from None
             continue
         except OSError as error:
+            if error.errno in _NO_PATH:
+                raise ConfigError(f"{disk}: {error.strerror}", hint="correct its path") from error
             raise open_failure(Path(export.path), error) from error
         if stat.S_ISDIR(found.st_mode):
             raise ConfigError(f"{disk} is a directory")
         if not (stat.S_ISREG(found.st_mode) or stat.S_ISBLK(found.st_mode)):
             raise ConfigError(f"{disk} is neither a file nor a block device")
         if export.size is None and stat.S_ISREG(found.st_mode) and found.st_size < SECTOR_BYTES:
-            raise NoSpaceError(f"{disk} is empty", hint='size = "4G" makes it large enough')
+            what = f"has {found.st_size} bytes only" if found.st_size else "is empty"
+            raise NoSpaceError(f"{disk} {what}", hint='size = "4G" makes it large enough')
 
 
 def fallocate(fd: int, mode: int, offset: int, length: int) -> None:
@@ -155,6 +172,7 @@ class Backend:
         return 0.0
 
     def resize(self, size_bytes: int) -> None:
+        """Grow. Raises StackError."""
         raise NotImplementedError
 
     def close(self) -> None:
@@ -190,7 +208,7 @@ class FileBackend(Backend):
             os.close(self.fd)
             if made:
                 path.unlink()
-            raise os_failure(error, f"cannot make {path} {size_bytes} bytes long") from error
+            raise os_failure(error, self._length(size_bytes)) from error
         except BusyError:
             os.close(self.fd)
             raise
@@ -238,6 +256,9 @@ class FileBackend(Backend):
             os.fsync(self.fd)
             return size_bytes
         return present
+
+    def _length(self, size_bytes: int | None) -> str:
+        return f"cannot make {self.path} {size_bytes} bytes long"
 
     def read_into(self, offset: int, view: memoryview) -> None:
         if self.alignment == 1 or not view:
@@ -342,8 +363,13 @@ class FileBackend(Backend):
         return not (offset | length) % BLOCK_BYTES and area.is_zero(offset, length)
 
     def resize(self, size_bytes: int) -> None:
-        if self._grow_to(size_bytes) < size_bytes:
-            raise OSError(errno.ENOSPC, f"{self.path} is smaller than that")
+        try:
+            present = self._grow_to(size_bytes)
+        except OSError as error:
+            raise os_failure(error, self._length(size_bytes)) from error
+        if present < size_bytes:
+            why = "has only" if not self.read_only else "is read-only and has"
+            raise NoSpaceError(f"{self.path} {why} {present} bytes")
         self.size_bytes = size_bytes
 
     def close(self) -> None:

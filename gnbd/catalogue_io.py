@@ -9,7 +9,7 @@ from pathlib import Path
 import structlog
 
 from cluster.config import read_config_text
-from cluster.errors import BusyError, ConfigError, NotFoundError, StackError, UsageError
+from cluster.errors import BusyError, StackError, UsageError
 from gnbd.backends_io import check_disks
 from gnbd.export_io import Connection, ExportRuntime
 from gnbd.exports import (
@@ -66,9 +66,7 @@ class Catalogue:
         StackError."""
         with self._changing:
             with self._service.lock:
-                export = self._service.exports.get(name)
-                if export is None:
-                    raise NotFoundError(f"there is no export {name!r}", hint="see: gnbdctl exports")
+                export = self._service.export(name)
                 if export.connections and not force:
                     raise BusyError(
                         f"export {name!r} has {len(export.connections)} connections",
@@ -88,7 +86,7 @@ class Catalogue:
         log.info("export removed", export=export.name)
 
     def change_filter(self, name: str, action: str, spec: FilterSpec) -> None:
-        """`add`, `set` or `remove` one filter of an export. Raises UsageError, OSError."""
+        """`add`, `set` or `remove` one filter of an export. Raises StackError, OSError."""
         with self._service.lock:
             export = self._service.export(name)
             export.use(changed_stack(export.backend, action, spec))
@@ -184,5 +182,5 @@ def reload_or_complain(catalogue: Catalogue) -> None:
     try:
         catalogue.reload()
     except (StackError, OSError) as error:
-        hint = error.hint if isinstance(error, ConfigError) else ""
+        hint = error.hint if isinstance(error, StackError) else ""
         log.error("not reloaded", reason=str(error), hint=hint)

@@ -7,7 +7,7 @@ from typing import assert_never
 
 import msgspec
 
-from cluster.errors import ProtocolError, StackError, UsageError
+from cluster.errors import ProtocolError, StackError, UsageError, os_failure
 from cluster.ids import Epoch, Incarnation, NodeId
 from cluster.messages import (
     ACCEPTOR_MESSAGES,
@@ -67,10 +67,9 @@ class ControlServer:
             answer = self._perform(frame, request)
         except ProtocolError:
             raise
-        except StackError as error:
-            answer = m.Refused(_kind_of(error), error.message, hint=error.hint)
-        except OSError as error:
-            answer = m.Refused("io", str(error))
+        except (StackError, OSError) as error:
+            reason = os_failure(error) if isinstance(error, OSError) else error
+            answer = m.Refused(_kind_of(reason), reason.message, hint=reason.hint)
         return self._session.seal(msgspec.msgpack.encode(answer), self._service.admission.epoch)
 
     def _hello(self, data: bytes) -> bytes:

@@ -19,7 +19,7 @@
     [[exports]]
     name = "disk0"
     path = "/srv/disk0.img"
-    size = "4G"                     # the file is made sparse if it does not exist
+    size = "4G"                     # the file is made sparse if it does not exist (once)
     access = "cluster"              # or "plain": standard NBD for anyone
     description = "for the archive" # shown by LIST and INFO
     read_only = false
@@ -60,12 +60,22 @@ FILTER_KINDS: dict[str, dict[str, type]] = {
     "rate": {"read_bytes_s": int, "write_bytes_s": int, "requests_s": int, "burst_ms": int},
     "stats": {},
 }
+_BOUNDS = {"count": (-1, SIZE_BYTES_MAX), "per_mille": (0, 1000), "errno": (1, 4095)}
+"""Of parameters that are no plain amounts. -1: for ever; errno 0 would be a success."""
 SECTOR_BYTES = 512
 UNIX_PATH_BYTES_MAX = 107
 MEMORY_BYTES_MIN = 64 << 20
 """So much one request may need."""
 
+CONNECTIONS_MAX = 65536
+
 ExportName = Annotated[str, msgspec.Meta(min_length=1, max_length=255)]
+Connections = Annotated[int, msgspec.Meta(ge=1, le=CONNECTIONS_MAX)]
+
+
+def is_absolute(path: str) -> bool:
+    """A path that means the same wherever the server was started."""
+    return path.startswith("/") and "\0" not in path
 
 
 class Tls(msgspec.Struct, forbid_unknown_fields=True):
@@ -82,7 +92,7 @@ class Export(msgspec.Struct, forbid_unknown_fields=True):
     """One export as configured."""
 
     name: ExportName
-    path: Annotated[str, msgspec.Meta(min_length=1)]
+    path: str
     size: str | int | None = None
     access: Annotated[str, msgspec.Meta(pattern="^(plain|cluster)$")] = "plain"
     description: Annotated[str, msgspec.Meta(max_length=1024)] = ""
@@ -91,7 +101,7 @@ class Export(msgspec.Struct, forbid_unknown_fields=True):
     integrity: Annotated[str, msgspec.Meta(pattern="^(kept|none|crc32c)$")] = "kept"
     tls: Annotated[str, msgspec.Meta(pattern="^(off|allowed|required)$")] = "allowed"
     clients: list[str] = []
-    connections_max: Annotated[int, msgspec.Meta(ge=1)] = 512
+    connections_max: Connections = 512
     filters: list[str] = []
 
     @property
@@ -102,13 +112,13 @@ class Export(msgspec.Struct, forbid_unknown_fields=True):
 class ServerConfig(msgspec.Struct, forbid_unknown_fields=True):
     """The whole file."""
 
-    state_dir: Annotated[str, msgspec.Meta(min_length=1)]
+    state_dir: str
     listen: str | list[str] = "0.0.0.0"
     port: Annotated[int, msgspec.Meta(ge=0, le=65535)] = SERVER_PORT
     heartbeat_port: Annotated[int, msgspec.Meta(ge=0, le=65535)] = HEARTBEAT_PORT
     unix_sockets: list[str] = []
     unix_mode: Annotated[str, msgspec.Meta(pattern="^0?[0-7]{3}$")] = "0600"
-    connections_max: Annotated[int, msgspec.Meta(ge=1, le=65536)] = 1024
+    connections_max: Connections = 1024
     memory_max: str | int = "1G"
     metrics: str = ""
     tls: Tls | None = None
@@ -118,14 +128,16 @@ class ServerConfig(msgspec.Struct, forbid_unknown_fields=True):
         if not self.addresses and not self.unix_sockets:
             raise ValueError("listen names no address")
         check_addresses(self.addresses, listen=True)
+        if not is_absolute(self.state_dir):
+            raise ValueError(f"state_dir: {self.state_dir!r} is not an absolute path")
         for path in self.unix_sockets:
-            if len(path.encode()) > UNIX_PATH_BYTES_MAX or not path.startswith("/"):
+            if len(path.encode()) > UNIX_PATH_BYTES_MAX or not is_absolute(path):
                 raise ValueError(f"{path!r} is not the absolute path of a Unix socket")
         host, _, port = self.metrics.rpartition(":")
         if self.metrics:
-            check_addresses([host.strip("[]")], listen=True)
-            if not port.isdecimal() or not 0 <= int(port) <= 65535:
+            if not host or not port.isdecimal() or not 0 <= int(port) <= 65535:
                 raise ValueError(f"metrics: {self.metrics!r} is not ADDRESS:PORT")
+            check_addresses([host.strip("[]")], listen=True)
 
     @property
     def addresses(self) -> list[str]:
@@ -171,13 +183,13 @@ def checked_filter(
             result[key] = int(value) if wanted is int else str(value)
         except ValueError:
             raise ConfigError(f"filter {kind!r}: {key} must be a number") from None
-        lowest = -1 if key == "count" else 0  # -1: for ever
-        if wanted is int and not lowest <= int(value) <= SIZE_BYTES_MAX:
+        lowest, highest = _BOUNDS.get(key, (0, SIZE_BYTES_MAX))
+        if wanted is int and not lowest <= int(value) <= highest:
             raise ConfigError(f"filter {kind!r}: {key} must not be {value}")
     if result.get("operation", "all") not in OPERATIONS:
         raise ConfigError(f"filter {kind!r}: operation must be one of {', '.join(OPERATIONS)}")
-    if whole and kind == "log" and "path" not in result:
-        raise ConfigError("filter 'log' needs path=FILE")
+    if kind == "log" and (whole or "path" in result) and not is_absolute(str(result.get("path"))):
+        raise ConfigError("filter 'log' needs path=FILE, an absolute one")
     return FilterSpec(kind, result)
 
 
@@ -190,7 +202,7 @@ def decode_exports(text: str | bytes, source: str) -> ServerConfig:
         if parse_size(config.memory_max) < MEMORY_BYTES_MIN:
             raise ConfigError(f"must be at least {MEMORY_BYTES_MIN}")
     except ConfigError as error:
-        raise ConfigError(f"{source}: $.memory_max: {error.message}") from error
+        raise ConfigError(f"{source}: $.memory_max: {error.message}", hint=error.hint) from error
     seen: set[str] = set()
     for index, export in enumerate(config.exports):
         where = f"{source}: $.exports[{index}]"
@@ -214,12 +226,17 @@ def check_tls(export: Export, tls: Tls | None, where: str) -> None:
 
 def check_export(export: Export, where: str) -> None:
     """What the types do not say. Raises ConfigError; `where` is the place of the export."""
+    if not is_absolute(export.path):
+        raise ConfigError(
+            f"{where}.path: {export.path!r} is not an absolute path",
+            hint="a service starts in another directory than yours",
+        )
     try:
         size = export.size_bytes
         if size is not None and (size < SECTOR_BYTES or size % SECTOR_BYTES):
             raise ConfigError(f"must be a multiple of {SECTOR_BYTES}")
     except ConfigError as error:
-        raise ConfigError(f"{where}.size: {error.message}") from error
+        raise ConfigError(f"{where}.size: {error.message}", hint=error.hint) from error
     for number, text_filter in enumerate(export.filters):
         try:
             parse_filter(text_filter)

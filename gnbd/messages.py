@@ -18,6 +18,7 @@ from cluster.control import MemberInfo
 from cluster.decoding import decode_untrusted
 from cluster.errors import (
     BusyError,
+    CorruptionError,
     NoSpaceError,
     NotFoundError,
     NotPermittedError,
@@ -255,12 +256,12 @@ class Done(msgspec.Struct, frozen=True, tag_field="t", tag="done"):
 
 REFUSALS: dict[str, type[StackError]] = {
     "usage": UsageError, "busy": BusyError, "not found": NotFoundError, "no space": NoSpaceError,
-    "not permitted": NotPermittedError,
+    "not permitted": NotPermittedError, "damaged": CorruptionError,
 }  # fmt: skip
 
 
 class Refused(msgspec.Struct, frozen=True, tag_field="t", tag="refused"):
-    """`kind`: `epoch` (an install that is too old or different), one of `REFUSALS`, or `io`,
+    """`kind`: `epoch` (an install that is too old or different), one of `REFUSALS`, or
     `barred`, `failed`."""
 
     kind: str

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Iterable
 
 from prometheus_client import CollectorRegistry, start_http_server
@@ -9,6 +10,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from cluster.errors import os_failure
+from cluster.holders_io import bind
 from gnbd.export_io import CACHE_GENERATION_ERRORS
 from gnbd.filters.stack_io import filters_of
 from gnbd.service_io import Service
@@ -59,7 +61,8 @@ class _Exports(Collector):
                 wrong.add_metric([name], states["mismatches"])
                 regions.add_metric([name, "flux"], states["flux_regions"])
                 regions.add_metric([name, "unsettled"], states["unsettled_regions"])
-            for item in filters_of(export.backend):
+            # Two samples of one name would spoil the whole scrape.
+            for item in {f.kind: f for f in filters_of(export.backend)}.values():
                 for what, value in item.report().items():
                     seen.add_metric([name, item.kind, what], value)
         yield from (size, open_, limit, lost, requests, moved, refused, wrong, regions, seen)
@@ -70,12 +73,26 @@ class _Exports(Collector):
         )
 
 
+def _address(place: str) -> tuple[str, int]:
+    host, _, port = place.rpartition(":")
+    return host.strip("[]"), int(port)
+
+
+def check_metrics(place: str) -> None:
+    """Refuse an ADDRESS:PORT that somebody has, before anything is made. Raises StackError."""
+    host, port = _address(place)
+    sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    bind(sock, host, port)
+    sock.close()
+
+
 def serve_metrics(service: Service, place: str) -> None:
     """Answer scrapes at ADDRESS:PORT in a thread. Raises StackError."""
-    host, _, port = place.rpartition(":")
+    host, port = _address(place)
     registry = CollectorRegistry()
     registry.register(_Exports(service))
     try:
-        start_http_server(int(port), host.strip("[]"), registry)
+        start_http_server(port, host, registry)
     except OSError as error:
         raise os_failure(error, f"cannot serve metrics at {place}") from error

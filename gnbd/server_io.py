@@ -10,6 +10,7 @@ import fcntl
 import secrets
 import signal
 import socket
+import ssl
 import struct
 import sys
 import termios
@@ -21,7 +22,7 @@ from types import FrameType
 import msgspec
 import structlog
 
-from cluster.errors import ConfigError, ForeignError, ProtocolError
+from cluster.errors import ConfigError, ForeignError, ProtocolError, os_failure
 from cluster.holders_io import bind
 from cluster.paths_io import lock_directory, read_store, write_durable
 from cluster.register import decode_record_untrusted
@@ -29,7 +30,7 @@ from cluster.sizes import parse_size
 from fencing.store_io import StateFile
 from gnbd import messages as m
 from gnbd import protocol as p
-from gnbd.backends_io import check_disks
+from gnbd.backends_io import check_disks, check_served
 from gnbd.catalogue_io import Catalogue, reload_or_complain
 from gnbd.control_server_io import ControlServer
 from gnbd.export_io import Connection
@@ -55,7 +56,7 @@ from gnbd.identity import (
 )
 from gnbd.integrity_io import check_area
 from gnbd.listeners_io import close_all, listen_all, listen_unix, peer_of, place_of
-from gnbd.metrics_io import serve_metrics
+from gnbd.metrics_io import check_metrics, serve_metrics
 from gnbd.service_io import Service
 from gnbd.systemd_io import inherited_sockets, notify
 from gnbd.tls_io import server_context
@@ -177,6 +178,8 @@ class Server:
         for listener in self._inherited:
             # They stay open elsewhere: nothing but time gets a thread out of accept.
             listener.settimeout(TICK_S)
+        if config.metrics:
+            check_metrics(config.metrics)
         self._listeners = self._inherited or listen_all(config)
         if not used:
             self._state_lock = lock_directory(state_dir, "gnbd-server")
@@ -270,6 +273,8 @@ class Server:
                 export = self.service.attach(connection, entered.offer)
                 if export is not None:
                     Transmission(self.service, connection, export, entered).run()
+        except ssl.SSLError as error:
+            log.warning("no TLS", peer=connection.peer, reason=str(error))
         except (OSError, ProtocolError) as error:
             log.debug("connection ended", peer=connection.peer, error=str(error))
         except Exception:
@@ -314,7 +319,7 @@ def check_before_start(config: ServerConfig, state_dir: Path) -> None:
         if path.exists() and not path.is_dir():
             raise ConfigError(f"state_dir: {path} is not a directory")
     load_identity(state_dir)
-    StateFile(state_dir / "fencing.state").load()
+    served = StateFile(state_dir / "fencing.state").load().exports
     GrownSizes(state_dir / "grown.json")
     record = read_store(state_dir / "acceptor")
     if record is not None:
@@ -324,6 +329,7 @@ def check_before_start(config: ServerConfig, state_dir: Path) -> None:
     check_disks(config.exports)
     for export in config.exports:
         check_area(export, state_dir)
+    check_served(config.exports, served)
 
 
 def load_identity(state_dir: Path) -> ServerIdentity | None:
@@ -333,6 +339,8 @@ def load_identity(state_dir: Path) -> ServerIdentity | None:
         return decode_identity(path.read_bytes(), str(path))
     except FileNotFoundError:
         return None
+    except PermissionError as error:
+        raise os_failure(error, f"cannot read {path}") from error
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from error
 

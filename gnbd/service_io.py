@@ -17,7 +17,7 @@ from pathlib import Path
 import msgspec
 import structlog
 
-from cluster.errors import StackError, UsageError, os_failure
+from cluster.errors import NotFoundError, StackError, UsageError, os_failure
 from cluster.ids import Incarnation, Instance, NodeId
 from cluster.paths_io import boottime_ns
 from cluster.wire import instance_secret, login_proof
@@ -143,10 +143,10 @@ class Service:
             return export.offer()
 
     def export(self, name: str) -> ExportRuntime:
-        """An export by name. Raises UsageError."""
+        """An export by name. Raises NotFoundError."""
         export = self.exports.get(name)
         if export is None:
-            raise UsageError(f"there is no export {name!r}")
+            raise NotFoundError(f"there is no export {name!r}", hint="see: gnbdctl exports")
         return export
 
     def withdraw(self, name: str) -> tuple[ExportRuntime, list[Connection]]:
@@ -167,7 +167,7 @@ class Service:
             return export, list(connections)
 
     def resize(self, name: str, size_bytes: int) -> None:
-        """Grow an export, also for its clients; a restart does not forget it. Raises UsageError,
+        """Grow an export, also for its clients; a restart does not forget it. Raises StackError,
         OSError."""
         with self._lock:
             export = self.export(name)
@@ -512,7 +512,7 @@ class Service:
         with self._lock:
             export = self.exports.get(request.export)
             if export is None:
-                return m.Refused("usage", f"there is no export {request.export!r}")
+                return m.Refused("not found", f"there is no export {request.export!r}")
             for nexus in (request.nexus, request.target):
                 if nexus is not None and self._barred_from(export, nexus):
                     return m.Refused("barred", f"{nexus} is not admitted")
@@ -543,7 +543,7 @@ class Service:
         with self._lock:
             export = self.exports.get(request.export)
             if export is None:
-                return m.Refused("usage", f"there is no export {request.export!r}")
+                return m.Refused("not found", f"there is no export {request.export!r}")
             before = export.sequence_min
             if request.sequence > before:
                 export.sequence_min = request.sequence

@@ -23,14 +23,41 @@ def server_context(tls: Tls) -> ssl.SSLContext:
     """Certificate, key and whom to believe. Raises ConfigError."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
-    try:
-        context.load_cert_chain(tls.certificate, tls.key)
-        if tls.authority:
-            context.load_verify_locations(tls.authority)
-            context.verify_mode = ssl.CERT_REQUIRED
-    except (OSError, ssl.SSLError) as error:
-        raise ConfigError(f"tls: the certificates cannot be used: {error}") from error
+    _load(context, tls.certificate, tls.key, tls.authority, "tls")
+    if tls.authority:
+        context.verify_mode = ssl.CERT_REQUIRED
     return context
+
+
+def _load(
+    context: ssl.SSLContext, certificate: str, key: str, authority: str, section: str
+) -> None:
+    """Raises ConfigError, which names the file."""
+    for path in filter(None, (certificate, key, authority)):
+        try:
+            open(path, "rb").close()
+        except (OSError, ValueError) as error:
+            what = error.strerror if isinstance(error, OSError) else str(error)
+            raise ConfigError(f"{section}: cannot read {path!r}: {what}") from error
+    try:
+        context.load_cert_chain(certificate, key, password=_no_password)
+    except ssl.SSLError as error:
+        raise ConfigError(
+            f"{section}: {certificate} and {key} are no pair of certificate and key in PEM: "
+            f"{error.reason or error}"
+        ) from error
+    try:
+        if authority:
+            context.load_verify_locations(authority)
+    except ssl.SSLError as error:
+        why = error.reason or error
+        raise ConfigError(f"{section}: {authority} has no certificates in PEM: {why}") from error
+
+
+def _no_password() -> str:
+    """Nobody is asked for one: a daemon would wait for its terminal."""
+    hint = "openssl pkey -in KEY -out NEW takes it off"
+    raise ConfigError("tls: the key has a password", hint=hint)
 
 
 def client_context(tls: TlsSection) -> ssl.SSLContext:
@@ -38,13 +65,7 @@ def client_context(tls: TlsSection) -> ssl.SSLContext:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.check_hostname = False
-    try:
-        context.load_cert_chain(tls.certificate, tls.key)
-        context.load_verify_locations(tls.authority)
-    except (OSError, ssl.SSLError) as error:
-        raise ConfigError(
-            f"[tls]: the certificates cannot be used: {error}", hint="see [tls] in node.toml"
-        ) from error
+    _load(context, tls.certificate, tls.key, tls.authority, "[tls] in node.toml")
     return context
 
 

@@ -123,7 +123,7 @@ def leaves(group: BaseException) -> list[BaseException]:
         ("offered", "other authority", ForeignError, "certificate of server s1 is not believed"),
         ("expired", "n1", ForeignError, "expired"),
         ("other name", "n1", ForeignError, "names 's2'"),
-        ("offered", "no file", ConfigError, "cannot be used"),
+        ("offered", "no file", ConfigError, "cannot read"),
     ],
 )
 def test_who_is_not_believed(servers, authority, tmp_path, server, client, kind, match):
