@@ -60,7 +60,11 @@ FILTER_KINDS: dict[str, dict[str, type]] = {
     "rate": {"read_bytes_s": int, "write_bytes_s": int, "requests_s": int, "burst_ms": int},
     "stats": {},
 }
-_BOUNDS = {"count": (-1, SIZE_BYTES_MAX), "per_mille": (0, 1000), "errno": (1, 4095)}
+FILTER_MS_MAX = 3_600_000
+_BOUNDS = {
+    "count": (-1, SIZE_BYTES_MAX), "per_mille": (0, 1000), "errno": (1, 4095),
+    **{f"{name}_ms": (0, FILTER_MS_MAX) for name in ("read", "write", "flush", "burst")},
+}  # fmt: skip
 """Of parameters that are no plain amounts. -1: for ever; errno 0 would be a success."""
 SECTOR_BYTES = 512
 UNIX_PATH_BYTES_MAX = 107

@@ -8,7 +8,7 @@ import socket
 import stat
 from pathlib import Path
 
-from cluster.errors import BusyError, os_failure
+from cluster.errors import BusyError, ConfigError, os_failure
 from cluster.holders_io import bind
 from gnbd.exports import ServerConfig
 from gnbd.unix_paths_io import unix_address
@@ -44,6 +44,8 @@ def listen_unix(path: Path, mode: int) -> socket.socket:
     except OSError as error:
         sock.close()
         if error.errno == errno.EADDRINUSE:
+            if not path.is_socket():
+                raise ConfigError(f"cannot listen on {path}: it is there, and no socket") from error
             raise BusyError(f"cannot listen on {path}: somebody serves it") from error
         raise os_failure(error, f"cannot listen on {path}") from error
     return sock

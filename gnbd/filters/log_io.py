@@ -17,6 +17,7 @@ import threading
 import time
 from pathlib import Path
 
+from cluster.errors import UsageError
 from gnbd.backends_io import Backend
 from gnbd.exports import FilterSpec
 from gnbd.filters.filter_io import Filter
@@ -84,6 +85,10 @@ class Log(Filter):
         with self._lock:
             self._entry(LOG_ZERO, 0, offset, length, b"")
             self.below.zero(offset, length, no_hole, fast)
+
+    def configure(self, spec: FilterSpec) -> None:
+        if spec != self.spec:
+            raise UsageError("a log keeps its path", hint="remove the filter and add another one")
 
     def close(self) -> None:
         self._file.close()

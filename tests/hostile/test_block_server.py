@@ -60,6 +60,7 @@ ROWS = [
     ("a log from where one stands", exports(more='filters = ["log:path=x"]'), 2, "absolute"),
     ("an error that is none", exports(more='filters = ["error:errno=0"]'), 2, "errno"),
     ("more than always", exports(more='filters = ["error:per_mille=1001"]'), 2, "per_mille"),
+    ("a delay without end", exports(more=f'filters = ["delay:read_ms={10**15}"]'), 2, "read_ms"),
     ("a short disk", {**exports('size = "1M"', ""), "disk0": bytes(100)}, 10, "has 100 bytes only"),
     ("no certificate", below(TLS), 2, "tls: cannot read '.*/cert.pem': No such file"),
     ("a certificate with a NUL", below(changed(TLS, "/cert", "/\\u0000c")), 2, "tls: cannot read"),
@@ -110,6 +111,14 @@ def test_the_port_of_the_metrics_is_in_use(place):
         lay_out(place, below(f'metrics = "127.0.0.1:{port}"'))
         who = f"127.0.0.1:{port}.*in use by \\S+ \\(pid {os.getpid()}\\)"
         refused(place, SERVE, 5, who)
+
+
+@pytest.mark.parametrize("kind", ["file", "directory"])
+def test_a_unix_socket_whose_place_is_taken(place, kind):
+    """What is there is left there; nobody is said to serve it."""
+    (place / "taken").mkdir() if kind == "directory" else (place / "taken").write_text("precious")
+    lay_out(place, below('unix_sockets = ["{dir}/taken"]'))
+    refused(place, SERVE, 2, "taken: it is there, and no socket")
 
 
 def test_a_state_directory_of_root(monkeypatch):
@@ -164,6 +173,7 @@ def server(tmp_path):
     made = export_toml("disk", tmp_path / "disk.img", size="1M")
     (tmp_path / "old.img").write_bytes(bytes(4096))
     made += f'[[exports]]\nname = "old"\npath = "{tmp_path}/old.img"\nread_only = true\n'
+    made += f'filters = ["log:path={tmp_path}/writes.log"]\n'
     with running(tmp_path, made, joined=False) as server:
         yield server
 
@@ -179,6 +189,8 @@ ASKED = [
     ("resize disk 4096P", 1, "cannot make .*disk.img 4611686018427387904 bytes long: File too"),
     ("filter disk add log:path={dir}", 1, "^gnbdctl: {dir}: Is a directory"),
     ("filter disk add log:path=writes.log", 2, "absolute"),
+    ("filter old set log", 2, "keeps its path"),
+    ("filter old set log:path={dir}/other.log", 2, "keeps its path.*hint: remove"),
     ("add more {dir}/more.img --size 4X", 2, "'4X'.*hint: sizes look"),
 ]
 
