@@ -30,6 +30,7 @@ import msgspec
 
 from cluster.actions import Datagram, Notify
 from cluster.actions import Tick as CoreTick
+from cluster.control import Timing
 from cluster.detector import GuardCore
 from cluster.errors import EXIT_USAGE, BusyError, StackError
 from cluster.errors_wire import failure_of
@@ -74,9 +75,10 @@ from node.guard_sweep_io import Sweep
 
 MS = 1_000_000
 QUEUE_MAX = 4096
-LOCK_WAIT_S = 10.0
 LAST_WORDS_BEATS = 5
 STUCK_EXIT_FACTOR = 4
+END_S = 6.0
+"""From there until the process has given everything back, on a machine under load."""
 CLUSTERD = InstanceNo(0)
 
 
@@ -136,6 +138,11 @@ class Guard:
                     key.data()
             self._flush()
 
+    def close(self) -> None:
+        """Give back what the next guard needs; the end of the interpreter takes its time."""
+        self._datagrams.close()
+        self._door.listener.close()
+
     def _reader(self, network: int) -> Callable[[], None]:
         return lambda: self._read_datagrams(network)
 
@@ -168,7 +175,7 @@ class Guard:
         if self._died_ns is None:
             return False
         since_ns = boottime_ns() - self._died_ns
-        if since_ns > STUCK_EXIT_FACTOR * self._timing.dead_ms * MS:
+        if since_ns > stuck_exit_ns(self._timing):
             return True
         said = since_ns > LAST_WORDS_BEATS * self._timing.heartbeat_ms * MS
         return said and self._guard.settled()
@@ -414,11 +421,21 @@ def _prefer_this_process() -> None:
     gc.freeze()
 
 
-def _take_lock(run_dir: Path) -> int:
+def stuck_exit_ns(timing: Timing) -> int:
+    """How long after the death of clusterd a guard ends whose purge does not."""
+    return STUCK_EXIT_FACTOR * timing.dead_ms * MS
+
+
+def lock_wait_s(timing: Timing) -> float:
+    """How long to wait for the end of the guard of an earlier clusterd."""
+    return stuck_exit_ns(timing) / 1e9 + END_S
+
+
+def _take_lock(run_dir: Path, timing: Timing) -> int:
     """Wait for the guard of an earlier clusterd to finish its purge. Raises StackError."""
     run_dir.mkdir(parents=True, exist_ok=True)
     fd = os.open(run_dir / "guard.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    deadline = time.monotonic() + LOCK_WAIT_S
+    deadline = time.monotonic() + lock_wait_s(timing)
     while True:
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -444,7 +461,7 @@ def main() -> None:
         print("clusterguard: only clusterd starts it; see: clusterd --help", file=sys.stderr)
         sys.exit(0 if asked else EXIT_USAGE)
     try:
-        lock = _take_lock(Path(settings.run_dir))
+        lock = _take_lock(Path(settings.run_dir), settings.timing)
         process = Guard(settings, pipe)
     except StackError as error:
         pipe.send(msgspec.msgpack.encode(Failed(failure_of(error))))
@@ -452,7 +469,8 @@ def main() -> None:
     pipe.setblocking(False)
     _prefer_this_process()
     process.run()
-    os.close(lock)
+    process.close()
+    os.close(lock)  # who gets it now binds the same ports at once
 
 
 if __name__ == "__main__":

@@ -58,6 +58,8 @@ class Node:
         self.guard = None
         self.more_config = ""
         """For the end of node.toml, before the first start."""
+        self.more_path = []
+        """Where its processes look for modules first."""
 
     @property
     def environment(self):
@@ -65,7 +67,7 @@ class Node:
             **os.environ,
             "CFS_RUN_DIR": str(self.run_dir),
             "CFS_STATE_DIR": str(self.base / "state"),
-            "PYTHONPATH": str(ROOT),
+            "PYTHONPATH": ":".join(map(str, [*self.more_path, ROOT])),
         }
 
     def ctl(self, *args, check=True):

@@ -43,6 +43,30 @@ def test_restart_within_the_suspicion_time(cluster):
     )
 
 
+GUARD_ENDS_SLOWLY = """
+import atexit, sys, time
+if "clusterguard" in sys.orig_argv:
+    atexit.register(time.sleep, 600)
+"""
+
+
+def test_a_guard_that_ends_is_not_in_the_way_of_the_next_one(cluster, tmp_path):
+    """When it has given its lock back its ports are free, although its interpreter still ends."""
+    (tmp_path / "sitecustomize.py").write_text(GUARD_ENDS_SLOWLY)
+    node = cluster.node(1)
+    node.more_path = [tmp_path]
+    cluster.found()
+    old = node.guard
+    try:
+        node.process.kill()
+        node.process.wait()
+        node.start()
+        assert os.path.exists(f"/proc/{old}")
+        wait_until(lambda: node.members() == [1], "it is a member again")
+    finally:
+        os.kill(old, signal.SIGKILL)
+
+
 def test_clean_leave_and_return(cluster):
     first, second, third = cluster.up(3)
     third.ctl("leave")

@@ -2,8 +2,9 @@
 
 import random
 
-from cluster.timing import timing_of
+from cluster.timing import PROFILES, timing_of
 from node import guard as g
+from node import guard_io
 
 TIMING = timing_of("fast")
 MS = 1_000_000
@@ -144,3 +145,9 @@ def test_random_histories_never_open_without_a_lease():
                 assert word != g.WORD_OPEN
             assert sweeps <= 1
             core.check()
+
+
+def test_the_next_guard_waits_for_a_stuck_one():
+    """Longer than that one stays, in every profile."""
+    for timing in map(timing_of, PROFILES):
+        assert guard_io.lock_wait_s(timing) * 1e9 > guard_io.stuck_exit_ns(timing)
