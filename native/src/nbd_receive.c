@@ -6,9 +6,12 @@
 #include <errno.h>
 #include <string.h>
 #include <sys/socket.h>
+#include <time.h>
 
 #define REQUEST_MAGIC 0x25609513u
 #define EXTENDED_MAGIC 0x21e41c71u
+#define LOOK_NS 50000 /* for the next request, before sleeping */
+#define SLEEPS 32 /* after having looked in vain */
 
 struct wire_request {
     uint32_t magic;
@@ -38,6 +41,32 @@ static int receive_exactly(struct native_nbd *nbd, uint8_t *to, size_t length)
     return 1;
 }
 
+static uint64_t now_ns(void)
+{
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return (uint64_t)now.tv_sec * 1000000000 + (uint64_t)now.tv_nsec;
+}
+
+/* recv. A client with one request under way sends the next one as soon as it has its answer: sooner
+ * than a processor falls asleep and is woken. So look for a moment before sleeping, but not again
+ * for a while where that was in vain: the client thinks longer, or others need the processor. */
+static ssize_t receive(struct native_nbd *nbd, uint8_t *to, size_t length)
+{
+    if (nbd->sleeps)
+        nbd->sleeps--;
+    else if (nbd->looks) {
+        uint64_t end = now_ns() + LOOK_NS;
+        do {
+            ssize_t count = recv(nbd->sock, to, length, MSG_DONTWAIT);
+            if (count >= 0 || errno != EAGAIN)
+                return count;
+        } while (now_ns() < end);
+        nbd->sleeps = SLEEPS;
+    }
+    return recv(nbd->sock, to, length, 0);
+}
+
 /* Make room, wait for more bytes; 0 when the connection is over. */
 int nbd_receive_more(struct native_nbd *nbd)
 {
@@ -50,8 +79,8 @@ int nbd_receive_more(struct native_nbd *nbd)
     size_t room = NBD_RECEIVE_BYTES - nbd->end;
     ssize_t count;
     do
-        count = recv(nbd->sock, nbd->buffer + nbd->end,
-                     room < NBD_PIECE_BYTES ? room : NBD_PIECE_BYTES, 0);
+        count = receive(nbd, nbd->buffer + nbd->end,
+                        room < NBD_PIECE_BYTES ? room : NBD_PIECE_BYTES);
     while (count < 0 && errno == EINTR);
     if (count <= 0)
         return 0;

@@ -11,6 +11,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <inttypes.h>
+#include <sched.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -46,6 +47,8 @@ struct native_nbd *native_nbd_open(int sock, struct native_nbd_export *export, i
     nbd->logged_in = logged_in;
     nbd->structured = style != NBD_SIMPLE;
     nbd->extended = style == NBD_EXTENDED;
+    cpu_set_t ours;
+    nbd->looks = !sched_getaffinity(0, sizeof ours, &ours) && CPU_COUNT(&ours) > 1;
     nbd->buffer = map_memory(NBD_RECEIVE_BYTES);
     nbd->arena = map_memory(NBD_ARENA_BYTES);
     nbd->headers = map_memory(NBD_PARTS_MAX * NBD_HEADER_BYTES);
