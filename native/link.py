@@ -4,9 +4,6 @@
 straight between that memory and the socket, as many requests in one call as there are, and never
 block. Memory is pinned until the reply, until `move` gives other memory in its place, or until
 `close`: then nothing touches it any more.
-
-Without a descriptor the bytes come by `feed` and go by `drain`: for connections whose bytes
-something else has to encrypt.
 """
 
 from __future__ import annotations
@@ -42,7 +39,7 @@ class Link:
 
     __slots__ = ("_errors", "_link", "_pins", "_tags")
 
-    def __init__(self, descriptor: int = -1, first: bytes = b"") -> None:
+    def __init__(self, descriptor: int, first: bytes = b"") -> None:
         """`first`: what was received behind the handshake. Raises MemoryError."""
         link = lib.native_link_open(descriptor, first, len(first))
         if not link:
@@ -96,14 +93,6 @@ class Link:
         OutOfStepError; what was done before has been given then."""
         link = self._link
         return self._done(lib.native_link_receive(link) if link else _ENDED)
-
-    def feed(self, data: Buffer) -> Iterable[tuple[int, int]]:
-        """As `receive`, with these bytes."""
-        return self._done(lib.native_link_feed(self._link, _memory(data, 0, SENDS), len(data)))
-
-    def drain(self, into: bytearray | memoryview) -> int:
-        """Put what is to be sent into a buffer; how much that is."""
-        return lib.native_link_drain(self._link, ffi.from_buffer(into), len(into))
 
     def _done(self, count: int) -> Iterable[tuple[int, int]]:
         if count < 0:

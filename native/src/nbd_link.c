@@ -203,20 +203,6 @@ int native_link_send(struct native_link *link)
     return link->unsent != HEAD;
 }
 
-size_t native_link_drain(struct native_link *link, uint8_t *to, size_t length)
-{
-    struct iovec parts[LINK_PARTS_MAX];
-    int count = gather(link, parts);
-    size_t taken = 0;
-    for (int i = 0; i < count && taken < length; i++) {
-        size_t part = parts[i].iov_len < length - taken ? parts[i].iov_len : length - taken;
-        memcpy(to + taken, parts[i].iov_base, part);
-        taken += part;
-    }
-    advance(link, taken);
-    return taken;
-}
-
 /* ---- for receiving ---- */
 
 /* NULL: there is no such request, or it has not been asked yet. */

@@ -55,7 +55,7 @@ struct link_request {
 };
 
 struct native_link {
-    int sock;     /* -1: bytes come and go by native_link_feed and native_link_drain */
+    int sock;
     uint64_t serial;
     struct link_request *requests; /* LINK_REQUESTS_MAX and one: the head of the list */
     uint16_t free_list; /* linked by `next` */
@@ -96,9 +96,6 @@ int native_link_send(struct native_link *link);
 int native_link_receive(struct native_link *link);
 uint64_t *native_link_tags(struct native_link *link);
 uint32_t *native_link_errors(struct native_link *link);
-/* Without a socket: as receive with these bytes; bytes to be sent, how many. */
-int native_link_feed(struct native_link *link, const uint8_t *data, size_t length);
-size_t native_link_drain(struct native_link *link, uint8_t *to, size_t length);
 /* service_ns, replies, failures, read_bytes, written_bytes */
 void native_link_counters(struct native_link *link, uint64_t *out);
 #endif

@@ -181,19 +181,3 @@ int native_link_receive(struct native_link *link)
         result = receive_once(link);
     return link->done_count || result >= 0 ? link->done_count : result;
 }
-
-int native_link_feed(struct native_link *link, const uint8_t *data, size_t length)
-{
-    link->done_count = 0;
-    while (length) {
-        size_t part = LINK_BUFFER_BYTES - link->end;
-        part = part < length ? part : length;
-        memcpy(link->buffer + link->end, data, part);
-        link->end += part;
-        data += part;
-        length -= part;
-        if (!take(link))
-            return link->done_count ? link->done_count : LINK_WRONG;
-    }
-    return link->done_count;
-}

@@ -19,6 +19,7 @@ from native.link import (
     REQUESTS_MAX,
     SENDS,
     TRAILER,
+    Buffer,
     Link,
     OutOfStepError,
 )  # fmt: skip
@@ -27,14 +28,46 @@ READ, WRITE, FLUSH, COMPARE = 0, 1, 3, 0x4307
 REQUEST = struct.Struct(">IHHQQI")
 REPLY = struct.Struct(">IIQ")
 REPLY_MAGIC = 0x67446698
+LONG = 8 << 20
+"""More than a socket takes at once."""
 
 
-def drained(link: Link) -> bytes:
-    """All that is to be sent."""
-    found, room = b"", bytearray(100_000)
-    while count := link.drain(room):
-        found += room[:count]
-    return found
+class Wire:
+    """A socket, one link after the other at this end of it, and the peer at the other."""
+
+    def __init__(self, ours: socket.socket, theirs: socket.socket) -> None:
+        self.ours, self.theirs = ours, theirs
+
+    def link(self) -> Link:
+        return Link(self.ours.fileno())
+
+    def arrived(self) -> bytes:
+        """What has been sent and not been looked at."""
+        found = b""
+        try:
+            while True:
+                found += self.theirs.recv(1 << 20, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return found
+
+    def sent(self, link: Link) -> bytes:
+        """All that the link has to send."""
+        found = b""
+        while link.send():
+            found += self.arrived()
+        return found + self.arrived()
+
+    def answer(self, link: Link, data: Buffer) -> list[tuple[int, int]]:
+        """What is done when the peer has sent so much more."""
+        self.theirs.sendall(data)
+        return list(link.receive())
+
+
+@pytest.fixture
+def wire():
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        yield Wire(ours, theirs)
 
 
 def cookies_of(sent: bytes, lengths: list[int]) -> list[int]:
@@ -57,22 +90,22 @@ def big_endian(sums: array[int]) -> bytes:
     return struct.pack(f">{len(sums)}I", *sums)
 
 
-def one_read(link: Link, length: int, tag: int = 1) -> tuple[bytearray, int]:
+def one_read(wire: Wire, link: Link, length: int, tag: int = 1) -> tuple[bytearray, int]:
     """A READ that is under way: its memory, its cookie."""
     memory = bytearray(length)
     link.post(tag, READ, 0, 0, length, RECEIVES, memory)
-    return memory, cookies_of(drained(link), [0])[0]
+    return memory, cookies_of(wire.sent(link), [0])[0]
 
 
-def test_requests_as_they_are_sent():
+def test_requests_as_they_are_sent(wire):
     """Headers, data and trailers in the order of posting; zero-copy memory of every kind."""
-    link = Link()
+    link = wire.link()
     data, sums = random.Random(1).randbytes(3 * BLOCK_BYTES + 5), array("I", bytes(16))
     link.post(7, WRITE, 1, 4096, 5, SENDS, b"hello")
     link.post(8, FLUSH, 0, 0, 0, NO_DATA)
     link.post(9, WRITE, 0, 0, len(data), SENDS | TRAILER, memoryview(data), sums)
     link.post(10, READ, 0, 1 << 40, 512, RECEIVES, bytearray(512))
-    sent = drained(link)
+    sent = wire.sent(link)
     lengths = [5, 0, len(data) + 16, 0]
     assert len(set(cookies_of(sent, lengths))) == 4
     assert REQUEST.unpack_from(sent)[1:3] == (1, WRITE)
@@ -82,7 +115,7 @@ def test_requests_as_they_are_sent():
     assert REQUEST.unpack(sent[-28:])[4:] == (1 << 40, 512)
 
 
-def build_session(link: Link) -> tuple[bytes, dict[int, tuple[bytearray, bytes, int]]]:
+def build_session(wire: Wire, link: Link) -> tuple[bytes, dict[int, tuple[bytearray, bytes, int]]]:
     """One reply of each sort; by tag the memory, what must be in it, and the error."""
     chance = random.Random(3)
     contents = [chance.randbytes(n) for n in (1, 512, 5000, 0)]
@@ -96,7 +129,7 @@ def build_session(link: Link) -> tuple[bytes, dict[int, tuple[bytearray, bytes, 
     link.post(6, READ, 0, 0, 4100, RECEIVES | TRAILER, trailed_memory, sums)
     for tag in (7, 8):
         link.post(tag, COMPARE, 0, 0, 4, SENDS | COMPARES, b"oldn")
-    cookies = cookies_of(drained(link), [0, 0, 0, 0, 3, 0, 0, 4, 4])
+    cookies = cookies_of(wire.sent(link), [0, 0, 0, 0, 3, 0, 0, 4, 4])
     stream = reply(cookies[2], contents[2]) + reply(cookies[4]) + reply(cookies[5], error=5)
     stream += reply(cookies[0], contents[0]) + reply(cookies[3])
     trailer = big_endian(crc32c_blocks(trailed, BLOCK_BYTES))
@@ -111,30 +144,29 @@ def build_session(link: Link) -> tuple[bytes, dict[int, tuple[bytearray, bytes, 
     return stream, expected
 
 
-def test_replies_cut_at_every_byte():
+def test_replies_cut_at_every_byte(wire):
     """In two parts, cut anywhere; and byte by byte."""
-    link = Link()
-    length = len(build_session(link)[0])
+    length = len(build_session(wire, wire.link())[0])
     for cut in range(length + 1):
-        link = Link()
-        stream, expected = build_session(link)
-        done = [*link.feed(stream[:cut]), *link.feed(stream[cut:])]
+        link = wire.link()
+        stream, expected = build_session(wire, link)
+        done = [*wire.answer(link, stream[:cut]), *wire.answer(link, stream[cut:])]
         assert sorted(done) == [(tag, expected[tag][2]) for tag in range(9)]
         assert all(memory == content for memory, content, _ in expected.values())
-    link = Link()
-    stream, expected = build_session(link)
-    done = [pair for at in range(length) for pair in link.feed(stream[at : at + 1])]
+    link = wire.link()
+    stream, expected = build_session(wire, link)
+    done = [pair for at in range(length) for pair in wire.answer(link, stream[at : at + 1])]
     assert [tag for tag, _ in done] == [2, 4, 5, 0, 3, 7, 8, 6, 1]
     assert all(memory == content for memory, content, _ in expected.values())
 
 
 @pytest.mark.parametrize("how", ["magic", "cookie", "again", "not sent yet", "only half sent"])
-def test_out_of_step(how):
+def test_out_of_step(wire, how):
     """A reply that nobody waits for: what was done before is told first, then the error, again and
     again; nothing is written anywhere."""
-    link = Link()
-    memory, cookie = one_read(link, 512)
-    other, second = one_read(link, 512, tag=2)
+    link = wire.link()
+    memory, cookie = one_read(wire, link, 512)
+    other, second = one_read(wire, link, 512, tag=2)
     wrong = reply(second, b"x" * 512)
     if how == "magic":
         wrong = b"X" + wrong[1:]
@@ -143,39 +175,38 @@ def test_out_of_step(how):
     elif how == "again":
         wrong = reply(cookie, b"x" * 512)
     else:
-        link.post(3, WRITE, 0, 0, 4096, SENDS, bytes(4096))
+        link.post(3, WRITE, 0, 0, LONG, SENDS, bytes(LONG))
         third = second + REQUESTS_MAX + 1
         if how == "only half sent":
-            room = bytearray(1000)
-            assert link.drain(room) == 1000
-            assert REQUEST.unpack_from(room)[3] == third
+            assert link.send()
+            assert REQUEST.unpack_from(wire.arrived())[3] == third
         wrong = reply(third)
-    assert list(link.feed(reply(cookie, b"a" * 512) + wrong)) == [(1, 0)]
+    assert wire.answer(link, reply(cookie, b"a" * 512) + wrong) == [(1, 0)]
     for _ in range(2):
         with pytest.raises(OutOfStepError):
-            link.feed(b"more")
+            wire.answer(link, b"more")
     assert memory == b"a" * 512
     assert other == bytes(512)
 
 
-def test_memory_is_given_back():
+def test_memory_is_given_back(wire):
     """`move`: the rest goes elsewhere; after the reply and after `close` nothing is pinned."""
-    link = Link()
-    memory, cookie = one_read(link, 1000)
+    link = wire.link()
+    memory, cookie = one_read(wire, link, 1000)
     with pytest.raises(BufferError):
         memory.clear()
     stream = reply(cookie, b"r" * 1000)
-    assert not list(link.feed(stream[:500]))
+    assert not wire.answer(link, stream[:500])
     elsewhere = bytearray(1000)
     assert link.move(0, 1, elsewhere, 1000)
     assert memory == b"r" * 484 + bytes(516)
     memory.clear()
-    assert list(link.feed(stream[500:])) == [(1, 0)]
+    assert wire.answer(link, stream[500:]) == [(1, 0)]
     assert elsewhere == b"r" * 1000
     assert not link.move(0, 1, bytearray(1000), 1000)
     elsewhere.clear()
-    last, cookie = one_read(link, 1000, tag=5)
-    list(link.feed(reply(cookie, b"z" * 300)))
+    last, cookie = one_read(wire, link, 1000, tag=5)
+    assert not wire.answer(link, reply(cookie, b"z" * 300))
     link.close()
     last.clear()
     assert not link.move(0, 5, bytearray(1000), 1000)
@@ -185,55 +216,56 @@ def test_memory_is_given_back():
     link.close()
 
 
-def test_data_that_is_moved_while_it_is_sent():
+def test_data_that_is_moved_while_it_is_sent(wire):
     """What has not left yet is taken from the new place."""
-    link = Link()
-    data = bytearray(b"d" * 10_000)
-    place = link.post(1, WRITE, 0, 0, 10_000, SENDS, data)
-    room = bytearray(5028)
-    assert link.drain(room) == 5028
-    assert link.move(place, 1, bytes(data), 10_000)
-    data[:] = b"!" * 10_000
-    assert drained(link) == b"d" * 5000
+    link = wire.link()
+    data = bytearray(b"d" * LONG)
+    place = link.post(1, WRITE, 0, 0, LONG, SENDS, data)
+    assert link.send()
+    assert link.move(place, 1, bytes(data), LONG)
+    data[:] = b"!" * LONG
+    first = wire.arrived()
+    assert REQUEST.size < len(first) < LONG
+    assert first[REQUEST.size :] + wire.sent(link) == b"d" * LONG
 
 
-def test_checksums_of_what_is_read_and_written():
+def test_checksums_of_what_is_read_and_written(wire):
     """Of the blocks of a request, with and without a trailer; a trailer that does not fit."""
     data = random.Random(5).randbytes(2 * BLOCK_BYTES + 100)
     right = crc32c_blocks(data, BLOCK_BYTES)
     for cut in (0, 16, 20, 4000, 4112, 5000, len(data)):
-        link, sums, memory = Link(), array("I", bytes(12)), bytearray(len(data))
+        link, sums, memory = wire.link(), array("I", bytes(12)), bytearray(len(data))
         link.post(1, READ, 0, 0, len(data), RECEIVES, memory, sums)
-        stream = reply(cookies_of(drained(link), [0])[0], data)
-        list(link.feed(stream[:cut]))
-        assert list(link.feed(stream[cut:])) == [(1, 0)]
+        stream = reply(cookies_of(wire.sent(link), [0])[0], data)
+        assert not wire.answer(link, stream[:cut])
+        assert wire.answer(link, stream[cut:]) == [(1, 0)]
         assert sums == right
     for ways in (SENDS, SENDS | TRAILER):
-        link, sums = Link(), array("I", bytes(12))
+        link, sums = wire.link(), array("I", bytes(12))
         link.post(1, WRITE, 0, 0, len(data), ways, data, sums)
         behind = len(data) + (12 if ways & TRAILER else 0)
-        cookie = cookies_of(drained(link), [behind])[0]
-        assert list(link.feed(reply(cookie))) == [(1, 0)]
+        cookie = cookies_of(wire.sent(link), [behind])[0]
+        assert wire.answer(link, reply(cookie)) == [(1, 0)]
         assert sums == right
     for spoiled in (0, BLOCK_BYTES, len(data), len(data) + 8):
-        link, sums, memory = Link(), array("I", bytes(12)), bytearray(len(data))
+        link, sums, memory = wire.link(), array("I", bytes(12)), bytearray(len(data))
         link.post(1, READ, 0, 0, len(data), RECEIVES | TRAILER, memory, sums)
         stream = bytearray(data + big_endian(right))
         stream[spoiled] ^= 1
-        cookie = cookies_of(drained(link), [0])[0]
-        assert list(link.feed(reply(cookie, bytes(stream)))) == [(1, MISMATCH)]
+        cookie = cookies_of(wire.sent(link), [0])[0]
+        assert wire.answer(link, reply(cookie, bytes(stream))) == [(1, MISMATCH)]
 
 
-def test_a_full_table():
+def test_a_full_table(wire):
     """As many requests as fit; one more is refused and changes nothing."""
-    link = Link()
+    link = wire.link()
     for tag in range(REQUESTS_MAX):
         link.post(tag, FLUSH, 0, 0, 0)
     with pytest.raises(BlockingIOError):
         link.post(REQUESTS_MAX, FLUSH, 0, 0, 0)
-    cookies = cookies_of(drained(link), [0] * REQUESTS_MAX)
+    cookies = cookies_of(wire.sent(link), [0] * REQUESTS_MAX)
     assert len(set(cookies)) == REQUESTS_MAX
-    done = list(link.feed(b"".join(map(reply, reversed(cookies)))))
+    done = wire.answer(link, b"".join(map(reply, reversed(cookies))))
     assert [tag for tag, _ in done] == list(reversed(range(REQUESTS_MAX)))
     link.post(0, FLUSH, 0, 0, 0)
 

@@ -1,9 +1,6 @@
 /* The C transmission under sanitizers: made-up and mutated streams of requests.
  *
- *     harness run SEED COUNT CURRENT     COUNT inputs; each is in the file CURRENT while it runs
- *     harness replay FILE...             inputs that were kept
- *
- * An input: 8 bytes that choose the setting, then what the client sends. The client is a thread
+ * An input (inputs.h): the setting, then what the client sends. The client is a thread
  * that sends in pieces and takes the replies; the main thread does what Python does for a request.
  * Replies with a length in their header are checked to be whole. Every second input is for a disk
  * with an integrity area, whose sums must all be right whenever they are looked at.
@@ -11,40 +8,22 @@
 #define _GNU_SOURCE
 #include "../../../native/src/nbd.h"
 
-#include <assert.h>
 #include <endian.h>
 #include <errno.h>
-#include <fcntl.h>
 #include <poll.h>
 #include <pthread.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
 #include <sys/mman.h>
 #include <sys/socket.h>
-#include <unistd.h>
+
+#define INPUT_BYTES_MAX ((size_t)8 << 20)
+#include "inputs.h"
 
 #define DISK_BYTES ((uint64_t)16 << 20)
-#define INPUT_BYTES_MAX ((size_t)8 << 20)
-#define SETTING_BYTES 8
 
 enum { STYLE, LOGGED_IN, VARIANT, PIECE, HANG_UP, GATES, FAILS, STATUS_ROWS }; /* of the setting */
 enum { BARE, PYTHON, ALIGNED, READ_ONLY, VARIANTS };
 
-static uint64_t chance;
-
-static uint64_t draw(uint64_t below)
-{
-    chance ^= chance << 13;
-    chance ^= chance >> 7;
-    chance ^= chance << 17;
-    return below ? chance % below : chance;
-}
-
 /* ---- making inputs ---- */
-
-static uint8_t *input;
-static size_t input_length;
 
 static void put(const void *data, size_t length)
 {
@@ -436,7 +415,6 @@ static void serve(int sock, int style)
 static void run_input(void)
 {
     int pair[2], style = input[STYLE] % 3, variant = input[VARIANT] % VARIANTS;
-    assert(input_length >= SETTING_BYTES);
     assert(!socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, pair));
     in_use = input[STATUS_ROWS] % 2 ? area : NULL;
     disk = in_use ? protected : bare;
@@ -444,7 +422,6 @@ static void run_input(void)
     native_nbd_export_set(&export, variant == PYTHON ? -1 : disk, DISK_BYTES,
                           variant == READ_ONLY, variant == ALIGNED ? 512 : 1);
     native_nbd_set_memory_max(draw(4) ? (uint64_t)64 << 20 : 1 << 20, 1);
-    chance = 88172645463325252ull ^ input_length; /* the rest follows from the input */
     give_client(pair[1]);
     serve(pair[0], style);
     close(pair[0]);
@@ -455,33 +432,6 @@ static void run_input(void)
         check_disk();
 }
 
-static void replay(const char *path)
-{
-    FILE *file = fopen(path, "rb");
-    assert(file);
-    input_length = fread(input, 1, INPUT_BYTES_MAX, file);
-    fclose(file);
-    if (input_length < SETTING_BYTES)
-        return;
-    chance = 1;
-    run_input();
-}
-
-static void run(uint64_t seed, uint64_t count, const char *path)
-{
-    int current = open(path, O_RDWR | O_CREAT | O_TRUNC, 0600);
-    assert(current >= 0);
-    for (uint64_t number = 0; number < count; number++) {
-        chance = (seed + number) * 0x9e3779b97f4a7c15ull | 1;
-        make_input();
-        assert(pwrite(current, input, input_length, 0) == (ssize_t)input_length);
-        assert(!ftruncate(current, (off_t)input_length));
-        run_input();
-    }
-    close(current);
-    printf("%llu inputs\n", (unsigned long long)count);
-}
-
 int main(int count, char **arguments)
 {
     pthread_t thread;
@@ -489,21 +439,12 @@ int main(int count, char **arguments)
     int sums = memfd_create("sums", MFD_CLOEXEC), error;
     bare = memfd_create("disk", MFD_CLOEXEC);
     protected = memfd_create("protected", MFD_CLOEXEC);
-    input = malloc(INPUT_BYTES_MAX);
-    assert(input && !ftruncate(bare, (off_t)DISK_BYTES));
+    assert(!ftruncate(bare, (off_t)DISK_BYTES));
     assert(!ftruncate(protected, (off_t)DISK_BYTES) && !ftruncate(sums, (off_t)INTEGRITY_SUMS_AT));
     area = native_integrity_open(sums, DISK_BYTES, -1, &error);
     assert(area);
     assert(!pthread_create(&thread, NULL, client, NULL));
-    if (count == 5 && !strcmp(arguments[1], "run"))
-        run(strtoull(arguments[2], NULL, 10), strtoull(arguments[3], NULL, 10), arguments[4]);
-    else if (count >= 2 && !strcmp(arguments[1], "replay"))
-        for (int i = 2; i < count; i++)
-            replay(arguments[i]);
-    else
-        return 2;
-    fflush(stdout);
-    free(input);
+    int result = run_inputs(count, arguments);
     free(replies);
-    return 0;
+    return result;
 }

@@ -1,9 +1,6 @@
 /* The client's transmission in C under sanitizers: made-up and mutated streams of replies.
  *
- *     link_harness run SEED COUNT CURRENT     COUNT inputs; each is in CURRENT while it runs
- *     link_harness replay FILE...             inputs that were kept
- *
- * An input: 8 bytes that choose the setting, 4 bytes for each request, then what the server sends.
+ * An input (inputs.h): the setting, 4 bytes for each request, then what the server sends.
  * Memory of requests is exactly as long as they say, and freed as soon as the link must not use it
  * any more. Without mutations each byte must come to its place.
  */
@@ -11,37 +8,19 @@
 #include "../../../native/src/crc32c.h"
 #include "../../../native/src/nbd_link.h"
 
-#include <assert.h>
 #include <endian.h>
-#include <fcntl.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
 #include <sys/socket.h>
-#include <unistd.h>
 
 #define INPUT_BYTES_MAX ((size_t)16 << 20)
-#define SETTING_BYTES 8
+#include "inputs.h"
+
 #define POST_BYTES 4
 #define POSTS_MAX 64
 #define LENGTH_MAX 200000
 
-enum { POSTS, PIECE, SOCKET, MOVES, CLOSES, MUTATED }; /* of the setting */
-
-static uint64_t chance;
-
-static uint64_t draw(uint64_t below)
-{
-    chance ^= chance << 13;
-    chance ^= chance >> 7;
-    chance ^= chance << 17;
-    return below ? chance % below : chance;
-}
+enum { POSTS, PIECE, EARLY, MOVES, CLOSES, MUTATED }; /* of the setting */
 
 /* ---- making inputs ---- */
-
-static uint8_t *input;
-static size_t input_length;
 
 static void put(const void *data, size_t length)
 {
@@ -232,43 +211,34 @@ static int send_all(struct native_link *link, int peer)
     uint8_t room[70000];
     int left = 1;
     while (left > 0) {
-        if (peer < 0)
-            left = (int)native_link_drain(link, room, 1 + draw(sizeof room));
-        else {
-            left = native_link_send(link);
-            while (recv(peer, room, sizeof room, MSG_DONTWAIT) > 0)
-                ;
-        }
+        left = native_link_send(link);
+        while (recv(peer, room, sizeof room, MSG_DONTWAIT) > 0)
+            ;
         if (input[MOVES] % 4 == 1 && !draw(8))
             move_one(link);
     }
     return left;
 }
 
-static void talk(struct native_link *link, int peer)
+/* What stands behind the setting, from `at` on. */
+static void talk(struct native_link *link, int peer, size_t at)
 {
-    size_t at = SETTING_BYTES + post_count() * POST_BYTES;
     size_t piece = input[PIECE] % 2 ? 1 + draw(40) * input[PIECE] : 1 + draw(300000);
     if (piece < 40 && input_length > 20000)
         piece = 5000;
     int result = 0;
     while (result >= 0 && at < input_length) {
         size_t length = input_length - at < piece ? input_length - at : piece;
-        if (peer < 0)
-            result = native_link_feed(link, input + at, length);
-        else {
-            ssize_t sent = send(peer, input + at, length, MSG_DONTWAIT | MSG_NOSIGNAL);
-            length = sent > 0 ? (size_t)sent : 0;
-            result = native_link_receive(link);
-        }
-        at += length;
+        ssize_t sent = send(peer, input + at, length, MSG_DONTWAIT | MSG_NOSIGNAL);
+        at += sent > 0 ? (size_t)sent : 0;
+        result = native_link_receive(link);
         take_done(link, result);
         if (input[MOVES] % 4 < 2 && !draw(4))
             move_one(link);
         if (input[CLOSES] % 8 == 0 && !draw(8))
             return;
     }
-    for (int quiet = 0; peer >= 0 && result >= 0 && quiet < 2; quiet += !result) {
+    for (int quiet = 0; result >= 0 && quiet < 2; quiet += !result) {
         result = native_link_receive(link);
         take_done(link, result);
     }
@@ -279,12 +249,13 @@ static void talk(struct native_link *link, int peer)
 
 static void run_input(void)
 {
-    int pair[2] = {-1, -1};
-    chance = 88172645463325252ull ^ input_length; /* the rest follows from the input */
-    assert(input_length >= SETTING_BYTES + post_count() * POST_BYTES);
-    if (input[SOCKET] % 2)
-        assert(!socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, pair));
-    struct native_link *link = native_link_open(pair[0], input, 0);
+    int pair[2];
+    size_t at = SETTING_BYTES + post_count() * POST_BYTES, rest = input_length - at, early = 0;
+    assert(input_length >= at);
+    assert(!socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, pair));
+    if (!(input[EARLY] % 2)) /* behind the handshake */
+        early = draw((rest < LINK_BUFFER_BYTES ? rest : LINK_BUFFER_BYTES) + 1);
+    struct native_link *link = native_link_open(pair[0], input + at, early);
     assert(link);
     memset(memories, 0, sizeof memories);
     for (unsigned post = 0; post < post_count(); post++) {
@@ -297,53 +268,16 @@ static void run_input(void)
         memory->under_way = 1;
     }
     assert(!send_all(link, pair[1]));
-    talk(link, pair[1]);
+    talk(link, pair[1], at + early);
     native_link_free(link);
     for (unsigned post = 0; post < POSTS_MAX; post++)
         free_memory(&memories[post]);
-    if (pair[0] >= 0) {
-        close(pair[0]);
-        close(pair[1]);
-    }
-}
-
-static void replay(const char *path)
-{
-    FILE *file = fopen(path, "rb");
-    assert(file);
-    input_length = fread(input, 1, INPUT_BYTES_MAX, file);
-    fclose(file);
-    run_input();
-}
-
-static void run(uint64_t seed, uint64_t count, const char *path)
-{
-    int current = open(path, O_RDWR | O_CREAT | O_TRUNC, 0600);
-    assert(current >= 0);
-    for (uint64_t number = 0; number < count; number++) {
-        chance = (seed + number) * 0x9e3779b97f4a7c15ull | 1;
-        make_input();
-        assert(pwrite(current, input, input_length, 0) == (ssize_t)input_length);
-        assert(!ftruncate(current, (off_t)input_length));
-        run_input();
-    }
-    close(current);
-    printf("%llu inputs\n", (unsigned long long)count);
+    close(pair[0]);
+    close(pair[1]);
 }
 
 int main(int count, char **arguments)
 {
-    input = malloc(INPUT_BYTES_MAX);
-    assert(input);
     native_crc32c_select(-1);
-    if (count == 5 && !strcmp(arguments[1], "run"))
-        run(strtoull(arguments[2], NULL, 10), strtoull(arguments[3], NULL, 10), arguments[4]);
-    else if (count >= 2 && !strcmp(arguments[1], "replay"))
-        for (int i = 2; i < count; i++)
-            replay(arguments[i]);
-    else
-        return 2;
-    fflush(stdout);
-    free(input);
-    return 0;
+    return run_inputs(count, arguments);
 }
