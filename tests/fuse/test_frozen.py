@@ -47,38 +47,32 @@ def stuck(mounted, *command, counters=("getattr", "lookup")):
     return client
 
 
-def test_a_killed_caller_ends(frozen):
-    """kill -9 of a program that waits for the lock ends it although nobody gives the lock."""
-    client = stuck(frozen, "cat", frozen.path / "f")
+def kill(client):
+    """kill -9 ends it, although what it waits for does not come."""
     assert client.poll() is None
     client.kill()
     client.wait(DEADLINE_S)
+
+
+PAST_THE_CACHE = "import os; os.pread(os.open('{path}/slow', os.O_RDWR | os.O_APPEND), 4096, 0)"
+"""An open file with O_APPEND has no task."""
+WAITS = {
+    "lock": (["cat", "{path}/f"], ("getattr", "lookup")),
+    "storage": (["cat", "{path}/slow"], ("read",)),
+    "storage, without a task": (["python3", "-c", PAST_THE_CACHE], ("read",)),
+}
+
+
+@pytest.mark.parametrize("what", WAITS)
+def test_a_killed_caller_ends(frozen, what):
+    """kill -9 of a reader that waits for a lock that nobody gives, or whose blocks are away, ends
+    it; when they come, the late answer hurts nobody."""
+    command, counters = WAITS[what]
+    kill(stuck(frozen, *(w.format(path=frozen.path) for w in command), counters=counters))
     assert (frozen.path / "free").read_bytes() == b"data", "others go on"
-    assert frozen.close() == 0
-
-
-def test_a_killed_caller_does_not_wait_for_storage(frozen):
-    """kill -9 of a reader whose blocks are away; when they come, the late answer hurts nobody."""
-    client = stuck(frozen, "cat", frozen.path / "slow", counters=("read",))
-    assert client.poll() is None
-    client.kill()
-    client.wait(DEADLINE_S)
-    assert (frozen.path / "free").read_bytes() == b"data"
-    (frozen.log.parent / "thaw").touch()
-    assert (frozen.path / "slow").read_bytes() == b"data"
-    assert frozen.close() == 0
-
-
-def test_a_killed_caller_does_not_wait_for_a_read_without_a_task(frozen):
-    """As above, past the page cache: an open file with O_APPEND has none."""
-    program = "import os; os.pread(os.open('slow', os.O_RDWR | os.O_APPEND), 4096, 0)"
-    client = stuck(frozen, "env", "-C", frozen.path, "python3", "-c", program, counters=("read",))
-    assert client.poll() is None
-    client.kill()
-    client.wait(DEADLINE_S)
-    assert (frozen.path / "free").read_bytes() == b"data"
-    (frozen.log.parent / "thaw").touch()
-    assert (frozen.path / "slow").read_bytes() == b"data"
+    if what != "lock":
+        (frozen.log.parent / "thaw").touch()
+        assert (frozen.path / "slow").read_bytes() == b"data"
     assert frozen.close() == 0
 
 
@@ -165,10 +159,7 @@ def test_a_killed_caller_does_not_wait_for_its_change(frozen, operation):
     if operation != "write":  # it would read the file, which waits for the storage, too
         assert not truth_of(frozen, wanted)
     program = f"import os\n{statement}"
-    client = stuck(frozen, "env", "-C", frozen.path, "python3", "-c", program, counters=(counter,))
-    assert client.poll() is None
-    client.kill()
-    client.wait(DEADLINE_S)
+    kill(stuck(frozen, "env", "-C", frozen.path, "python3", "-c", program, counters=(counter,)))
     if operation != "write":
         assert not truth_of(frozen, wanted)
     (frozen.log.parent / "thaw").touch()
