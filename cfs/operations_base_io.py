@@ -47,6 +47,8 @@ class Handle:
     appends: dict[int, trio.Event] = field(default_factory=dict)
     """WRITEs at the end of file, by `unique`, in the order in which the kernel sent them: the parts
     of one call may come all at once. The first one's event is set."""
+    refused_thread: int = -1
+    """Who was told last that a WRITE failed."""
     removed: bool = False
     """Of a directory that is no more; it holds no reference."""
     losses_heard: int = 0

@@ -206,7 +206,11 @@ class DataOperations(OpenOperations):
             written = await self._launder(self.known(request.inode), off, buf)
         else:
             handle = self.handles[request.handle]
-            written = await self._write_by(handle, request, off, buf)
+            try:
+                written = await self._write_by(handle, request, off, buf)
+            except FsError:
+                handle.refused_thread = request.pid
+                raise
             await self.caches.attributes_settled(handle.inode)
         return fuse_layout.WRITE_OUT.pack(written, 0)
 
@@ -216,7 +220,7 @@ class DataOperations(OpenOperations):
         if request.append:
             return await self._append(handle, request, off, buf)
         if request.past_cache:
-            return await self._write_past_cache(handle, flags, off, buf, kill)
+            return await self._write_past_cache(handle, request, off, buf)
         lock = handle.lock
         arrived_ns = time.monotonic_ns()
         if inode.revoking or not lock.try_hold(Mode.EX):
@@ -230,9 +234,10 @@ class DataOperations(OpenOperations):
         return written
 
     async def _write_past_cache(
-        self, handle: Handle, flags: int, off: int, buf: Buffer, kill: bool
+        self, handle: Handle, request: Request, off: int, buf: Buffer
     ) -> int:
         inode = handle.inode
+        flags, kill = request.flags, request.kills_privileges
         direct = bool(flags & os.O_DIRECT)
         arrived_ns = time.monotonic_ns()
         try:

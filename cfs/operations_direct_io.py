@@ -136,6 +136,7 @@ class DirectWrite(_DirectCall):
     def _answer(self) -> Answer:
         handle, request = self.handle, self.request
         if isinstance(self.error, FsError):
+            handle.refused_thread = request.pid
             # If data was lost on the way through the buffer, the handle is told of it now.
             _, handle.losses_heard = self.operations.fs.take_error(
                 handle.inode.number, handle.losses_heard

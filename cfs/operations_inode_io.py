@@ -20,6 +20,7 @@ from cfs.attributes import (
 from cfs.errors import FsError
 from cfs.fuse_layout import NS_PER_S
 from cfs.kernel_cache import KernelInode
+from cfs.mount_system_io import is_writing
 from cfs.operations_data_io import DataOperations
 from cfs.operations_extension_io import Extension
 from native.requests import (
@@ -111,10 +112,24 @@ class InodeOperations(DataOperations):
         account = self.known(request.inode)
         changes = self._changes(account, request, body)
         if changes.size is not None:
+            self._need_meant(request)
             changed = await self.truncate(account, changes)
         else:
             changed = await self.fs.setattr(account.number, changes)
         return self._attributes_out(account, changed)
+
+    def _need_meant(self, request: Request) -> None:
+        """When a write past the page cache fails, the kernel cuts the file back to the end that it
+        believes in (fuse_do_truncate), which may be that of long ago: other nodes have written
+        behind it. It does not mind being refused. Raises FsError(EINTR)."""
+        handle = self.handles.get(request.handle)
+        if handle is None:
+            return
+        writing = is_writing(request.pid)
+        if writing is None:
+            writing, handle.refused_thread = handle.refused_thread == request.pid, -1
+        if writing:
+            raise FsError(errno.EINTR, "nobody wants to truncate")
 
     def _attributes_out(self, account: KernelInode, changed: Attributes) -> bytes:
         fresh, timeout = self.current_attributes(account, changed)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import json
+import mmap
 import os
 import re
 import signal
@@ -14,6 +16,7 @@ import time
 
 import pytest
 
+from cfs.attributes import FILE_BYTES_MAX
 from tests.fuse.cluster_mounts import cluster_mounts, harness, mount
 from tests.fuse.mounting import scratch
 from tests.fuse.test_attributes import RENAME_EXCHANGE, as_user, link_descriptor, run
@@ -228,6 +231,28 @@ def test_appends_of_all_nodes(mounts):
         found.append((node, number))
         at += size
     assert sorted(found) == [(node, number) for node in on for number in range(24)]
+
+
+def test_a_write_that_fails_takes_nothing_of_others_away(mounts):
+    """The kernel cuts a file back to the end that it remembers when a write past the page cache
+    fails, and what it remembers may be old."""
+    _cluster, on = mounts
+    one, two = (on[n].path / "unwritten" for n in (1, 2))
+    one.write_bytes(b"")
+    fd = os.open(one, os.O_RDWR | os.O_DIRECT)
+    assert os.fstat(fd).st_size == 0
+    content = b"precious" * 1000
+    two.write_bytes(content)
+    with pytest.raises(OSError, match="too large"):
+        os.pwrite(fd, mmap.mmap(-1, 4096), FILE_BYTES_MAX)
+    assert two.read_bytes() == content
+    libc = ctypes.CDLL(None, use_errno=True)
+    assert libc.pwrite(fd, ctypes.c_void_p(8192), 4096, 0) == -1
+    assert ctypes.get_errno() == errno.EFAULT
+    assert two.read_bytes() == one.read_bytes() == content
+    os.ftruncate(fd, 8)
+    assert two.read_bytes() == b"precious"
+    os.close(fd)
 
 
 def test_an_append_may_take_its_time(mounts):

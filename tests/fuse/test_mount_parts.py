@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
 
 import pytest
 
+from cfs.errors import FsError
 from cfs.mount_options import fuse_options, parse_arguments
 from cfs.mount_recovery import Recovering, RecoveryCore, Release, Replay
+from cfs.mount_system_io import is_writing
+from cfs.operations_inode_io import InodeOperations
 from cluster.control import GroupEvent, GroupMember
 from cluster.errors import UsageError
 from cluster.ids import Epoch, Incarnation, Instance, InstanceNo, NodeId
@@ -97,3 +105,39 @@ def test_a_joiner_learns_of_the_dead():
     assert core.event(event) == [Recovering(True), Replay(dead)]
     core.failed(dead)
     assert core.event(event) == [Replay(dead)]
+
+
+def caller(program):
+    return subprocess.Popen(
+        [sys.executable, "-c", f"import os; {program}"],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("program", "writes"), [("os.write(1, bytes(1 << 20))", True), ("os.read(0, 1)", False)]
+)
+def test_who_writes_is_seen(program, writes):
+    with caller(program) as process:
+        try:
+            end = time.monotonic() + 60
+            while is_writing(process.pid) is not writes:
+                assert time.monotonic() < end
+        finally:
+            process.kill()
+    assert is_writing(process.pid) is None
+
+
+def test_a_truncation_of_who_cannot_be_seen_is_doubted_once_after_a_failure():
+    """Workers of io_uring. What was meant may be repeated after EINTR."""
+    with caller("") as process:
+        process.communicate()
+    handle = SimpleNamespace(refused_thread=-1)
+    operations = SimpleNamespace(handles={7: handle})
+    request = SimpleNamespace(handle=7, pid=process.pid)
+    InodeOperations._need_meant(operations, request)
+    handle.refused_thread = process.pid
+    with pytest.raises(FsError) as refused:
+        InodeOperations._need_meant(operations, request)
+    assert refused.value.errno == errno.EINTR
+    InodeOperations._need_meant(operations, request)
