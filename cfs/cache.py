@@ -80,9 +80,11 @@ class InodeState(Covered):
     """An inode as this mount knows it: nodes, and file data that is not yet on the disk.
 
     `pages` wait to be written, `flushing` are being written; a page is in `flushing` at most once,
-    so the disk never sees two writes of one block at a time. `map_version` changes whenever blocks
-    are taken away: a reader whose I/O overlapped that reads again. `clean` holds pages read from
-    the disk to be changed in part (no bytes: being read); a write of that page takes it out again.
+    so the disk never sees two writes of one block at a time; nor do `direct_writes`, the blocks
+    [first, end) of writes past the buffer that are under way, overlap it or each other.
+    `map_version` changes whenever blocks are taken away: a reader whose I/O overlapped that reads
+    again. `clean` holds pages read from the disk to be changed in part (no bytes: being read); a
+    write of that page takes it out again.
     `fresh`: pages whose block has never been written for this file; `spoiled`: those of them whose
     write failed (`cfs.pages`).
 
@@ -104,7 +106,7 @@ class InodeState(Covered):
         self.pages: dict[int, Page] = {}
         self.flushing: dict[int, Page] = {}
         self.flush_done: Event | None = None
-        self.direct_writes = 0
+        self.direct_writes: list[tuple[int, int]] = []
         self.map_version = 0
         self.direct_done: Event | None = None
         self.clean: dict[int, object] = {}

@@ -82,12 +82,14 @@ class DirectIo:
         length = len(data)
         if (offset | length) % BLOCK_BYTES or not length or not state.try_hold(Mode.EX):
             raise NotNow
-        block = self._place_again(state, offset, length, kill)
+        first, count = offset // BLOCK_BYTES, length // BLOCK_BYTES
+        span = (first, first + count)
+        block = self._place_again(state, span, kill)
         try:
             if block:
                 writes = [(block, data)]
             else:
-                runs = core.try_run(lambda tx: self._body(tx, state, offset, length, kill))
+                runs = core.try_run(lambda tx: self._body(tx, state, span, kill))
                 if runs is None:
                     raise NotNow
                 writes = _writes(runs, offset, data)
@@ -99,12 +101,13 @@ class DirectIo:
             state.release(Mode.EX)
             done(_refused(error))
 
-        core.pages.start_direct(device, state, writes, ended)
+        core.pages.start_direct(device, state, span, writes, ended)
 
-    def _place_again(self, state: InodeState, offset: int, length: int, kill: bool) -> int:
-        """The block of a range that lies in one place, if nothing but the times of its inode
-        changes, and the running transaction has an image of that already. Nobody has seen that
-        image yet, so it is changed where it is, without a transaction. Else 0."""
+    def _place_again(self, state: InodeState, span: tuple[int, int], kill: bool) -> int:
+        """Begin a write and give the block of its range, if that lies in one place, nothing but the
+        times of its inode changes, and the running transaction has an image of that already.
+        Nobody has seen that image yet, so it is changed where it is, without a transaction. Else
+        0."""
         core, inode = self.core, state.node
         if (
             inode is None
@@ -113,19 +116,21 @@ class DirectIo:
             or inode.flags & FLAG_IMMUTABLE
             or inode.xattrs is not None
             or (kill and inode.mode & 0o6000)
+            or core.pages.overlaps(state, *span)
         ):
             return 0
-        place = self._reader.one_place(state, offset, length)
+        first, end = span
+        place = self._reader.one_place(state, first * BLOCK_BYTES, (end - first) * BLOCK_BYTES)
         if place:
             self._files.touch(inode)
-            self._forget_clean(state, offset // BLOCK_BYTES, length // BLOCK_BYTES)
+            self._begin(state, span)
         return place // BLOCK_BYTES
 
-    @staticmethod
-    def _forget_clean(state: InodeState, first: int, count: int) -> None:
+    def _begin(self, state: InodeState, span: tuple[int, int]) -> None:
         if state.clean:
-            for index in range(first, first + count):
+            for index in range(*span):
                 state.clean.pop(index, None)
+        self.core.pages.begin_direct(state, span)
 
     # -- with a task -----------------------------------------------------------------------------
 
@@ -137,10 +142,16 @@ class DirectIo:
         core = self.core
         length = len(data)
         if offset is not None and not offset % BLOCK_BYTES and not length % BLOCK_BYTES and length:
-            runs = await core.run(lambda tx: self._body(tx, state, offset, length, kill))
+            first, count = offset // BLOCK_BYTES, length // BLOCK_BYTES
+            span = (first, first + count)
+            try:
+                runs = await core.run(lambda tx: self._body(tx, state, span, kill))
+            except BaseException:
+                core.pages.end_direct(state, span)
+                raise
             if runs is not None:
                 try:
-                    await core.pages.write_direct(state, _writes(runs, offset, data))
+                    await core.pages.write_direct(state, span, _writes(runs, offset, data))
                 except DeviceError as error:
                     raise FsError(errno.EIO, error.message) from error
                 return offset, length
@@ -152,23 +163,26 @@ class DirectIo:
         return done
 
     def _body(
-        self, tx: Tx, state: InodeState, offset: int, length: int, kill: bool
+        self, tx: Tx, state: InodeState, span: tuple[int, int], kill: bool
     ) -> list[extents.Piece] | None:
-        """The blocks of a range that is written and lies inside the file; None for any other."""
+        """Begin a write; the blocks of its range if that is written and lies inside the file. None
+        for any other, of which nothing is begun."""
         seen = tx.inode(state)
         need_regular(seen)
-        if seen.root is None or offset + length > seen.size:
+        first, end = span
+        if seen.root is None or end * BLOCK_BYTES > seen.size:
             return None
-        first, count = offset // BLOCK_BYTES, length // BLOCK_BYTES
-        runs = extents.pieces(tx, state, seen, first, count)
+        if not state.spoiled.isdisjoint(range(first, end)):
+            raise NeedWait(lambda: self._files.isolate(state))
+        runs = extents.pieces(tx, state, seen, first, end - first)
         if not all(block and not unwritten for _, block, _, unwritten in runs):
             return None
         need_mutable(seen)
         pages = self.core.pages
-        if pages.overlaps(state, first, first + count):
-            raise NeedWait(lambda: pages.settle(state))
+        if pages.overlaps(state, first, end):
+            raise NeedWait(lambda: pages.settle(state, first, end))
         inode = tx.edit_inode(state)
         self._files.drop_privileges(tx, state, inode, kill=kill)
         self._files.touch(inode)
-        tx.after(lambda: self._forget_clean(state, first, count))
+        tx.after(lambda: self._begin(state, span))
         return runs

@@ -24,7 +24,7 @@ from cfs.core import Core
 from cfs.errors import FsError
 from cfs.nodes import CONTENT_BYTES_MAX, Extent, InodeNode, Tree
 from cfs.protection import clear_privileges, need_mutable
-from cfs.reading import need_regular
+from cfs.reading import ZERO_PAGE, need_regular
 from cfs.transaction import READER, NeedWait, NotNow, Tx
 from cfs.tree import TreeEditor
 from cfs.xattr import CAPABILITY, XattrEditor
@@ -34,7 +34,6 @@ from cluster.locks import Mode
 
 CUT_EXTENTS_MAX = 64
 CLEAN_PAGES_MAX = 64
-ZERO_PAGE = bytes(BLOCK_BYTES)
 
 
 def lasting(data: Buffer) -> memoryview:
@@ -309,6 +308,11 @@ class Files:
         page = state.pages.get(index) or state.flushing.get(index)
         if page is not None:
             return page[0]
+        if index in state.spoiled:
+            return ZERO_PAGE
+        pages = self.core.pages
+        if pages.written_directly(state, index, index + 1):
+            raise NeedWait(lambda: pages.settle(state, index, index + 1))
         clean = state.clean.get(index)
         if isinstance(clean, bytes):
             return clean
@@ -439,7 +443,7 @@ class Files:
         Raises NeedWait."""
         pages = self.core.pages
         if pages.must_wait(state, first, end):
-            raise NeedWait(lambda: pages.settle(state))
+            raise NeedWait(lambda: pages.settle(state, first, end))
 
     def forget(self, tx: Tx, state: InodeState, first: int, end: int) -> None:
         """Blocks [first, end) are taken away: drop what is in memory of them, and let readers whose
@@ -478,6 +482,8 @@ class Files:
             state.spoiled.clear()
 
     def _isolate_body(self, tx: Tx, state: InodeState) -> None:
+        if not state.spoiled:
+            return  # somebody else has done it
         first = min(state.spoiled)
         end = first + 1
         while end in state.spoiled:

@@ -27,6 +27,10 @@ REFUSED_IN_A_ROW_MAX = 64
 """Pages refused one after another: then the device takes nothing."""
 
 
+def _lies_in(pages: Iterable[int], first: int, end: int) -> bool:
+    return any(first <= index < end for index in pages)
+
+
 class DirtyPages:
     """All unwritten data of a mount; implements `cfs.journal.Ordered`."""
 
@@ -96,64 +100,84 @@ class DirtyPages:
         self._wake()
 
     def overlaps(self, state: InodeState, first: int, end: int) -> bool:
-        """Whether pages [first, end) are waiting to be written or on their way."""
-        return any(
-            first <= index < end for pages in (state.pages, state.flushing) for index in pages
-        )
+        """Whether blocks [first, end) are waiting to be written or on their way."""
+        return _lies_in(state.pages, first, end) or self._on_the_way(state, first, end)
+
+    @staticmethod
+    def written_directly(state: InodeState, first: int, end: int) -> bool:
+        """Whether a write past the buffer to blocks in [first, end) is under way."""
+        return any(first < last and begin < end for begin, last in state.direct_writes)
+
+    def _on_the_way(self, state: InodeState, first: int, end: int) -> bool:
+        return _lies_in(state.flushing, first, end) or self.written_directly(state, first, end)
 
     def must_wait(self, state: InodeState, first: int, end: int) -> bool:
         """Whether blocks [first, end) may not be taken away yet: a write to them is on the way, or
         the transaction that is being sealed gives them to the file."""
-        if state.direct_writes or any(first <= index < end for index in state.flushing):
-            return True
-        return state in self._sealing and any(first <= index < end for index in state.pages)
+        sealing = state in self._sealing and _lies_in(state.pages, first, end)
+        return sealing or self._on_the_way(state, first, end)
 
-    async def settle(self, state: InodeState) -> None:
-        """Wait until nothing is on the way to the disk."""
+    async def settle(self, state: InodeState, first: int, end: int) -> None:
+        """Wait until nothing of blocks [first, end) is on the way to the disk."""
         while True:
-            if state.flush_done is not None:
+            if state.flush_done is not None and _lies_in(state.flushing, first, end):
                 await state.flush_done.wait()
-            elif state.pages:
+            elif _lies_in(state.pages, first, end):
                 await self.flush(state)
-            elif state.direct_writes:
-                event = state.direct_done = self._runtime.event()
-                await event.wait()
+            elif self.written_directly(state, first, end):
+                await self._direct_end(state)
             else:
                 return
 
-    async def write_direct(self, state: InodeState, writes: list[tuple[int, Buffer]]) -> None:
-        """Write whole blocks that the file has, past the buffer."""
-        state.direct_writes += 1
+    # -- past the buffer -------------------------------------------------------------------------
+
+    def begin_direct(self, state: InodeState, span: tuple[int, int]) -> None:
+        """Blocks [first, end) are going to be written past the buffer; nothing `overlaps` them."""
+        state.direct_writes.append(span)
+
+    def end_direct(self, state: InodeState, span: tuple[int, int]) -> None:
+        """That very write is over, or was never begun."""
+        # Also after an error: what was written must be flushed before the lock leaves.
+        state.written_at = self._counter.wrote()
+        state.direct_writes = [one for one in state.direct_writes if one is not span]
+        if state.direct_done is not None:
+            state.direct_done.set()
+            state.direct_done = None
+
+    async def write_direct(
+        self, state: InodeState, span: tuple[int, int], writes: list[tuple[int, Buffer]]
+    ) -> None:
+        """Write whole blocks that the file has, past the buffer, and end that."""
         try:
             await self._counter.device.write_many(
                 [(block * BLOCK_BYTES, data) for block, data in writes]
             )
         finally:
-            self._wrote_direct(state)
+            self.end_direct(state, span)
 
     def start_direct(
         self,
         device: PromptDevice,
         state: InodeState,
+        span: tuple[int, int],
         writes: list[tuple[int, Buffer]],
         done: Written,
     ) -> None:
         """As `write_direct`, without a task. `device`: ours."""
-        state.direct_writes += 1
 
         def ended(error: Exception | None) -> None:
-            self._wrote_direct(state)
+            self.end_direct(state, span)
             done(error)
 
         device.start_write([(block * BLOCK_BYTES, data) for block, data in writes], ended)
 
-    def _wrote_direct(self, state: InodeState) -> None:
-        # Also after an error: what was written must be flushed before the lock leaves.
-        state.written_at = self._counter.wrote()
-        state.direct_writes -= 1
-        if not state.direct_writes and state.direct_done is not None:
-            state.direct_done.set()
-            state.direct_done = None
+    async def _direct_end(self, state: InodeState) -> None:
+        """Wait for the end of any of them."""
+        if state.direct_done is None:
+            state.direct_done = self._runtime.event()
+        await state.direct_done.wait()
+
+    # -- writing behind --------------------------------------------------------------------------
 
     async def room(self, size: int) -> None:
         """Wait while there is too much unwritten data; first come, first served. The caller may
@@ -227,6 +251,8 @@ class DirtyPages:
         self._flushing[state] = None
         lost: set[int] | None = None
         try:
+            while any(not batch.keys().isdisjoint(range(*one)) for one in state.direct_writes):
+                await self._direct_end(state)
             lost, done = await self._write_out(batch, durable=durable)
             if not done:
                 state.written_at = self._counter.wrote()

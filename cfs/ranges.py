@@ -20,9 +20,9 @@ from cfs.attributes import BLOCK_BYTES, FILE_BYTES_MAX
 from cfs.cache import InodeState
 from cfs.core import Core
 from cfs.errors import FsError
-from cfs.files import CUT_EXTENTS_MAX, ZERO_PAGE, Files, PageChanges
+from cfs.files import CUT_EXTENTS_MAX, Files, PageChanges
 from cfs.nodes import CONTENT_BYTES_MAX, InodeNode
-from cfs.reading import FileReader, need_regular
+from cfs.reading import ZERO_PAGE, FileReader, need_regular
 from cfs.transaction import READER, Reader, Tx
 
 ALLOCATE_BLOCKS_MAX = 16384

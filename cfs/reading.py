@@ -19,6 +19,7 @@ from cluster.errors import DeviceError
 
 SEEK_EXTENTS_MAX = 1024
 """Extents that one step of a search looks at."""
+ZERO_PAGE = bytes(BLOCK_BYTES)
 Part = bytes | tuple[int, int]
 """Bytes, or (device offset, length) still to be read."""
 
@@ -75,6 +76,7 @@ class FileReader:
         if (
             state.pages
             or state.flushing
+            or state.spoiled
             or not isinstance(node, InodeNode)
             or not node.is_regular
             or (offset | size) % BLOCK_BYTES
@@ -112,7 +114,7 @@ class FileReader:
         first = offset // BLOCK_BYTES
         count = -(-end // BLOCK_BYTES) - first
         parts: list[Part] = []
-        dirty = bool(state.pages or state.flushing)
+        dirty = bool(state.pages or state.flushing or state.spoiled)
         for logical, block, length, unwritten in extents.pieces(READER, state, inode, first, count):
             physical = 0 if unwritten else block
             if dirty:
@@ -127,13 +129,16 @@ class FileReader:
     def _overlay(
         state: InodeState, parts: list[Part], logical: int, physical: int, length: int
     ) -> None:
-        """One extent or hole with pages that are not yet on the disk over it."""
-        pages, flushing = state.pages, state.flushing
+        """One extent or hole with pages that are not yet on the disk, or lost, over it."""
+        pages, flushing, spoiled = state.pages, state.flushing, state.spoiled
         run = 0
         for step in range(length + 1):
             page = None
             if step < length:
-                page = pages.get(logical + step) or flushing.get(logical + step)
+                index = logical + step
+                page = pages.get(index) or flushing.get(index)
+                if page is None and index in spoiled:
+                    page = (ZERO_PAGE, 0)
                 if page is None:
                     run += 1
                     continue

@@ -112,7 +112,7 @@ async def test_a_time_in_the_log_is_not_changed_afterwards() -> None:
         assert fs.core.journal.running[ino] is first
         logged = await fs.getattr(ino)
         fs.core.journal.sealed, fs.core.journal.running = fs.core.journal.running, {}
-        fs.start_write(ino, 0, bytes(BLOCK_BYTES), Ends().wrote, kill=True)
+        fs.start_write(ino, BLOCK_BYTES, bytes(BLOCK_BYTES), Ends().wrote, kill=True)
         assert first is not None
         assert (first.mtime_ns, first.counter) == (logged.mtime_ns, logged.change)
         assert fs.core.journal.running[ino] is state.node is not first
@@ -259,4 +259,68 @@ async def test_privileges_and_flags_are_minded() -> None:
         fs.start_write(ino, 0, bytes(BLOCK_BYTES), ends.wrote, kill=True)
         assert b"security.capability" not in await fs.listxattr(ino)
         assert not any(ends.errors)
+    await fsck(device)
+
+
+async def test_a_part_of_a_block_that_is_being_written_is_changed_after_that() -> None:
+    """What was read before the write has landed would take it back."""
+    device = await make_device()
+    async with mounted(device) as fs:
+        ino = await make_file(fs)
+        slow = fs.core.prompt = SlowDisk(device)
+        ends = Ends()
+        new = b"new!" * (BLOCK_BYTES // 4)
+        fs.start_write(ino, 0, new, ends.wrote, kill=True)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(fs.write, ino, 4, b"part")
+            await trio.testing.wait_all_tasks_blocked()
+            slow.go_on()
+        assert ends.errors == [None]
+        assert await fs.read(ino, 0, BLOCK_BYTES) == new[:4] + b"part" + new[8:]
+    await fsck(device)
+
+
+async def test_a_page_is_not_written_beside_the_same_block() -> None:
+    """A device may carry out writes of one block that are under way together in either order."""
+    device = await make_device()
+    async with mounted(device) as fs:
+        ino = await make_file(fs)
+        slow = fs.core.prompt = SlowDisk(device)
+        fs.start_write(ino, 0, b"old." * (BLOCK_BYTES // 4), Ends().wrote, kill=True)
+        new = b"new!" * (BLOCK_BYTES // 4)
+        await fs.write(ino, 0, new)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(fs.fsync, ino)
+            await trio.testing.wait_all_tasks_blocked()
+            slow.go_on()
+        assert await fs.read(ino, 0, BLOCK_BYTES) == new
+    async with mounted(device) as fs:
+        assert await fs.read(ino, 0, BLOCK_BYTES) == new
+    await fsck(device)
+
+
+async def test_writes_of_one_block_go_one_after_another_and_wait_for_no_others() -> None:
+    device = await make_device()
+    async with mounted(device, QUIET) as fs:
+        ino = await make_file(fs)
+        await fs.write(ino, 5 * BLOCK_BYTES, b"page" * (BLOCK_BYTES // 4))
+        slow = fs.core.prompt = SlowDisk(device)
+        ends = Ends()
+        block = bytes(BLOCK_BYTES)
+        await fs.core.pages.flush(fs.core.state(ino))
+        for number in (0, 8):
+            fs.start_write(ino, number * BLOCK_BYTES, block, ends.wrote, kill=True)
+        with pytest.raises(NotNow):
+            fs.start_write(ino, 8 * BLOCK_BYTES, block, ends.wrote, kill=True)
+        await fs.write(ino, 5 * BLOCK_BYTES, b"page" * (BLOCK_BYTES // 4))
+        with trio.fail_after(10):
+            await fs.write(ino, 5 * BLOCK_BYTES, block, direct=True)
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(lambda: fs.write(ino, 0, b"2nd!" * 1024, direct=True))
+                await trio.testing.wait_all_tasks_blocked()
+                assert not ends.errors
+                slow.go_on()
+        assert (await fs.read(ino, 0, 8)) == b"2nd!2nd!"
+        slow.go_on()
+        assert ends.errors == [None, None]
     await fsck(device)

@@ -10,6 +10,7 @@ import trio
 import trio.testing
 
 from cfs.attributes import BLOCK_BYTES, MountOptions, SetAttributes
+from cfs.transaction import NotNow
 from cluster.device import Buffer
 from cluster.device_memory import MemoryDevice
 from cluster.errors import DeviceError
@@ -89,6 +90,38 @@ async def test_a_loss_that_nobody_has_heard_of_is_told_to_the_next_handle() -> N
         assert fs.take_error(ino, mark)[0] == errno.EIO
         mark = fs.error_mark(ino)
         assert fs.take_error(ino, mark)[0] == 0
+
+
+async def test_what_is_written_past_the_buffer_over_lost_pages_stays() -> None:
+    """Their blocks become unwritten; that comes first."""
+    device = await refusing_device()
+    async with mounted(device) as fs:
+        ino = await make_file(fs, b"f")
+        await fs.write(ino, 0, blocks(BAD, BAD))
+        data = blocks(b"d", b"e")
+        await fs.write(ino, 0, data, direct=True)
+        assert await fs.read(ino, 0, 2 * BLOCK_BYTES) == data
+        await trio.testing.wait_all_tasks_blocked()
+        assert await fs.read(ino, 0, 2 * BLOCK_BYTES) == data
+    async with mounted(device) as fs:
+        assert await fs.read(ino, 0, 2 * BLOCK_BYTES) == data
+    await fsck(device)
+
+
+async def test_a_lost_page_is_zero_from_then_on() -> None:
+    """Not only when its block has been made unwritten."""
+    device = await refusing_device()
+    async with mounted(device) as fs:
+        ino = await make_file(fs, b"f")
+        await fs.write(ino, 0, blocks(b"a", BAD, b"b"))
+        state = fs.core.state(ino)
+        await fs.core.pages.flush(state)
+        assert state.spoiled == {1}
+        with pytest.raises(NotNow):
+            fs.start_read(ino, BLOCK_BYTES, BLOCK_BYTES, lambda error, pieces: None)
+        assert fs.try_read(ino, BLOCK_BYTES, BLOCK_BYTES) == bytes(BLOCK_BYTES)
+        assert await fs.read(ino, 0, 8192) == blocks(b"a") + bytes(BLOCK_BYTES)
+    await fsck(device)
 
 
 @pytest.mark.parametrize("how", ["fsync", "commit", "timer", "demotion"])
