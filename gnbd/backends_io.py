@@ -350,7 +350,8 @@ class FileBackend(Backend):
                 found.append((data - offset, self._is_hole(offset, data - offset)))
                 offset = data
             if offset < end and data == offset:
-                hole = max(_seek(self.fd, offset, end, os.SEEK_HOLE), offset + 1)
+                hole = _seek(self.fd, offset, end, os.SEEK_HOLE)
+                hole = hole if hole > offset else end  # it has become one in between
                 found.append((hole - offset, False))
                 offset = hole
         return found

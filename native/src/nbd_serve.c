@@ -245,7 +245,8 @@ static uint64_t run_end(int fd, uint64_t offset, uint64_t end, int *hole)
     }
     *hole = data < 0 || (uint64_t)data > offset;
     off_t next = *hole ? data : lseek(fd, (off_t)offset, SEEK_HOLE);
-    return next < 0 || (uint64_t)next > end ? end : (uint64_t)next;
+    /* Not after `offset`: somebody has punched it out in between. */
+    return next <= (off_t)offset || (uint64_t)next > end ? end : (uint64_t)next;
 }
 
 /* The file has a hole there; with an integrity area its blocks must have been zeroes. */

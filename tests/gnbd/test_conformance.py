@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import struct
+import threading
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gnbd import protocol as p
+from gnbd.backends_io import FALLOC_KEEP_SIZE, FALLOC_PUNCH_HOLE, FileBackend, fallocate
 from gnbd.handshake import Close, Denied, Enter, Handshake, Offer, Private, Send
 from lab.block_server import export_toml, running
 from tests.gnbd.raw import RawClient
@@ -309,3 +312,46 @@ def test_errors_say_why(server):
             data = b"x" * 512 if command == p.CMD_WRITE else b""
             assert client.request(command, 0, data, 512) == p.EPERM
             assert client.why == "the export is read-only"
+
+
+def test_no_chunk_is_empty_where_somebody_punches_holes(server):
+    """Where data ends is asked after where it begins; foreign clients hang up at an empty chunk."""
+    disk = os.open(server.directory / "disk.img", os.O_RDWR)
+    ended = threading.Event()
+
+    def punch() -> None:
+        while not ended.is_set():
+            os.pwrite(disk, b"x" * 16384, 0)
+            fallocate(disk, FALLOC_PUNCH_HOLE | FALLOC_KEEP_SIZE, 0, 16384)
+
+    puncher = threading.Thread(target=punch)
+    with RawClient(server) as client:
+        assert client.option(p.OPT_STRUCTURED_REPLY)[-1][0] == p.REP_ACK
+        client.go("disk")
+        puncher.start()
+        try:
+            for _ in range(1000):
+                for _ in range(32):
+                    client.send(p.CMD_READ, 0, length=16384)
+                done = 0
+                while done < 32:
+                    _, flags, _, _, length = p.CHUNK.unpack(client.take(p.CHUNK.size))
+                    assert length > p.SIZE.size
+                    client.take(length)
+                    done += flags & p.CHUNK_DONE
+        finally:
+            ended.set()
+            puncher.join()
+            os.close(disk)
+
+
+def test_an_extent_that_becomes_a_hole_meanwhile(tmp_path, monkeypatch):
+    """No odd byte of it is told: clients want multiples of their blocks."""
+    disk = FileBackend(tmp_path / "disk.img", SIZE)
+    disk.write(0, memoryview(b"x" * SIZE), False)
+    real = os.lseek
+    monkeypatch.setattr(
+        os, "lseek", lambda fd, at, how: at if how == os.SEEK_HOLE else real(fd, at, how)
+    )
+    assert disk.extents(4096, 8192) == [(8192, False)]
+    disk.close()
