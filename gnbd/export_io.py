@@ -153,13 +153,18 @@ class ExportRuntime:
         self.keeper: Keeper | None = None
         self.scrub: Scrub | None = None
         backend: Backend = self.disk
-        for text in config.filters:
-            backend = stack_filter(backend, parse_filter(text))
+        try:
+            for text in config.filters:
+                backend = stack_filter(backend, parse_filter(text))
+            integrity = open_area(config, header, self.disk, state_dir)
+        except BaseException:
+            backend.close()
+            raise
         self.shared = g.Export()
         self.size_bytes = backend.size_bytes
         """That clients may use; the back end may be longer already."""
         self.use(backend)
-        self.use_integrity(open_area(config, header, self.disk, state_dir))
+        self.use_integrity(integrity)
         self.reservations = reservations
         self.sequence_min = sequence_min
         self.sequences: dict[Instance, int] = {}

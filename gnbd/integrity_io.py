@@ -87,8 +87,17 @@ def open_area(
             return None
         header = Header(config.name, config.path, disk.size_bytes)
         make_area(path, header, settled=disk.made)
+    return open_grown(path, header, disk.fd, disk.size_bytes)
+
+
+def open_grown(path: Path, header: Header, descriptor: int, size_bytes: int) -> Integrity:
+    """An area, for a disk that may have become longer. Raises StackError, OSError."""
     integrity = Integrity(path, header)
-    integrity.grow(disk.fd, disk.size_bytes)
+    try:
+        integrity.grow(descriptor, size_bytes)
+    except BaseException:
+        integrity.close(False)
+        raise
     return integrity
 
 
@@ -134,9 +143,11 @@ class Integrity:
         self._header = header
         self.events = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         """Written to at each mismatch."""
-        self._fd = -1
+        self._fd = self._sync_fd = -1
         try:
             self._fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+            # Bits are made durable through the other one, which the kernel may tell of lost sums.
+            self._sync_fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
             self.area = Area(self._fd, header.size_bytes, self.events)
         except OSError as error:
             self._close_files()
@@ -163,8 +174,14 @@ class Integrity:
         self._header = header
 
     def sync(self) -> None:
-        """Make the sums durable. Raises OSError."""
-        os.fdatasync(self._fd)
+        """Make the sums durable. Raises OSError; then those in flux have to be settled anew: some
+        may be lost, while the kernel has them in its cache, and the next call succeeds."""
+        try:
+            os.fdatasync(self._sync_fd)
+        except OSError:
+            self.area.doubt(every=False)
+            os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_DONTNEED)
+            raise
 
     def close(self, flushed: bool) -> None:
         """Nobody reads or writes any more. `flushed`: all data is durable, so that the next start
@@ -180,6 +197,6 @@ class Integrity:
             self._close_files()
 
     def _close_files(self) -> None:
-        if self._fd >= 0:
-            os.close(self._fd)
-        os.close(self.events)
+        for fd in (self._fd, self._sync_fd, self.events):
+            if fd >= 0:
+                os.close(fd)

@@ -1,8 +1,8 @@
 """The upkeep of an integrity area: a thread per export that has one.
 
 It computes the sums that are not believed yet (of a disk that is being converted or has grown, of
-regions that were in flux when the server died), says which blocks were found to be wrong, and lets
-regions that are no longer written to become clean.
+regions that were in flux when the server died or the disk refused sums), says which blocks were
+found to be wrong, and lets regions that are no longer written to become clean.
 """
 
 from __future__ import annotations
@@ -122,6 +122,8 @@ class Keeper:
             durable = True
         except OSError as error:
             log.error("sums stay in flux", export=self._name, error=str(error))
+            if self._area.counters()["unsettled_regions"]:
+                self._region = 0
         try:
             self._area.clear(durable=durable)
         except OSError as error:

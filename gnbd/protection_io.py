@@ -9,7 +9,7 @@ import structlog
 from gnbd import messages as m
 from gnbd.export_io import ExportRuntime
 from gnbd.integrity import Header
-from gnbd.integrity_io import Integrity, area_path, make_area, remove_area
+from gnbd.integrity_io import area_path, make_area, open_grown, remove_area
 from gnbd.service_io import Service
 
 log = structlog.get_logger("gnbd")
@@ -32,14 +32,15 @@ def convert(service: Service, export: ExportRuntime, on: bool) -> str:
 def _put_on(service: Service, export: ExportRuntime, path: Path) -> None:
     header = Header(export.name, export.config.path, export.disk.size_bytes)
     make_area(path, header, settled=False)
-    integrity = Integrity(path, header)
     with service.lock:
-        integrity.grow(export.disk.fd, export.size_bytes)  # by now
+        integrity = open_grown(path, header, export.disk.fd, export.size_bytes)  # by now
         export.use_integrity(integrity)
         service.renew_gates(export)
-    _wait_for_others(service, export)
-    # Only now: a write that knew nothing of the area may have come after the sum of its block.
-    export.keep(lambda: service.flush(export), service.damages)
+    try:
+        _wait_for_others(service, export)
+    finally:
+        # Only now: a write that knew nothing of the area may have come after the sum of its block.
+        export.keep(lambda: service.flush(export), service.damages)
     log.info("integrity on", export=export.name)
 
 
@@ -50,17 +51,20 @@ def _take_off(service: Service, export: ExportRuntime, path: Path) -> None:
         before = export.integrity
         assert before is not None
         # Requests that have begun go by the area still, beside others that do not keep it up.
-        before.area.doubt()
+        before.area.doubt(every=True)
         export.use_integrity(None)
         service.renew_gates(export)
     export.stop_upkeep()
-    _wait_for_others(service, export)
-    before.close(False)
+    try:
+        _wait_for_others(service, export)
+    finally:
+        before.close(False)
     log.info("integrity off", export=export.name)
 
 
 def _wait_for_others(service: Service, export: ExportRuntime) -> None:
-    """Nothing executes any more that began before: no request, no flush."""
+    """Nothing executes any more that began before: no request, no flush; also when it raises
+    OSError, because flushes wait for each other."""
     service.wait_drained()
     if not export.backend.read_only:
         service.flush(export)

@@ -151,10 +151,10 @@ class Area:
         """The disk is longer; the file of the area is, too."""
         _check(lib.native_integrity_grow(self._area, descriptor, size_bytes), None)
 
-    def doubt(self) -> None:
-        """Believe no sum any more: from now on others may change data without this area, whose file
-        is gone. Nobody may `settle` any more."""
-        lib.native_integrity_doubt(self._area)
+    def doubt(self, *, every: bool) -> None:
+        """Believe no sum of a region in flux before it is settled. `every`: none at all; others may
+        change data without this area from now on, its file is gone, and nobody may `settle`."""
+        lib.native_integrity_doubt(self._area, every)
 
     def counters(self) -> dict[str, int]:
         """Mismatches in this life; regions in flux and not settled, now."""

@@ -134,10 +134,11 @@ uint64_t native_integrity_settle(struct native_integrity *area, int fd, uint64_t
 uint64_t native_integrity_check(struct native_integrity *area, int fd, uint8_t *memory,
                                 size_t length, uint64_t offset, uint64_t *bad, uint64_t max,
                                 uint64_t *unreadable, uint64_t *skipped);
+/* Sums of regions in flux are not believed any more until they are settled. All: the area is given
+ * up, its file is gone; what others change without it is no damage for those who still go by it.
+ * Nobody settles then. */
+void native_integrity_doubt(struct native_integrity *area, int all);
 /* The disk is longer: durable before the return, but for the header. */
-/* The area is given up, its file is gone: what others change without it is no damage for those who
- * still go by it. Nobody settles any more. */
-void native_integrity_doubt(struct native_integrity *area);
 int native_integrity_grow(struct native_integrity *area, int fd, uint64_t size_bytes);
 
 /* nbd_file.c. Past the end of the file there are zeroes. 0 or an errno. */

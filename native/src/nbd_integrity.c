@@ -11,8 +11,9 @@
  *       durable: `pick` takes regions that nobody changes, the caller makes both files durable,
  *       `clear` clears those of them in which nothing has begun since. A clear need not be durable:
  *       a bit too many costs a recomputation;
- *   (3) at a start, sums of regions with a bit are not believed before they have been recomputed
- *       from the data ("settled"). That makes them right by definition, whatever was torn.
+ *   (3) at a start, and when the disk has refused sums, those of regions with a bit are not
+ *       believed before they have been recomputed from the data ("settled"). That makes them right
+ *       by definition, whatever was torn.
  *
  * Where the bit is 0 on the disk, everything that was ever written is durable by (1) and (2), so
  * the sums there are those of the data, and a mismatch is damage. Where it is 1 a mismatch after a
@@ -282,15 +283,17 @@ int integrity_unsettle(struct native_integrity *area, uint64_t first, uint64_t e
     return error;
 }
 
-void native_integrity_doubt(struct native_integrity *area)
+void native_integrity_doubt(struct native_integrity *area, int all)
 {
     pthread_mutex_lock(&area->lock);
     uint64_t regions = regions_of(area->size_bytes);
-    for (uint64_t region = 0; region < regions; region++)
-        if (area->states[region] != UNSETTLED) {
+    for (uint64_t region = 0; region < regions; region++) {
+        uint8_t state = area->states[region];
+        if (state == FLUX || state == RESTING || state == CLEARING || (all && state != UNSETTLED)) {
             area->states[region] = UNSETTLED;
             area->unsettled++;
         }
+    }
     tell_change(area);
     pthread_mutex_unlock(&area->lock);
 }

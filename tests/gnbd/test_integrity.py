@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
@@ -11,6 +12,7 @@ from contextlib import contextmanager
 
 import pytest
 
+from cluster.errors import StackError
 from fencing.reservations import Reservations
 from gnbd import messages as m
 from gnbd import protocol as p
@@ -367,6 +369,57 @@ def test_a_conversion_waits_for_writes_that_know_nothing_of_it(tmp_path):
         assert service.drained == 2
     finally:
         export.end()
+
+
+@pytest.fixture
+def export(tmp_path):
+    (tmp_path / "disk.img").write_bytes(b"before" * (MIB // 6))
+    config = Export("disk", str(tmp_path / "disk.img"))
+    export = ExportRuntime(config, Reservations(), 0, tmp_path)
+    yield export
+    export.end()
+
+
+def test_a_conversion_goes_on_when_a_flush_fails(tmp_path, export):
+    """That is told, and is no reason never to compute the sums, nor to keep an area open."""
+
+    class Refusing(Service):
+        def __init__(self) -> None:
+            self.config = ServerConfig(str(tmp_path))
+            self.lock = threading.RLock()
+            self.damages = Damages()
+
+        def renew_gates(self, export: ExportRuntime) -> None:
+            pass
+
+        def wait_drained(self) -> None:
+            pass
+
+        def flush(self, export: ExportRuntime, own: object = None) -> None:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with pytest.raises(OSError, match="Input/output"):
+        convert(Refusing(), export, True)
+    area = export.disk.area
+    assert area is not None
+    wait_for(lambda: not area.counters()["unsettled_regions"], "all sums are known")
+    with pytest.raises(OSError, match="Input/output"):
+        convert(Refusing(), export, False)
+    assert not area.raw
+
+
+@pytest.mark.parametrize("what", ["integrity/disk.sums.new", "log"])
+def test_a_disk_that_cannot_be_exported_is_let_go_of(tmp_path, what):
+    """What kept it from being exported is repaired, and then nobody has it."""
+    (tmp_path / what).mkdir(parents=True)  # where a file has to be
+    config = Export(
+        "disk", str(tmp_path / "disk.img"), "1M", integrity="crc32c",
+        filters=[f"log:path={tmp_path}/log"],
+    )  # fmt: skip
+    with pytest.raises((StackError, OSError)):
+        ExportRuntime(config, Reservations(), 0, tmp_path)
+    (tmp_path / what).rmdir()
+    ExportRuntime(config, Reservations(), 0, tmp_path).end()
 
 
 def test_the_exports_file_decides(tmp_path):

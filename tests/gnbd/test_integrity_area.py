@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import random
 import threading
@@ -13,7 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster.errors import CorruptionError
+from gnbd import keeper_io
 from gnbd.backends_io import FileBackend
+from gnbd.damages_io import Damages
 from gnbd.integrity import (
     HEADER_BYTES,
     Header,
@@ -22,6 +25,8 @@ from gnbd.integrity import (
     newest_untrusted,
 )
 from gnbd.integrity_io import Integrity, area_path, make_area, read_header
+from gnbd.keeper_io import Keeper
+from lab.block_server import wait_for
 from native.integrity import BITS_AT, BITS_BYTES, BLOCK_BYTES, REGION_BYTES, SUMS_AT, ChecksumError
 
 ZERO_SUM = google_crc32c.value(bytes(BLOCK_BYTES))
@@ -95,13 +100,39 @@ def sums_of(data: bytes):
     return array("I", (google_crc32c.value(b.ljust(BLOCK_BYTES, b"\0")) ^ ZERO_SUM for b in blocks))
 
 
+def test_sums_that_the_disk_has_refused_are_computed_anew(disk, monkeypatch):
+    """The kernel drops them, says so once, and the next fdatasync succeeds."""
+    data, before, real = b"a" * BLOCK_BYTES, disk.stored(), os.fdatasync
+    refused = threading.Event()
+
+    def fdatasync(fd):
+        if os.path.samestat(os.fstat(fd), os.stat(disk.path)) and not refused.is_set():
+            os.pwrite(disk.integrity._fd, before, SUMS_AT)
+            refused.set()
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        real(fd)
+
+    monkeypatch.setattr(os, "fdatasync", fdatasync)
+    monkeypatch.setattr(keeper_io, "CLEAR_S", 0.01)
+    disk.write(REGION_BYTES, data)
+    damages = Damages()
+    keeper = Keeper("disk", disk.integrity, disk.backend.fd, damages, disk.backend.flush)
+    try:
+        wait_for(lambda: refused.is_set() and not disk.bits(), "all regions are clean")
+        assert disk.read(REGION_BYTES, BLOCK_BYTES) == data
+        assert disk.stored()[REGION_BYTES // BLOCK_BYTES] == sums_of(data)[0]
+        assert damages.count == 0
+    finally:
+        keeper.stop()
+
+
 def test_an_area_that_is_given_up_calls_nothing_damage(disk):
     """Requests that began under it are beside others that do not keep it up any more."""
     disk.write(0, b"a" * 3 * BLOCK_BYTES)
     disk.damage(BLOCK_BYTES, b"b" * BLOCK_BYTES)
     with pytest.raises(ChecksumError):
         disk.read(0, BLOCK_BYTES + 1)
-    disk.area.doubt()
+    disk.area.doubt(every=True)
     assert disk.read(BLOCK_BYTES - 1, 2) == b"ab"
     disk.write(BLOCK_BYTES + 1, b"c")
     assert disk.read(BLOCK_BYTES, 3) == b"bcb"
