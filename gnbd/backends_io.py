@@ -59,7 +59,7 @@ def check_served(exports: Sequence[Export], served: Collection[str]) -> None:
     for export in exports:
         if export.name in served and not os.path.exists(export.path):
             raise NotFoundError(
-                f"export {export.name!r}: {export.path} is gone, and was served before",
+                f"export {export.name!r} was served before, and {export.path} is not there",
                 hint="is its file system mounted? For an empty disk in its place: "
                 f"truncate -s {export.size_bytes} {export.path}",
             )

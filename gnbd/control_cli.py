@@ -175,8 +175,11 @@ def exports(context: click.Context) -> None:
 @click.pass_context
 def add(context: click.Context, /, name: str, path: str, **more: Any) -> None:
     """Export PATH as NAME until the server ends; the exports file stays as it is."""
-    more["filters"] = list(more["filters"])
-    export = Export(name, os.path.abspath(path), **more)
+    more |= {"name": name, "path": os.path.abspath(path), "filters": list(more["filters"])}
+    try:
+        export = msgspec.convert(more, Export)
+    except msgspec.ValidationError as error:
+        raise UsageError(f"export {name[:64]!r}: {error}") from error
     check_export(export, f"export {name!r}")
     _with_control(context, lambda c: c.ask(m.ExportAdd(export), m.Done), lambda _: "added")
 

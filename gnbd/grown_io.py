@@ -33,7 +33,8 @@ class GrownSizes:
                 self._sizes = msgspec.json.decode(path.read_bytes(), type=dict[str, _Grown])
             except BROKEN as error:
                 raise CorruptionError(
-                    f"{path} is damaged: {error}", hint="it holds the sizes of grown exports"
+                    f"{path} is damaged: {error}",
+                    hint="remove it when the exports file has the sizes of exports that were grown",
                 ) from error
 
     def size_of(self, config: Export) -> int | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import shutil
 import socket
 import subprocess
@@ -154,7 +155,8 @@ def test_a_disk_that_was_served_is_not_made_anew(tmp_path):
             command = server.command(*arguments)
             done = subprocess.run(command, capture_output=True, text=True, timeout=60)
             assert done.returncode == 7, done.stderr
-            assert re.search("disk.img is gone.*mounted.*truncate -s 1048576", done.stderr, re.S)
+            words = "served before, and .*disk.img is not there.*mounted.*truncate -s 1048576"
+            assert re.search(words, done.stderr, re.DOTALL), done.stderr
             assert not disk.parent.exists()
         (tmp_path / "elsewhere").rename(disk.parent)
         server.start()
@@ -191,6 +193,8 @@ ASKED = [
     ("filter disk add log:path=writes.log", 2, "absolute"),
     ("filter old set log", 2, "keeps its path"),
     ("filter old set log:path={dir}/other.log", 2, "keeps its path.*hint: remove"),
+    ("add '' {dir}/more.img --size 1M", 2, "export '': .*name"),
+    (f"add {'x' * 256} {{dir}}/more.img --size 1M", 2, "length <= 255.*name"),
     ("add more {dir}/more.img --size 4X", 2, "'4X'.*hint: sizes look"),
 ]
 
@@ -199,7 +203,7 @@ def test_asked_wrong(server, tmp_path):
     """The codes of docs/exit-codes.md come from the server too; what is served stays."""
     before = server.ctl("--json", "exports").stdout
     for typed, code, words in ASKED:
-        done = server.ctl(*typed.replace("{dir}", str(tmp_path)).split())
+        done = server.ctl(*shlex.split(typed.replace("{dir}", str(tmp_path))))
         assert done.returncode == code, (typed, done.stderr)
         wanted = words.replace("{dir}", str(tmp_path))
         assert re.search(wanted, done.stderr, re.DOTALL), (typed, done.stderr)
