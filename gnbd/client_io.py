@@ -249,7 +249,8 @@ class GnbdDevice(Starter):
         link.close()
 
     async def aclose(self) -> None:
-        """End cleanly: the registration at the server goes. Nothing may be in flight."""
+        """End cleanly: the registration at the server goes, and what cancelled callers have left
+        behind is done or discarded, unless the server takes longer than `dead_ms`."""
         if self._closed:
             return
         self._closed = True

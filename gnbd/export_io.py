@@ -116,6 +116,21 @@ class Connection:
             pass  # the peer was faster
 
 
+class NexusPath(msgspec.Struct):
+    """One path of one nexus to one export: the least generation that is accepted, and its
+    connections."""
+
+    generation: int = 0
+    connections: set[Connection] = set()
+
+    def shut(self, least: int) -> list[Connection]:
+        """Cut off and give those of generations below `least`."""
+        victims = [c for c in self.connections if c.session and c.session.generation < least]
+        for victim in victims:
+            victim.shut()
+        return victims
+
+
 def wait_finished(victims: list[Connection], own: Connection) -> bool:
     """Wait until nothing of the victims executes. False if `own` was shut meanwhile: two
     connections that wait for each other must not wait for ever."""

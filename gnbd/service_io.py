@@ -33,6 +33,7 @@ from gnbd.export_io import (
     CACHE_GENERATION_ERRORS,
     Connection,
     ExportRuntime,
+    NexusPath,
     Session,
     wait_finished,
 )
@@ -47,16 +48,6 @@ PATHS_MAX = 1 << 16
 STOP_S = 10.0
 """For a client that does not take its last answers."""
 log = structlog.get_logger("gnbd")
-
-
-class NexusPath(msgspec.Struct):
-    """One path of one nexus to one export: the least generation that is accepted, and its
-    connections."""
-
-    generation: int = 0
-    connections: set[Connection] = set()
-
-
 PathKey = tuple[Instance, str, int]
 
 
@@ -353,15 +344,10 @@ class Service:
         path = self._paths.setdefault(key, NexusPath())
         if connection.session is not None:
             raise AssertionError("a connection logs in once")
-        victims = [
-            c for c in path.connections
-            if c.session is not None and c.session.generation < hello.generation
-        ]  # fmt: skip
         path.generation = hello.generation
         path.connections.add(connection)
         connection.session = Session(instance, hello.export, hello.path, hello.generation)
-        for victim in victims:
-            victim.shut()
+        victims = path.shut(hello.generation)
         self._refresh([export])
         return victims
 
@@ -378,12 +364,7 @@ class Service:
             key = (session.instance, session.export, path_id)
             path = self._paths.setdefault(key, NexusPath())
             path.generation = max(path.generation, generation + 1)
-            victims = [
-                c for c in path.connections
-                if c.session is not None and c.session.generation <= generation
-            ]  # fmt: skip
-            for victim in victims:
-                victim.shut()
+            victims = path.shut(generation + 1)
         return wait_finished(victims, connection)
 
     def set_sequence(self, session: Session, sequence: int) -> None:
@@ -393,13 +374,22 @@ class Service:
             export.sequences[session.instance] = sequence
             self._refresh([export])
 
-    def logout(self, session: Session) -> None:
-        """A clean end: the registration goes. Not made durable: a left-over one harms nobody."""
+    def logout(self, connection: Connection) -> None:
+        """A clean end: the registration goes (not durably: a left-over one harms nobody), and
+        nothing of any other connection of the instance executes after the return."""
+        session, export = connection.session, connection.export
+        assert session is not None and export is not None  # noqa: PT018
         with self._lock:
-            export = self.exports[session.export]
+            others = [
+                other for other in export.connections - {connection}
+                if other.session is not None and other.session.instance == session.instance
+            ]  # fmt: skip
+            for other in others:
+                other.shut()
             export.reservations.drop({session.instance})
             export.sequences.pop(session.instance, None)
             self._refresh([export])
+        wait_finished(others, connection)
 
     def flush(self, export: ExportRuntime, own: Connection | None = None) -> None:
         """Make durable what was written before. After a failure everybody but `own` is cut off.

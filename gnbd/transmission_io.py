@@ -262,7 +262,7 @@ class Transmission:
         elif request.kind == p.CMD_SEQUENCE:
             self._service.set_sequence(session, request.offset)
         elif request.kind == p.CMD_LOGOUT:
-            self._service.logout(session)
+            self._service.logout(self._connection)
         elif request.kind == p.CMD_PING and (request.length != p.SIZE.size or self._style):
             error = p.EINVAL
         native.done(error, "it makes no sense here")

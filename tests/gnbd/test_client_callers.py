@@ -9,8 +9,10 @@ import pytest
 import trio
 
 from cluster.errors import StackError
+from gnbd import messages as m
 from gnbd.client_io import open_device
 from gnbd.pieces import REQUEST_BYTES_MAX
+from lab.block_server import instance
 from tests.gnbd.test_client_io import DEADLINE_S, ME, eventually, opened, trio_test
 
 BLOCK = 4096
@@ -91,5 +93,33 @@ def test_who_waits_for_a_device_whose_tasks_are_cancelled(server):
                     nursery.cancel_scope.cancel()
                 await read(device)
             assert ended == [device, device]
+
+    trio_test(body)
+
+
+def test_nothing_of_a_closed_device_executes_later(server):
+    """The disk is slow, a write is cancelled and the device closed: the bytes that the next user
+    writes stay."""
+
+    def delay(control, action, **settings):
+        control.ask(m.FilterCommand("disk0", action, "delay", settings), m.Done)
+
+    async def body():
+        with server.control() as control:
+            async with opened(server) as device, opened(server, instance(2)) as other:
+                await eventually(lambda: device.status()["paths"] == [1, 1])
+                first, second = (link.lane for link in device._links.values())
+                first.bytes_in_flight += 64 << 20  # LOGOUT goes there, what is written does not
+                delay(control, "add", write_ms=700)
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(device.write, 0, b"old!" * 1024)
+                    await eventually(lambda: second.in_flight)
+                    await other.read(0, BLOCK)  # it has begun by now
+                    nursery.cancel_scope.cancel()
+                await device.aclose()
+                delay(control, "set", write_ms=0)
+                await other.write(0, b"new!" * 1024)
+                await eventually(lambda: server.report("disk0").connections == 2)
+                assert await other.read(0, BLOCK) == b"new!" * 1024
 
     trio_test(body)
