@@ -3,6 +3,9 @@
 Which lane takes a request is drawn: no rule may rest on that choice. An instance writes and reads
 only blocks whose lock it has; before a lock goes everything in its block is durable, by a FLUSH or
 because the last write was a durable one.
+
+A write whose caller was cancelled, or which was given up (some devices wait for so long only), may
+land or not, until a later write to its block has been told: until then the lock stays.
 """
 
 from __future__ import annotations
@@ -10,11 +13,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from cluster.errors import DeviceError, StackError
+from cluster.errors import DeviceError, StackError, UnreachableError
 from cluster.ids import Instance
 from gnbd import messages as m
 from gnbd import protocol as p
 from gnbd.client import ClientCore
+from gnbd.failures import Patience
 from gnbd.lanes import Lane, Path, Request
 from tests.sim.multipath_judge import Cell
 from tests.sim.multipath_server import (
@@ -28,15 +32,16 @@ from tests.sim.multipath_server import (
     LoginAnswer,
     Reply,
 )
-from tests.sim.multipath_swaps import Swapper
+from tests.sim.multipath_swaps import CoreSwapper, Swapper
 from tests.sim.streams import CLOSE, Pipe
-from tests.sim.world import Violation
+from tests.sim.world import MS, Violation
 
 if TYPE_CHECKING:
     from tests.sim.multipath_world import MultipathWorld
 
 PATHS = 2
 PATH_MS = 80
+GIVE_UP_MS = 150
 RETRY_MS = 25
 FLYING_MAX = 24
 
@@ -98,7 +103,8 @@ class Device:
         self.pipe_of: dict[Lane, Pipe] = {}
         self.declared = self.world.sequence
         """The map it works with."""
-        self.declaring: Request | None = None
+        limited = self.world.rng.random() < 0.3
+        self.patience = Patience(GIVE_UP_MS * MS) if limited else None
         for line in self.lines:
             self.world.later(5, self.attempting(line, 0))
 
@@ -109,11 +115,9 @@ class Device:
     # --- requests
 
     def submit(self, request: Request) -> None:
-        """Raises BarredError."""
+        """Raises BarredError, UnreachableError."""
         self.core.submit(request)
-        if request.kind == p.CMD_SEQUENCE:
-            self.declaring = request
-        lane = None if self.declaring else self.core.assign_one(self.world.now)
+        lane = self.core.assign_one(self.world.now)
         if lane is None:
             self.pump()
         else:
@@ -185,8 +189,6 @@ class Device:
                 request = lane.in_flight[message.cookie]
                 request.result = message.data
                 self.core.completed(lane, message.cookie, message.error, self.world.now)
-                if request is self.declaring:
-                    self.declaring = None
                 self.pump()
             case _:
                 assert message is CLOSE
@@ -236,6 +238,12 @@ class Device:
 
     def check_paths(self) -> None:
         """Give up what has been silent for so long; ask now and then."""
+        if self.patience and self.patience.look(self.world.now, *self.core.waiting()):
+            for line in self.lines:
+                if line.path.lanes:
+                    self.lose(line)
+            self.core.fail("not served")
+            self.world.given_up += 1
         self.core.look(self.world.now)
         self.pump()
         for line in self.lines:
@@ -257,6 +265,11 @@ class Client:
         """No member any more; it may not know that."""
         self.devices = {server.name: Device(self, server) for server in world.data_servers}
         self.swappers = [Swapper(self, device) for device in self.devices.values()]
+        self.core_swappers = {name: CoreSwapper(self, name) for name in self.devices}
+        self.writes: dict[Request, tuple[int, list[Cell]]] = {}
+        """Of `flying`: server and blocks."""
+        self.doubtful: set[Cell] = set()
+        """Has a write that nobody waits for any more, and no later one that was told."""
         self.busy: dict[Cell, int] = {}
         self.flying: dict[Request, int] = {}
         """Since when each is waited for."""
@@ -299,11 +312,12 @@ class Client:
         rng = self.world.rng
         name = rng.choice(list(self.devices))
         deed = rng.choices(
-            (self.lock, self.release, self.write, self.read, self.flush), (6, 3, 10, 6, 0.5)
+            (self.lock, self.release, self.write, self.read, self.flush, self.cancel, self.swap),
+            (6, 3, 10, 6, 0.5, 0.5, 1),
         )[0]
         if self.suspended:
             self.resume()
-        elif len(self.flying) < FLYING_MAX:
+        elif len(self.flying) < FLYING_MAX and not self.devices[name].core.failed:
             deed(name)
         self.world.later(4, self.act)
 
@@ -326,7 +340,8 @@ class Client:
         """Give a lock back."""
         for block in self.mine(name):
             cell = self.world.judge.cells[name, block]
-            if cell not in self.busy and cell.unflushed is None and not cell.contested:
+            free = cell not in self.busy and cell not in self.doubtful
+            if free and cell.unflushed is None and not cell.contested:
                 cell.owner = None
                 self.told.pop(cell, None)
                 return
@@ -350,6 +365,7 @@ class Client:
 
         def over(error: StackError | None) -> None:
             del self.flying[request]
+            self.writes.pop(request, None)
             stale = error is not None and "volume map" in str(error)
             if stale and sequence >= self.world.minimum:
                 raise Violation(f"{self.nexus} is called stale with sequence {sequence}")
@@ -379,15 +395,36 @@ class Client:
                     self.wrote(name, cell, place, durable)
                 elif isinstance(error, DeviceError):
                     self.world.errors += 1
+                elif isinstance(error, UnreachableError):
+                    self.doubtful.add(cell)
 
         data = b"".join(value.to_bytes(WIDTH, "big") for value in values)
         kind = p.CMD_WRITE_ZEROES if zeroes else p.CMD_WRITE
         flags = p.CMD_FLAG_FUA if durable else 0
         request = Request(kind, blocks[0] * WIDTH, len(data), None if zeroes else data, flags)
+        self.writes[request] = name, cells
         self.submit(name, request, done)
+
+    def cancel(self, name: int) -> None:
+        """The caller of a write goes on with something else."""
+        found = [request for request, (server, _) in self.writes.items() if server == name]
+        if not found:
+            return
+        request = self.world.rng.choice(found)
+        self.devices[name].core.forsake(request)
+        del self.flying[request]
+        _, cells = self.writes.pop(request)
+        for cell in cells:
+            del self.busy[cell]
+            self.doubtful.add(cell)
+        self.world.cancelled += 1
+
+    def swap(self, name: int) -> None:
+        self.core_swappers[name].go_on()
 
     def wrote(self, name: int, cell: Cell, place: int, durable: bool) -> None:
         cell.told(self.nexus, place, durable)
+        self.doubtful.discard(cell)
         self.told[cell] = place
         if durable:
             self.world.is_stored(cell, place, f"{self.nexus} after a durable write")
@@ -407,7 +444,7 @@ class Client:
                     cell.abandon(allowed[index])
                     continue
                 part = request.result[index * WIDTH : (index + 1) * WIDTH]
-                idle = len(cell.values) == begun[index]
+                idle = len(cell.values) == begun[index] and cell not in self.doubtful
                 cell.read(self.nexus, allowed[index], int.from_bytes(part, "big"), idle)
                 self.world.reads += 1
 
@@ -430,10 +467,14 @@ class Client:
     def resume(self) -> None:
         """Work with the newest map from now on. The answers are waited for, or not: a server may
         be away for long."""
-        if self.flying:
+        if self.flying or any(device.core.failed for device in self.devices.values()):
             return
         self.suspended = False
         for name, device in self.devices.items():
             device.declared = self.world.sequence
             request = Request(p.CMD_SEQUENCE, device.declared)
-            self.submit(name, request, lambda _error: None)
+            self.submit(name, request, self.declaration_ended)
+
+    def declaration_ended(self, error: StackError | None) -> None:
+        """Given up: once more, before anything else."""
+        self.suspended = self.suspended or isinstance(error, UnreachableError)

@@ -270,6 +270,61 @@ def a_new_path_does_not_declare(patch: Patch) -> None:
     patch(Device, "declared_at_login", property(lambda self: 0))
 
 
+def newer_bytes_beside_cancelled_ones(patch: Patch) -> None:
+    """A write does not wait for one at its place whose caller was cancelled: that one is on another
+    path, or will be sent again."""
+    patch(ClientCore, "_must_wait", lambda self, _request: False)
+
+
+def a_swap_is_sent_again(patch: Patch) -> None:
+    """COMPARE AND WRITE without an answer is repeated, and finds what it has written itself."""
+    real = ClientCore._unstrand
+
+    def mutant(self, path, generation):
+        back = [r for s in path.stranded if s.generation <= generation for r in s.requests]
+        swaps = [r for r in back if r.kind == p.CMD_COMPARE_AND_WRITE]
+        for stranded in path.stranded:
+            stranded.requests = [r for r in stranded.requests if r not in swaps]
+        real(self, path, generation)
+        self.queue.extendleft(swaps)
+
+    patch(ClientCore, "_unstrand", mutant)
+
+
+def what_was_given_up_is_forgotten(patch: Patch) -> None:
+    """The next LOGIN on any path lets new requests in, whatever the other one still carries."""
+    real = ClientCore.fail
+
+    def mutant(self, reason):
+        real(self, reason)
+        for path in self.paths:
+            path.stranded = []
+
+    patch(ClientCore, "fail", mutant)
+
+
+def requests_after_giving_up(patch: Patch) -> None:
+    """New ones are taken before the old ones are known to be drained."""
+    real = ClientCore.fail
+
+    def mutant(self, reason):
+        real(self, reason)
+        self.failed = None
+
+    patch(ClientCore, "fail", mutant)
+
+
+def what_was_told_is_given_up_too(patch: Patch) -> None:
+    """Bytes that are being written again go with the requests."""
+    real = ClientCore.fail
+
+    def mutant(self, reason):
+        real(self, reason)
+        self.retained = Retained()
+
+    patch(ClientCore, "fail", mutant)
+
+
 MUTANTS: list[Callable[[Patch], None]] = [
     a_retry_without_a_drain,
     a_drain_that_was_lost_is_not_asked_again,
@@ -298,6 +353,11 @@ MUTANTS: list[Callable[[Patch], None]] = [
     a_swap_that_is_not_durable,
     nothing_waits_for_a_sequence_number,
     a_new_path_does_not_declare,
+    newer_bytes_beside_cancelled_ones,
+    a_swap_is_sent_again,
+    what_was_given_up_is_forgotten,
+    requests_after_giving_up,
+    what_was_told_is_given_up_too,
 ]
 
 
