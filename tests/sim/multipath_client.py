@@ -5,7 +5,9 @@ only blocks whose lock it has; before a lock goes everything in its block is dur
 because the last write was a durable one.
 
 A write whose caller was cancelled, or which was given up (some devices wait for so long only), may
-land or not, until a later write to its block has been told: until then the lock stays.
+land or not, until a later write to its block has been told: until then the lock stays. Now and then
+all writers of a device are cancelled and it is closed, and opened anew: once LOGOUT is answered
+nothing of the old one lands, and the locks go.
 """
 
 from __future__ import annotations
@@ -105,6 +107,8 @@ class Device:
         """The map it works with."""
         limited = self.world.rng.random() < 0.3
         self.patience = Patience(GIVE_UP_MS * MS) if limited else None
+        self.leaves_by: Lane | None = None
+        """LOGOUT is on its way there."""
         for line in self.lines:
             self.world.later(5, self.attempting(line, 0))
 
@@ -189,7 +193,8 @@ class Device:
                 request = lane.in_flight[message.cookie]
                 request.result = message.data
                 self.core.completed(lane, message.cookie, message.error, self.world.now)
-                self.pump()
+                if self.client.devices[self.server.name] is self:
+                    self.pump()
             case _:
                 assert message is CLOSE
                 self.lose(line)
@@ -228,6 +233,8 @@ class Device:
         line.wanted = self.world.rng.choice((1, 2))
         for lane in line.path.lanes:
             del self.pipe_of[lane]
+            if lane is self.leaves_by:
+                self.leaves_by = None
         for pipe in line.pipes:
             pipe.client_closes()
         line.pipes = []
@@ -235,6 +242,22 @@ class Device:
         if self.client.alive:
             self.world.later(RETRY_MS, self.attempting(line, line.attempt))
             self.pump()
+
+    def log_out(self) -> None:
+        """As `GnbdDevice.aclose`. It may get no answer: then the device is used as before."""
+        lane = next((lane for line in self.lines for lane in line.path.lanes), None)
+        if lane is not None and self.leaves_by is None:
+            self.leaves_by = lane
+            request = Request(p.CMD_LOGOUT, waiter=Done(lambda _error: self.close()))
+            self.core.place_private(lane, request)
+            self.post(lane, request)
+
+    def close(self) -> None:
+        for line in self.lines:
+            line.attempt += 1
+            for pipe in line.pipes:
+                pipe.client_closes()
+        self.client.closed(self)
 
     def check_paths(self) -> None:
         """Give up what has been silent for so long; ask now and then."""
@@ -270,6 +293,7 @@ class Client:
         """Of `flying`: server and blocks."""
         self.doubtful: set[Cell] = set()
         """Has a write that nobody waits for any more, and no later one that was told."""
+        self.closing: Device | None = None
         self.busy: dict[Cell, int] = {}
         self.flying: dict[Request, int] = {}
         """Since when each is waited for."""
@@ -312,10 +336,12 @@ class Client:
         rng = self.world.rng
         name = rng.choice(list(self.devices))
         deed = rng.choices(
-            (self.lock, self.release, self.write, self.read, self.flush, self.cancel, self.swap),
-            (6, 3, 10, 6, 0.5, 0.5, 1),
-        )[0]
-        if self.suspended:
+            (self.lock, self.release, self.write, self.read, self.flush, self.cancel, self.swap,
+             self.close), (6, 3, 10, 6, 0.5, 0.5, 1, 0.2),
+        )[0]  # fmt: skip
+        if self.closing:
+            self.go_on_closing(self.closing)
+        elif self.suspended:
             self.resume()
         elif len(self.flying) < FLYING_MAX and not self.devices[name].core.failed:
             deed(name)
@@ -408,9 +434,10 @@ class Client:
     def cancel(self, name: int) -> None:
         """The caller of a write goes on with something else."""
         found = [request for request, (server, _) in self.writes.items() if server == name]
-        if not found:
-            return
-        request = self.world.rng.choice(found)
+        if found:
+            self.forsake(name, self.world.rng.choice(found))
+
+    def forsake(self, name: int, request: Request) -> None:
         self.devices[name].core.forsake(request)
         del self.flying[request]
         _, cells = self.writes.pop(request)
@@ -418,6 +445,40 @@ class Client:
             del self.busy[cell]
             self.doubtful.add(cell)
         self.world.cancelled += 1
+
+    def close(self, name: int) -> None:
+        """No more requests of this client, until the device is open again."""
+        self.closing = self.devices[name]
+        self.flush(name)
+        for request in [r for r, (server, _) in self.writes.items() if server == name]:
+            self.forsake(name, request)
+
+    def go_on_closing(self, device: Device) -> None:
+        name = device.server.name
+        cells = [self.world.judge.cells[name, block] for block in self.mine(name)]
+        if device.leaves_by is not None or self.flying:
+            return
+        if self.out or device.core.failed or any(cell.unflushed is not None for cell in cells):
+            self.closing = None
+            return
+        device.log_out()
+        if device.leaves_by is None:
+            self.closing = None
+
+    def closed(self, device: Device) -> None:
+        """LOGOUT was answered."""
+        self.closing = None
+        self.world.closed += 1
+        name = device.server.name
+        for block in self.mine(name):
+            cell = self.world.judge.cells[name, block]
+            if not cell.contested:
+                cell.owner = None
+                self.doubtful.discard(cell)
+                self.told.pop(cell, None)
+        fresh = self.devices[name] = Device(self, device.server)
+        fresh.core.set_epoch(device.core.required)
+        fresh.declared = device.declared
 
     def swap(self, name: int) -> None:
         self.core_swappers[name].go_on()

@@ -325,6 +325,18 @@ def what_was_told_is_given_up_too(patch: Patch) -> None:
     patch(ClientCore, "fail", mutant)
 
 
+def a_logout_that_does_not_wait(patch: Patch) -> None:
+    """LOGOUT takes the registration away, and other connections of the nexus go on."""
+    real = DataServer.log_out
+
+    def mutant(self, job):
+        expel, self.expel = self.expel, lambda _victims, then: then()
+        real(self, job)
+        self.expel = expel
+
+    patch(DataServer, "log_out", mutant)
+
+
 MUTANTS: list[Callable[[Patch], None]] = [
     a_retry_without_a_drain,
     a_drain_that_was_lost_is_not_asked_again,
@@ -358,6 +370,7 @@ MUTANTS: list[Callable[[Patch], None]] = [
     what_was_given_up_is_forgotten,
     requests_after_giving_up,
     what_was_told_is_given_up_too,
+    a_logout_that_does_not_wait,
 ]
 
 

@@ -2,9 +2,10 @@
 
 It keeps the rules of `gnbd/service_io.py`, `gnbd/flushes_io.py` and the C transmission: LOGIN
 closes and drains older generations of its path before it is answered, DRAIN does so for another
-path, what waits on a connection that was shut is discarded, one flush runs at a time, and when one
-has failed the cache generation rises and everybody is cut off before another begins. It is more
-disorderly than they are: requests of one connection execute beside each other.
+path and LOGOUT for all of the nexus, what waits on a connection that was shut is discarded, one
+flush runs at a time, and when one has failed the cache generation rises and everybody is cut off
+before another begins. It is more disorderly than they are: requests of one connection execute
+beside each other.
 
 The cache survives the end of the process. A power cut leaves of each block the durable version or
 any later one. A process that is killed while it writes leaves any part of that.
@@ -209,7 +210,7 @@ class DataServer(Server):
                 end.send(GoAnswer(SIZE_BYTES))
             case Call() if end.nexus is not None:
                 kind = message.kind
-                private = kind in (p.CMD_DRAIN, p.CMD_SEQUENCE, p.CMD_PING)
+                private = kind in (p.CMD_DRAIN, p.CMD_SEQUENCE, p.CMD_PING, p.CMD_LOGOUT)
                 job = Job(end.nexus, end.path, end=end, call=message,
                           need=READ if kind == p.CMD_READ else WRITE)  # fmt: skip
                 if private:
@@ -302,6 +303,8 @@ class DataServer(Server):
                 self.locked(lambda: self.drain_path(job, call.length, call.offset))
             case p.CMD_SEQUENCE:
                 self.locked(lambda: self.declare(job))
+            case p.CMD_LOGOUT:
+                self.locked(lambda: self.log_out(job))
             case _:
                 end.send(Reply(call.cookie, 0, p.SIZE.pack(SIZE_BYTES)))
 
@@ -309,6 +312,23 @@ class DataServer(Server):
         self.sequences[job.nexus] = job.call.offset
         self.refresh()
         job.end.send(Reply(job.call.cookie, 0, b""))
+
+    def log_out(self, job: Job) -> None:
+        """The registration goes, not durably; what has not begun of its own connection, too, is
+        discarded."""
+        if job.end.closing:
+            return
+        mine = [end for end in self.ends if end.nexus == job.nexus]
+        self.table.drop({job.nexus})
+        self.sequences.pop(job.nexus, None)
+        job.end.closing = True
+        self.refresh()
+
+        def answer() -> None:
+            job.end.pipe.down.send(Reply(job.call.cookie, 0, b""))
+            job.end.pipe.server_closes()
+
+        self.expel(mine, answer)
 
     def drain_path(self, job: Job, path_id: int, generation: int) -> None:
         """Nothing sent there up to that generation executes after the answer."""

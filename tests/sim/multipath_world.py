@@ -4,7 +4,7 @@ The views, the coordinators and the servers are those of `fence_world`; every in
 `ClientCore` for each server (`multipath_client`). Networks are cut in one or both directions and
 heal, connections end early and late, servers are killed or lose power, flushes and writes fail,
 nodes and instances are put out (dead, or alive and unaware), the volume's map changes, callers are
-cancelled, and some devices give up what has waited for long.
+cancelled, devices are closed and opened again, and some give up what has waited for long.
 
 `multipath_judge` has what must be true of the bytes. Besides:
 
@@ -52,7 +52,7 @@ class MultipathWorld(FenceWorld):
         self.reads = self.flushes = self.errors = self.moved = 0
         self.clients: dict[Instance, Client] = {}
         self.chains = {1: Chain(), 2: Chain()}
-        self.swaps = self.unknown_swaps = self.cancelled = self.given_up = 0
+        self.swaps = self.unknown_swaps = self.cancelled = self.given_up = self.closed = 0
         self.raised_to: dict[int, int] = {}
         self.fenced_in: dict[int, int] = {}
         self._value = 0
