@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
-from cluster.errors import ForeignError, UnreachableError
+from cluster.errors import ForeignError, UnreachableError, os_failure
 from cluster.wire import Keys
 from gnbd import messages as m
 from gnbd.control_client import CONNECT_TIMEOUT_S, ControlProtocol, expect
@@ -91,13 +91,16 @@ def _connect(address: str, port: int) -> socket.socket:
 def open_blocking(
     addresses: Sequence[str], port: int, keys: Keys, identity: Peer, timeout_s: float = 30.0
 ) -> Iterator[BlockingControl]:
-    """A blocking session over the first address that answers. Raises UnreachableError."""
-    problem: Exception | None = None
+    """A blocking session over the first address that answers. Raises UnreachableError,
+    NotPermittedError."""
+    problem: object = ""
     for address in addresses:
         try:
             sock = _connect(address, port)
         except OSError as error:
-            problem = error
+            if isinstance(error, PermissionError) and not port:  # a socket of this machine
+                raise os_failure(error, f"cannot reach the server at {address}") from error
+            problem = error.strerror or error
             continue
         with sock:
             sock.settimeout(timeout_s)

@@ -122,7 +122,7 @@ def test_a_unix_socket_whose_place_is_taken(place, kind):
     refused(place, SERVE, 2, "taken: it is there, and no socket")
 
 
-def test_a_state_directory_of_root(monkeypatch):
+def test_a_state_directory_of_root():
     """Somebody else is told to be root."""
     with tempfile.TemporaryDirectory() as name:  # pytest's directories are root's
         place = Path(name)
@@ -141,6 +141,22 @@ def refused_by_nobody(place) -> None:
     ended = run("gnbd-server", "--check-config", str(place / "exports.toml"))
     assert ended.code == 9, ended
     assert "server.toml: Permission denied" in one_sentence("gnbd-server", ended)
+
+
+def test_a_socket_of_root():
+    """Nobody says that no server runs."""
+    with tempfile.TemporaryDirectory() as name, socket.socket(socket.AF_UNIX) as sock:
+        os.chmod(name, 0o755)
+        sock.bind(f"{name}/gnbd.sock")
+        os.chmod(f"{name}/gnbd.sock", 0o600)
+        sock.listen()
+        os.seteuid(NOBODY)
+        try:
+            ended = run("gnbdctl", "-s", f"{name}/gnbd.sock", "exports")
+        finally:
+            os.seteuid(0)
+    assert (ended.code, "root" in one_sentence("gnbdctl", ended)) == (9, True), ended
+    assert "gnbd.sock: Permission denied" in ended.err
 
 
 def test_a_disk_that_was_served_is_not_made_anew(tmp_path):
