@@ -57,9 +57,13 @@ class Catalogue:
         if len(exports) >= EXPORTS_MAX:
             raise UsageError(f"there are {EXPORTS_MAX} exports, more cannot be")
         check_disks([*(e.config for e in list(exports.values())), config])
-        with self._service.lock:
-            self._service.open_export(config)
+        self._service.open_export(config)
         log.info("export added", export=config.name)
+
+    def resize(self, name: str, size_bytes: int) -> None:
+        """Grow an export. Raises StackError, OSError."""
+        with self._changing:
+            self._service.resize(name, size_bytes)
 
     def remove(self, name: str, force: bool) -> None:
         """No more of this export; it returns when all that was acknowledged is durable. Raises
@@ -160,11 +164,11 @@ class Catalogue:
 
     def _change(self, before: Export, after: Export) -> None:
         service = self._service
+        export = service.export(after.name)
+        size_bytes = after.size_bytes
+        if size_bytes is not None and size_bytes > export.size_bytes:
+            service.resize(after.name, size_bytes)
         with service.lock:
-            export = service.export(after.name)
-            size_bytes = after.size_bytes
-            if size_bytes is not None and size_bytes > export.size_bytes:
-                service.resize(after.name, size_bytes)
             if before.filters != after.filters:
                 top = export.backend
                 while found := filters_of(top):

@@ -111,7 +111,7 @@ class ControlServer:
             case m.ExportRemove(name, force):
                 self._catalogue.remove(name, force)
             case m.ExportResize(name, size_bytes):
-                service.resize(name, size_bytes)
+                self._catalogue.resize(name, size_bytes)
             case m.Reload():
                 return m.Done(service.admission.epoch, self._catalogue.reload())
             case m.FilterCommand(name, action, kind, parameters):

@@ -188,9 +188,11 @@ class ExportRuntime:
         self.cache_generation = 0
         self.flushes = Flushes()
 
-    def use(self, backend: Backend) -> None:
-        """From the next request on. A bare file is read and written without Python."""
+    def use(self, backend: Backend, size_bytes: int = 0) -> None:
+        """From the next request on; `size_bytes`: more than before. A bare file is read and written
+        without Python."""
         self.backend = backend
+        self.size_bytes = max(self.size_bytes, size_bytes)
         descriptor = backend.fd if isinstance(backend, FileBackend) else -1
         self.shared.set(
             descriptor, self.size_bytes, read_only=backend.read_only, alignment=backend.alignment
@@ -254,16 +256,13 @@ class ExportRuntime:
             finally:
                 self.backend.close()
 
-    def resize(self, size_bytes: int, note: Callable[[], None]) -> None:
-        """Grow. `note` makes it durable before anybody may use it. Raises StackError, OSError."""
+    def grow(self, size_bytes: int) -> None:
+        """The disk is longer at the return; `use` tells clients. Raises StackError, OSError."""
         self.backend.resize(size_bytes)
         if (integrity := self.integrity) is not None:
             integrity.grow(self.disk.fd, size_bytes)
         if (keeper := self.keeper) is not None:
             keeper.wake()
-        note()
-        self.size_bytes = size_bytes
-        self.use(self.backend)
 
     def integrity_counters(self) -> dict[str, int]:
         """`Area.counters`; empty: it has no integrity area."""

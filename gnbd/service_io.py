@@ -79,7 +79,9 @@ class Service:
 
     # -- exports ---------------------------------------------------------------------------
 
-    def open_export(self, config: Export) -> ExportRuntime:
+    def open_export(self, config: Export) -> None:
+        """Serve one more. One change at a time; no decision waits for the disk. Raises StackError,
+        OSError."""
         stored = self._exports_stored.get(config.name, ExportState())
         table = Reservations(stored.reservations)
         size_bytes = self._grown.size_of(config)
@@ -88,9 +90,9 @@ class Service:
         # Random as well: a lost state directory begins to count anew.
         life = secrets.randbits(30) << 16 | self.start_count & 0xFFFF
         export.cache_generation = life * CACHE_GENERATION_ERRORS
-        self.exports[config.name] = export
+        with self._lock:
+            self.exports[config.name] = export
         export.keep(lambda: self.flush(export), self.damages)
-        return export
 
     def _state(
         self, record: a.InstallRecord | None, tables: dict[str, Reservations] | None = None
@@ -158,14 +160,16 @@ class Service:
             return export, list(connections)
 
     def resize(self, name: str, size_bytes: int) -> None:
-        """Grow an export, also for its clients; a restart does not forget it. Raises StackError,
-        OSError."""
+        """Grow an export, also for its clients; a restart does not forget it. One change at a time
+        (Catalogue); no decision waits for the disk. Raises StackError, OSError."""
+        export = self.export(name)
+        step = max(SECTOR_BYTES, export.backend.alignment)
+        if size_bytes < export.size_bytes or size_bytes % step:
+            raise UsageError(f"an export only grows, by multiples of {step} bytes")
+        export.grow(size_bytes)
+        self._grown.note(export.config, size_bytes)
         with self._lock:
-            export = self.export(name)
-            step = max(SECTOR_BYTES, export.backend.alignment)
-            if size_bytes < export.size_bytes or size_bytes % step:
-                raise UsageError(f"an export only grows, by multiples of {step} bytes")
-            export.resize(size_bytes, lambda: self._grown.note(export.config, size_bytes))
+            export.use(export.backend, size_bytes)
 
     def paths(self) -> list[tuple[PathKey, NexusPath]]:
         """All that are known."""

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import fcntl
 import json
+import os
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import urllib.request
 from pathlib import Path
 
@@ -18,10 +20,11 @@ from click.testing import CliRunner
 from cluster.errors import ConfigError, UsageError
 from gnbd import messages as m
 from gnbd import protocol as p
+from gnbd.catalogue_io import Catalogue
 from gnbd.control_blocking_io import open_blocking
 from gnbd.control_cli import control_main
 from gnbd.control_session import Peer
-from gnbd.exports import decode_exports
+from gnbd.exports import Export, decode_exports
 from gnbd.identity import LOCAL_IDENTITY
 from gnbd.reload import plan_reload
 from gnbd.service_io import Service
@@ -157,6 +160,43 @@ def test_an_export_grows_by_what_its_disk_can_address(tmp_path):
         service.resize("disk", MIB + 512)
     service.resize("disk", MIB + 4096)
     assert service.exports["disk"].offer().size_bytes == MIB + 4096
+    service.stop()
+
+
+@pytest.mark.parametrize("what", ["resize", "add"])
+def test_a_slow_disk_keeps_no_decision_waiting(tmp_path, monkeypatch, what):
+    """While an export grows or is made, members are heard and fences go on: nobody takes the server
+    for cut off."""
+    text = f'state_dir = "{tmp_path}/state"\n' + export_toml("disk", tmp_path / "d", size="1M")
+    service = Service(decode_exports(text, "file"), None)
+    catalogue = Catalogue(service, tmp_path / "file")
+    slow, go_on, real = threading.Event(), threading.Event(), os.fsync
+
+    def fsync(descriptor: int) -> None:
+        slow.set()
+        assert go_on.wait(30)
+        real(descriptor)
+
+    def change() -> None:
+        if what == "resize":
+            catalogue.resize("disk", 2 * MIB)
+        else:
+            catalogue.add(Export("other", str(tmp_path / "other"), "1M"))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    changing = threading.Thread(target=change)
+    changing.start()
+    try:
+        assert slow.wait(10)
+        assert service.lock.acquire(timeout=10)
+        service.lock.release()
+        assert service.exports["disk"].size_bytes == MIB
+        assert "other" not in service.exports
+    finally:
+        go_on.set()
+        changing.join()
+    assert what == "add" or service.exports["disk"].offer().size_bytes == 2 * MIB
+    assert what == "resize" or service.exports["other"].size_bytes == MIB
     service.stop()
 
 
