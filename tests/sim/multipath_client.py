@@ -116,6 +116,11 @@ class Device:
     def declared_at_login(self) -> int:
         return self.declared
 
+    @property
+    def is_in_doubt(self) -> bool:
+        """Something is under way for which nobody waits; a new map does (as `cvm/target_io.py`)."""
+        return bool(self.core.failed or self.core._forsaken)
+
     # --- requests
 
     def submit(self, request: Request) -> None:
@@ -528,7 +533,7 @@ class Client:
     def resume(self) -> None:
         """Work with the newest map from now on. The answers are waited for, or not: a server may
         be away for long."""
-        if self.flying or any(device.core.failed for device in self.devices.values()):
+        if self.flying or any(device.is_in_doubt for device in self.devices.values()):
             return
         self.suspended = False
         for name, device in self.devices.items():
