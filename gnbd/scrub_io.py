@@ -106,7 +106,7 @@ class Scrub:
 def _past_the_cache(disk: FileBackend) -> int:
     """A descriptor that reads the disk itself; else the disk's own."""
     try:
-        fd = os.open(disk.path, os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC)
+        fd = disk.reopen(os.O_RDONLY | os.O_DIRECT)
     except OSError:
         return disk.fd
     try:

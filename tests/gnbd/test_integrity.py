@@ -371,6 +371,18 @@ def test_a_conversion_waits_for_writes_that_know_nothing_of_it(tmp_path):
         export.end()
 
 
+def test_a_scrub_reads_the_disk_that_is_served(tmp_path):
+    """Not what has its path by now."""
+    path = tmp_path / "disk.img"
+    with running(tmp_path, protected(tmp_path), joined=False) as server:
+        with RawClient(server, "disk") as client:
+            assert client.request(p.CMD_WRITE, 0, b"x" * MIB) == 0
+        path.rename(tmp_path / "moved.img")
+        path.write_bytes(b"another" * (SIZE // 7))
+        report = said(server, "scrub", "disk", "--wait", "--rate", "0")
+        assert (report["state"], report["mismatches"]) == ("done", 0)
+
+
 @pytest.fixture
 def export(tmp_path):
     (tmp_path / "disk.img").write_bytes(b"before" * (MIB // 6))
