@@ -101,7 +101,7 @@ struct native_nbd {
 
     uint8_t *buffer; /* received, not yet executed: [start, end) */
     size_t start, end;
-    int looks;       /* for more before sleeping: there is a processor beside ours for the client */
+    int lookers_max; /* connections that may look for more at the same time: a processor is left */
     uint32_t sleeps; /* so often wait for more without looking first */
     struct nbd_memory payload; /* of a request that does not fit into the buffer */
     uint8_t *aligned;          /* where the data of a WRITE is moved that must be aligned */

@@ -48,6 +48,21 @@ static uint64_t now_ns(void)
     return (uint64_t)now.tv_sec * 1000000000 + (uint64_t)now.tv_nsec;
 }
 
+static _Atomic int lookers;
+
+/* recv for a moment; -1: nothing came. */
+static ssize_t look(struct native_nbd *nbd, uint8_t *to, size_t length)
+{
+    uint64_t end = now_ns() + LOOK_NS;
+    ssize_t count = -1;
+    if (atomic_fetch_add(&lookers, 1) < nbd->lookers_max)
+        do
+            count = recv(nbd->sock, to, length, MSG_DONTWAIT);
+        while (count < 0 && errno == EAGAIN && now_ns() < end);
+    atomic_fetch_sub(&lookers, 1);
+    return count;
+}
+
 /* recv. A client with one request under way sends the next one as soon as it has its answer: sooner
  * than a processor falls asleep and is woken. So look for a moment before sleeping, but not again
  * for a while where that was in vain: the client thinks longer, or others need the processor. */
@@ -55,13 +70,10 @@ static ssize_t receive(struct native_nbd *nbd, uint8_t *to, size_t length)
 {
     if (nbd->sleeps)
         nbd->sleeps--;
-    else if (nbd->looks) {
-        uint64_t end = now_ns() + LOOK_NS;
-        do {
-            ssize_t count = recv(nbd->sock, to, length, MSG_DONTWAIT);
-            if (count >= 0 || errno != EAGAIN)
-                return count;
-        } while (now_ns() < end);
+    else {
+        ssize_t count = look(nbd, to, length);
+        if (count >= 0)
+            return count;
         nbd->sleeps = SLEEPS;
     }
     return recv(nbd->sock, to, length, 0);

@@ -48,7 +48,7 @@ struct native_nbd *native_nbd_open(int sock, struct native_nbd_export *export, i
     nbd->structured = style != NBD_SIMPLE;
     nbd->extended = style == NBD_EXTENDED;
     cpu_set_t ours;
-    nbd->looks = !sched_getaffinity(0, sizeof ours, &ours) && CPU_COUNT(&ours) > 1;
+    nbd->lookers_max = sched_getaffinity(0, sizeof ours, &ours) ? 0 : CPU_COUNT(&ours) - 1;
     nbd->buffer = map_memory(NBD_RECEIVE_BYTES);
     nbd->arena = map_memory(NBD_ARENA_BYTES);
     nbd->headers = map_memory(NBD_PARTS_MAX * NBD_HEADER_BYTES);
