@@ -7,10 +7,11 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from native.gate import Gate, create_gate_memory
+from node.fuse_connection_io import open_connections
 
 ROOT = Path(__file__).resolve().parents[2]
 DEADLINE_S = 20
@@ -82,10 +83,22 @@ class Mount:
         finally:
             os.close(pidfd)
 
+    def control(self, name, how="r"):
+        """A file of its connection in fusectl, opened."""
+        return open(f"{self.connection}/{name}", how, opener=in_connections)
+
     def abort(self):
-        control = Path(f"/sys/fs/fuse/connections/{self.connection}/abort")
-        if control.exists():
-            control.write_text("1")
+        with suppress(FileNotFoundError), self.control("abort", "w") as file:
+            file.write("1")
+
+
+def in_connections(name, flags):
+    """Open a file of fusectl, which need not be mounted."""
+    directory = open_connections()
+    try:
+        return os.open(name, flags & ~(os.O_CREAT | os.O_TRUNC), dir_fd=directory)
+    finally:
+        os.close(directory)
 
 
 @contextmanager

@@ -57,9 +57,9 @@ def test_init_says_what_was_set(tmp_path):
         assert info["kernel_minor"] >= 31
         assert info["max_write_bytes"] == 1 << 20
         assert info["max_readahead_bytes"] == 65536
-        control = Path(f"/sys/fs/fuse/connections/{mount.connection}")
-        assert (control / "max_background").read_text() == "5000\n"
-        assert (control / "congestion_threshold").read_text() == "4000\n"
+        for name, value in (("max_background", 5000), ("congestion_threshold", 4000)):
+            with mount.control(name) as control:
+                assert control.read() == f"{value}\n"
 
 
 def test_pyfuse3_first_is_refused():
