@@ -104,7 +104,12 @@ class ClusterBackend:
         for verb in ("spaces", "locks", "waiters", "why", "dump"):
             found[f"dlm.{verb}"] = self._dlm_query(verb)
         found["cfs.locks"] = self._file_locks
+        found["dlm.circuits"] = self._circuits
         return found
+
+    async def _circuits(self, _params: dict[str, Any]) -> Any:
+        """Which members are not reached: clusterd judges who has to go (rule R9)."""
+        return {"unreached": self._mesh.unreached() if self._mesh is not None else []}
 
     async def _file_locks(self, params: dict[str, Any]) -> Any:
         """Locks of the file `ino` on all nodes."""

@@ -154,6 +154,7 @@ class Link:
         self.member = member
         self.mesh_id: int | None = None
         self.paths: set[int] = set()
+        self.connections = 0
         self.active: int | None = None
         self.received = 0
         self.markers_from = Marker(0, 0)
@@ -182,6 +183,7 @@ class Link:
         """A connection is there; the peer has everything up to `received`."""
         self.acknowledged(received)
         self.paths.add(path)
+        self.connections += 1
         if self.active is None:
             self._activate(path)
 

@@ -116,6 +116,15 @@ class TrioMesh:
         link = self._core.links.get(peer)
         return sorted(link.paths) if link is not None else []
 
+    def unreached(self) -> list[tuple[Instance, int]]:
+        """The other members that no connection leads to, and how many connections there have been;
+        none of them when this end closes."""
+        if self._nursery.cancel_scope.cancel_called:
+            return []
+        return sorted(
+            (p, link.connections) for p, link in self._core.links.items() if not link.paths
+        )
+
     def _perform(self, actions: Sequence[MeshAction]) -> None:
         for action in actions:
             if isinstance(action, Out):

@@ -434,14 +434,18 @@ class Clusterd:
         self.on_instance_over(number, clean)
         self.signal()
 
+    def put_out(self, instance: LocalInstance, reason: str) -> None:
+        """The instance is over although its process runs: it is told."""
+        if not instance.session.closed.is_set():
+            instance.session.event("barred", {"reason": reason})
+        self.end_instance(instance, clean=False, reason=reason)
+
     def _barred(self, numbers: list[InstanceNo], reason: str) -> None:
         self.note(EventName.BARRED, f"barred: {reason}", instances=list(numbers))
         whole = CLUSTERD in numbers
         local = self.instances.live()
         for instance in local if whole else [i for i in local if i.number in numbers]:
-            if not instance.session.closed.is_set():
-                instance.session.event("barred", {"reason": reason})
-            self.end_instance(instance, clean=False, reason=reason)
+            self.put_out(instance, reason)
         if whole:
             self._end_life(f"this life was put out of the cluster: {reason}")
 

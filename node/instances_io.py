@@ -36,6 +36,7 @@ from cluster.ids import Incarnation, Instance, InstanceNo, NodeId
 from cluster.paths_io import guard_socket
 from cluster.timing import stall_ns
 from cluster.wire import instance_secret
+from node.circuits_io import CircuitWatch
 from node.clusterd_io import Clusterd
 from node.instances import NO_METHOD, LocalInstance
 from node.remount_io import Remounts
@@ -57,6 +58,7 @@ class Instances:
         self._volumes = volumes
         self._remounts = remounts
         self._asked: set[InstanceNo] = set()
+        self._circuits = CircuitWatch(daemon)
         daemon.transport.methods["instances.call"] = self._call_from_node
 
     def handlers(self, session: Session) -> Mapping[str, Handler]:
@@ -92,9 +94,11 @@ class Instances:
                 self._daemon.end_instance(instance, clean=False, reason="its process ended")
 
     async def watch(self) -> None:
-        """Put out members of groups that are not under guard and do not answer, for ever."""
+        """Put out members of groups that are not under guard and do not answer, and those that no
+        circuit connects with the others, for ever."""
         period_s = self._daemon.timing.dead_ms / 1000
         async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._circuits.run)
             while True:
                 for one in self._daemon.instances.live():
                     unguarded = one.groups and not self._daemon.guard.mountpoint(one.number)

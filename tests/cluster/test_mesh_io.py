@@ -7,6 +7,7 @@ import pytest
 import trio
 import trio.lowlevel
 
+from cluster import mesh_io
 from cluster.channel_io import Channel
 from cluster.control import GroupEvent, GroupMember
 from cluster.identity import Identity
@@ -115,3 +116,33 @@ async def test_a_channel_that_broke_while_it_answered_has_ended() -> None:
         channel._drained = True
         channel.close()
         assert await channel.receive() is None
+
+
+@pytest.mark.trio
+async def test_members_that_no_connection_leads_to_are_known(monkeypatch):
+    """One that has left counts no more, and an end that closes accuses nobody."""
+    async with pair() as (meshes, _logs):
+
+        async def until(mesh, expected):
+            with trio.fail_after(20):
+                while [peer for peer, _count in mesh.unreached()] != expected:  # noqa: ASYNC110
+                    await trio.sleep(0.001)
+
+        assert meshes[A].unreached() == []
+        meshes[A].group_event(view(meshes, 1, [A, B]))
+        assert meshes[A].unreached() == [(B, 0)]
+        meshes[B].group_event(view(meshes, 1, [A, B]))
+        await until(meshes[A], [])
+        await until(meshes[B], [])
+
+        async def nowhere(*_arguments):
+            raise OSError("blocked")
+
+        monkeypatch.setattr(mesh_io, "connect", nowhere)
+        for channel in list(meshes[B]._channels.values()):
+            channel.close()
+        await until(meshes[A], [B])
+        await until(meshes[B], [A])
+        meshes[A].group_event(view(meshes, 2, [A]))
+        assert meshes[A].unreached() == []
+    assert meshes[B].unreached() == []

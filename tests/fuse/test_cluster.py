@@ -400,6 +400,17 @@ def test_writes_to_pages_that_were_evicted(mounts):
                 assert int.from_bytes(data[at : at + 8], "little") == value
 
 
+def test_mounts_tell_whom_they_do_not_reach(mounts):
+    """clusterd judges circuits by these answers."""
+    cluster, _on = mounts
+    for node in map(cluster.node, (1, 2, 3)):
+        harness.wait_until(
+            lambda node=node: [row["result"] for row in node.call("dlm.circuits")]
+            == [{"unreached": []}],
+            f"{node.name} reaches everybody",
+        )  # fmt: skip
+
+
 def test_a_mount_without_clusterd_ends(mounts):
     """SIGKILL of clusterd: its guard ends the mount, callers get errors, the others go on."""
     cluster, on = mounts

@@ -14,6 +14,9 @@ from node_harness import Instance, wait_until
 from cluster.control import Call, encode_line
 from cluster.errors import StackError
 
+JUDGED_S = 150.0
+"""A judge of circuits that is late on a loaded machine begins anew."""
+
 
 def test_three_nodes_and_a_power_cut(cluster):
     first, second, third = cluster.up(3)
@@ -155,6 +158,33 @@ def test_group_of_instances_and_the_death_of_one(cluster):
     member = next(m for m in view["members"] if m["name"] == "n2")
     assert dead[2] not in member["live"]
     assert dead[2] < member["next"]
+
+
+def test_of_two_members_without_a_circuit_one_is_put_out(cluster):
+    """Both say that no connection of their mesh comes about: the greater one goes and hears why."""
+    unreached = {}
+
+    async def circuits(which):
+        return {"unreached": unreached[which]}
+
+    nodes = cluster.up(2)
+    members = [
+        Instance(node, "g", handlers={"dlm.circuits": lambda _params, n=node.number: circuits(n)})
+        for node in nodes
+    ]
+    lower, greater = members
+    wait_until(lambda: len(lower.group_events("view")[-1]["members"]) == 2, "both are members")
+    unreached.update({1: [[greater.granted["instance"], 1]], 2: [[lower.granted["instance"], 1]]})
+    wait_until(
+        lambda: any(name == "barred" for name, _ in greater.events),
+        "the greater is barred",
+        JUDGED_S,
+    )
+    wait_until(lambda: len(lower.group_events("view")[-1]["members"]) == 1, "the group knows it")
+    assert not any(name == "barred" for name, _ in lower.events)
+    assert any("no circuit leads to n1." in e["text"] for e in nodes[1].events("instance.died"))
+    lower.stop(clean=True)
+    greater.stop(clean=False)
 
 
 def test_group_survives_a_power_cut(cluster):

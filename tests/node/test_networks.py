@@ -7,9 +7,11 @@ import subprocess
 import sys
 
 import pytest
-from node_harness import Cluster, Node, wait_until
+from node_harness import ROOT, Cluster, Node, wait_until
 
 _serial = itertools.count()
+JUDGED_S = 150.0
+"""A judge that is late on a loaded machine begins anew."""
 
 
 def run(*words):
@@ -50,10 +52,12 @@ class Wires:
     def cable(self, number, net, state):
         self._switch("link", "set", f"p{number}-{net}", state)
 
-    def tcp(self, number, other, works):
-        """Whether TCP packets leave a node for another one; datagrams always do."""
+    def tcp(self, number, other, works, port=None):
+        """Whether TCP packets leave a node for another one, or for one port there; datagrams always
+        do."""
+        only = () if port is None else ("dport", str(port))
         for net in (0, 1):
-            rule = ("ipproto", "tcp", "to", f"10.99.{net}.{other}", "blackhole")
+            rule = ("ipproto", "tcp", *only, "to", f"10.99.{net}.{other}", "blackhole")
             verb = "del" if works else "add"
             run("ip", "-n", self.hosts[number], "rule", verb, "pref", "10", *rule)
 
@@ -136,3 +140,50 @@ def test_a_broken_circuit_puts_one_end_out(wired):
     assert out.number not in kept.members()
     wired.wires.tcp(2, 1, True)
     wired.wait_view([1, 2, 3])
+
+
+class Member:
+    """A process with a real mesh on a node."""
+
+    def __init__(self, node):
+        self.node = node
+        self.output = node.base / "member"
+        script = ROOT / "tests/node/mesh_member.py"
+        host = node.cluster.wires.hosts[node.number]
+        words = ["ip", "netns", "exec", host, sys.executable, str(script), *node.addresses]
+        with self.output.open("wb") as output:
+            self.process = subprocess.Popen(words, env=node.environment, cwd=ROOT, stdout=output)
+        node.cluster.started.append(self.process)
+        wait_until(self.lines, "it has joined")
+        self.port = int(self.lines()[0])
+
+    def lines(self):
+        return self.output.read_text().splitlines()
+
+    def unreached(self):
+        (row,) = self.node.call("dlm.circuits")
+        return row["result"]["unreached"]
+
+
+def test_a_broken_circuit_between_two_mounts_puts_one_of_them_out(wired):
+    """All that a node says comes through, but nothing for the mesh of one mount: one of two stays,
+    no node goes, and whoever reaches both is not concerned."""
+    nodes = wired.up(3)
+    members = [Member(node) for node in nodes]
+    for one in members:
+        wait_until(lambda one=one: one.unreached() == [], "everybody is reached")
+    lowest, middle, greatest = members
+    wired.wires.tcp(2, 1, False, port=lowest.port)
+    wait_until(lambda: len(middle.lines()) > 1, "one end is put out", JUDGED_S)
+    assert "no circuit leads to n1.1." in middle.lines()[1]
+    assert middle.process.wait(20) == 0
+    for one in (lowest, greatest):
+        wait_until(lambda one=one: one.unreached() == [], "the others reach each other")
+        assert one.process.poll() is None
+        assert len(one.lines()) == 1
+    assert sorted(nodes[0].members()) == [1, 2, 3]
+    lives = {m["incarnation"] for m in nodes[0].status()["members"]}
+    assert lives == {1}
+    wired.wires.tcp(2, 1, True, port=lowest.port)
+    again = Member(nodes[1])
+    wait_until(lambda: again.unreached() == [], "it may come again")

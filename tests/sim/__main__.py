@@ -1,5 +1,5 @@
 """python -m tests.sim --seed S --until T [--trace] [--nodes N] [--servers N] [--mutant NAME]
-python -m tests.sim --world fence|multipath --seed S --seeds N
+python -m tests.sim --world circuits|fence|multipath --seed S --seeds N
 
 Exit code: 0 well, 127 a core crashed, 128 no liveness after the faults, 129 an invariant is broken.
 """
@@ -13,13 +13,15 @@ import time
 import traceback
 from collections.abc import Callable
 
-from tests.sim import fence_world, multipath_world
+from tests.sim import circuit_world, fence_world, multipath_world
 from tests.sim.mutants import mutation
 from tests.sim.scenario import Scenario
 from tests.sim.world import LivenessFailure, Violation
 
 CRASH, LIVENESS, CORRECTNESS = 127, 128, 129
-SMALL_WORLDS = {"fence": fence_world.run, "multipath": multipath_world.run}
+SMALL_WORLDS = {
+    "circuits": circuit_world.run, "fence": fence_world.run, "multipath": multipath_world.run,
+}  # fmt: skip
 
 
 def verdict(action: Callable[[], object]) -> tuple[int, str]:
