@@ -562,6 +562,7 @@ class Service:
             for key in [k for k in self._paths if k[0] == instance]:
                 if not self._paths[key].connections:
                     del self._paths[key]
+            self._refresh(self.exports.values())  # others may do what its reservation forbade
 
     def stop(self) -> None:
         """Let everybody have the answers to what was received, then flush everything. Raises

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import threading
 
 import pytest
 
 from cluster.errors import AuthenticationError, StackError
 from cluster.ids import Epoch
-from fencing.reservations import ServiceAction, Status
+from fencing.reservations import ReservationType, ServiceAction, Status
 from gnbd import messages as m
 from gnbd import protocol as p
 from gnbd.control_client import InstallRefusedError
+from gnbd.service_io import registration_key
 from lab.block_server import export_toml, instance, member, running, wait_for
 from tests.gnbd.raw import RawClient, logged_in, login_result, login_status
 
@@ -259,6 +262,19 @@ def test_silence_stops_the_server(server):
     assert login_status(server, ME, generation=10) == m.LOGIN_OK
 
 
+def test_silence_stops_the_server_during_a_reload(server):
+    """The reload hangs: the exports file is a pipe that nobody writes to."""
+    server.install(1, member(live=(1,), next_=2), dead_ms=300)
+    server.file.unlink()
+    os.mkfifo(server.file)
+    server.process.send_signal(signal.SIGHUP)
+    writer = os.open(server.file, os.O_WRONLY)  # returns when the server reads
+    try:
+        wait_for(lambda: login_status(server, ME, generation=9) == m.LOGIN_NOT_SERVING, "silence")
+    finally:
+        os.close(writer)
+
+
 def test_minimum_sequence(server):
     """A nexus with an older volume map is refused, durably."""
     server.install(1, member(live=(0, 1, 2), next_=3))
@@ -331,6 +347,20 @@ def reserve(control, who, action, key=0, service_key=0, kind=0):
     return control.ask(
         m.ReserveOut("disk0", who, int(action), key, service_key, kind), m.ReserveResult
     )
+
+
+def test_the_reservation_of_who_leaves_is_gone_for_those_who_are_there(server):
+    """At once, without another decision."""
+    server.install(1, member(live=(1, 2), next_=3))
+    logged_in(server, ME)
+    other = logged_in(server, OTHER)
+    with server.control() as control:
+        kind = int(ReservationType.WRITE_EXCLUSIVE)
+        answer = reserve(control, ME, ServiceAction.PREEMPT, registration_key(ME), 0, kind)
+        assert answer.status == Status.GOOD
+        assert other.request(p.CMD_WRITE, 0, b"o" * 512) == p.EPERM
+        control.ask(m.Leave(ME), m.Done)
+    assert other.request(p.CMD_WRITE, 0, b"o" * 512) == 0
 
 
 def test_login_registers_and_install_unregisters(server):
