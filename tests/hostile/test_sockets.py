@@ -163,15 +163,18 @@ def test_a_half_open_connection_ends(monkeypatch):
                 while not stop.wait(0.05):
                     sock.send(b"\0")
 
+            dripper = threading.Thread(target=drip, daemon=True)
             if dripping:
                 ours.sendall(b"\0\0\0\3" + p.OPTION.pack(p.OPTION_MAGIC, p.OPT_GO, 60_000))
-                threading.Thread(target=drip, daemon=True).start()
+                dripper.start()
             negotiation = negotiate(theirs)
             try:
                 with pytest.raises(TimeoutError):
                     negotiation.run()
             finally:
                 stop.set()
+                if dripping:
+                    dripper.join()
 
 
 def test_a_stranger_gets_little_memory():
