@@ -15,6 +15,7 @@ none, the whole extent is turned, its other blocks filled with zeroes.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 
 from cfs import extents
@@ -477,9 +478,27 @@ class Files:
         try:
             while state.spoiled:
                 await self.core.run(lambda tx: self._isolate_body(tx, state))
-        except FsError:
-            # The file is gone, or a split needs a block and there is none.
-            state.spoiled.clear()
+        except FsError as error:
+            if error.errno == errno.ENOSPC and state.spoiled:  # no block is left for a split
+                with contextlib.suppress(FsError):
+                    await self._wipe(state)
+            state.spoiled.clear()  # else the file is gone
+
+    async def _wipe(self, state: InodeState) -> None:
+        """Zeroes in the place of content that was lost; a block that refuses even those keeps what
+        it has."""
+        counter, first = self.core.counter, min(state.spoiled)
+        count = max(state.spoiled) + 1 - first
+        found = await self.core.run(
+            lambda tx: extents.pieces(tx, state, tx.inode(state), first, count)
+        )
+        for logical, block, length, unwritten in found:
+            for index in range(logical, logical + length) if block and not unwritten else ():
+                if index in state.spoiled:
+                    with contextlib.suppress(DeviceError):
+                        offset_bytes = (block + index - logical) * BLOCK_BYTES
+                        await counter.device.write(offset_bytes, ZERO_PAGE)
+        state.written_at = counter.wrote()
 
     def _isolate_body(self, tx: Tx, state: InodeState) -> None:
         if not state.spoiled:

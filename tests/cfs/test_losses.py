@@ -10,6 +10,8 @@ import trio
 import trio.testing
 
 from cfs.attributes import BLOCK_BYTES, MountOptions, SetAttributes
+from cfs.errors import FsError
+from cfs.files import Files
 from cfs.transaction import NotNow
 from cluster.device import Buffer
 from cluster.device_memory import MemoryDevice
@@ -152,6 +154,23 @@ async def test_only_refused_pages_are_lost_and_nothing_stale_shows(how: str) -> 
     await fsck(device)
     async with mounted(device) as fs:
         assert await fs.read(ino, 0, 100_000) == expected
+
+
+async def test_a_full_volume_shows_nothing_stale_either(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where no block is left for the tree, lost pages become zeroes instead of unwritten."""
+
+    def full(*_arguments: object) -> None:
+        raise FsError(errno.ENOSPC)
+
+    monkeypatch.setattr(Files, "_isolate_body", full)
+    device = await refusing_device()
+    async with cluster(device) as group:
+        fs, other = await group.mount(1), await group.mount(2)
+        ino = await make_file(fs, b"f")
+        await fs.write(ino, 0, blocks(b"a", BAD, b"b", BAD))
+        zero = bytes(BLOCK_BYTES)
+        assert await other.read(ino, 0, 100_000) == blocks(b"a") + zero + blocks(b"b") + zero
+    await fsck(device)
 
 
 async def test_an_overwrite_that_is_refused_leaves_what_was_there() -> None:
