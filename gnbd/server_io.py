@@ -65,6 +65,7 @@ from gnbd.voter_io import Voter
 from native import nbd
 
 TICK_S = 0.1
+UNIX_SEND_BYTES = 512 << 10
 HANDSHAKE_S = 30.0
 SENT_S = 2.0
 log = structlog.get_logger("gnbd")
@@ -297,6 +298,9 @@ class Server:
     def _tune(sock: socket.socket) -> None:
         sock.settimeout(None)
         if sock.family == socket.AF_UNIX:
+            # TCP makes its own room; here the reply to a long READ would go in pieces of 200 KiB,
+            # server and client in turns.
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, UNIX_SEND_BYTES)
             return
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
