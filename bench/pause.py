@@ -29,7 +29,7 @@ def run(lab: Lab) -> dict:
 def rows(result: dict) -> tuple[list[str], list[list[str]]]:
     columns = ["old bytes after a resume", "p50 ms", "max ms", "pauses", "aim"]
     return columns, [
-        [how, str(r["p50_ms"]), str(r["max_ms"]), str(r["n"]), f"<= {AIM_MS:.0f} ms"]
+        [how, f"{r['p50_ms']:.1f}", f"{r['max_ms']:.1f}", str(r["n"]), f"<= {AIM_MS:.0f} ms"]
         for how, r in result.items()
         if isinstance(r, dict)
     ]
