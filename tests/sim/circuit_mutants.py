@@ -5,10 +5,10 @@ Each must be caught by the world (`tests/sim/circuit_world.py`); `Patch` as in `
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 from node.circuits import Circuits
-from tests.sim.circuit_world import Node, run
+from tests.sim.circuit_world import Node
 from tests.sim.dlm_mutants import Patch
 
 
@@ -66,13 +66,3 @@ MUTANTS: list[Callable[[Patch], None]] = [
     a_late_judge_accuses,
     a_mount_that_hangs_answers,
 ]
-
-
-def hunt(seeds: Iterable[int]) -> tuple[int, str] | None:
-    """The first seed that notices the bug in place, and what it says."""
-    for seed in seeds:
-        try:
-            run(seed)
-        except AssertionError as error:
-            return seed, str(error)
-    return None

@@ -17,6 +17,7 @@ from dlm.owner import OwnerLock, OwnerSide
 from dlm.recovery import Recovery
 from dlm.resource import Resource
 from tests.sim.dlm_world import run
+from tests.sim.hunting import hunt
 
 Patch = Callable[[Any, str, Any], None]
 
@@ -263,11 +264,6 @@ WORLDS: dict[Callable[[Patch], None], dict[str, int]] = {
 """Where a bug shows itself sooner than in the ordinary world."""
 
 
-def hunt(mutant: Callable[[Patch], None], seeds: Iterable[int]) -> tuple[int, BaseException] | None:
-    """The first seed on which something is wrong, and what."""
-    for seed in seeds:
-        try:
-            run(seed, **WORLDS.get(mutant, {}))
-        except Exception as error:
-            return seed, error
-    return None
+def finding(mutant: Callable[[Patch], None], seeds: Iterable[int]) -> tuple[int, Exception] | None:
+    """The first seed on which something is wrong with this bug in place, and what."""
+    return hunt(lambda seed: run(seed, **WORLDS.get(mutant, {})), seeds, Exception)

@@ -6,7 +6,7 @@ that patch `Server` break an order that `gnbd/service_io.py` keeps in the same w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 import msgspec
 
@@ -16,7 +16,6 @@ from fencing import reservations
 from fencing.reservations import WRITE, Reservations, ReservationType
 from tests.sim.dlm_mutants import Patch
 from tests.sim.fence_server import Server
-from tests.sim.fence_world import run
 
 
 def fence_answered_before_the_drain(patch: Patch) -> None:
@@ -229,13 +228,3 @@ MUTANTS: list[Callable[[Patch], None]] = [
     strangers_write,
     registrations_are_not_kept,
 ]
-
-
-def hunt(seeds: Iterable[int]) -> tuple[int, str] | None:
-    """The first seed that notices the bug in place, and what it says."""
-    for seed in seeds:
-        try:
-            run(seed)
-        except AssertionError as error:
-            return seed, str(error)
-    return None

@@ -11,7 +11,7 @@ are refused without it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 from fencing import admission as a
 from gnbd import protocol as p
@@ -20,7 +20,6 @@ from gnbd.retained import Piece, Retained
 from tests.sim.dlm_mutants import Patch
 from tests.sim.multipath_client import Device
 from tests.sim.multipath_server import DataServer
-from tests.sim.multipath_world import run
 
 
 def a_retry_without_a_drain(patch: Patch) -> None:
@@ -372,13 +371,3 @@ MUTANTS: list[Callable[[Patch], None]] = [
     what_was_told_is_given_up_too,
     a_logout_that_does_not_wait,
 ]
-
-
-def hunt(seeds: Iterable[int]) -> tuple[int, str] | None:
-    """The first seed that notices the bug in place, and what it says."""
-    for seed in seeds:
-        try:
-            run(seed)
-        except AssertionError as error:
-            return seed, str(error)
-    return None

@@ -15,6 +15,7 @@ from dlm.range_locks import RangeLocks
 from dlm.ranges import RangeTable
 from dlm.resource import Resource
 from tests.sim.dlm_mutants import Patch
+from tests.sim.hunting import hunt
 from tests.sim.range_world import run
 
 
@@ -225,12 +226,11 @@ FIRST_SEEDS: dict[Callable[[Patch], None], int] = {
 """Of bugs that few seeds meet: the first that does."""
 
 
-def hunt(mutant: Callable[[Patch], None], seeds: Iterable[int]) -> tuple[int, BaseException] | None:
-    """The first seed on which something is wrong, and what."""
+def finding(mutant: Callable[[Patch], None], seeds: Iterable[int]) -> tuple[int, Exception] | None:
+    """The first seed on which something is wrong with this bug in place, and what."""
     first = FIRST_SEEDS.get(mutant, 0)
-    for seed in seeds:
-        try:
-            run(first + seed, **WORLDS.get(mutant, {}))
-        except Exception as error:
-            return first + seed, error
-    return None
+    return hunt(
+        lambda seed: run(seed, **WORLDS.get(mutant, {})),
+        (first + seed for seed in seeds),
+        Exception,
+    )

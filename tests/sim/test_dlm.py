@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.sim.dlm_mutants import MUTANTS, hunt
+from tests.sim.dlm_mutants import MUTANTS, finding
 from tests.sim.dlm_world import run
 
 HUNT_SEEDS = 250
@@ -27,4 +27,4 @@ def test_many_members_and_one_name():
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.__name__)
 def test_every_known_bug_is_caught(mutant, monkeypatch):
     mutant(lambda where, name, value: monkeypatch.setattr(where, name, value, raising=False))
-    assert hunt(mutant, range(HUNT_SEEDS)) is not None, mutant.__doc__
+    assert finding(mutant, range(HUNT_SEEDS)) is not None, mutant.__doc__

@@ -2,7 +2,8 @@
 
 import pytest
 
-from tests.sim.multipath_mutants import MUTANTS, hunt
+from tests.sim.hunting import hunt
+from tests.sim.multipath_mutants import MUTANTS
 from tests.sim.multipath_world import run
 
 HUNT_SEEDS = 120
@@ -28,6 +29,6 @@ def test_a_seed_gives_the_same_run_again():
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.__name__)
 def test_every_known_bug_is_caught(mutant, monkeypatch):
     mutant(lambda where, name, value: monkeypatch.setattr(where, name, value))
-    found = hunt(range(HUNT_SEEDS))
+    found = hunt(run, range(HUNT_SEEDS))
     print(f"{mutant.__name__}: {found}")
     assert found is not None, mutant.__doc__
