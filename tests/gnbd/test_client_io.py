@@ -16,7 +16,7 @@ import trio.testing
 from cluster.errors import BarredError, DeviceError, StackError, UsageError
 from cluster.ids import Epoch
 from gnbd import messages as m
-from gnbd.client_io import open_device
+from gnbd.client_io import GnbdDevice, open_device
 from gnbd.pieces import REQUEST_BYTES_MAX
 from gnbd.retained import RETAINED_BYTES_MAX
 from lab import block_server
@@ -39,6 +39,16 @@ def trio_test(body: Callable[..., Awaitable[None]], *arguments: object) -> None:
 async def eventually(condition: Callable[[], bool]) -> None:
     while not condition():  # noqa: ASYNC110
         await trio.sleep(0.005)
+
+
+async def verified_writer(device: GnbdDevice, index: int, stop: trio.Event) -> None:
+    """Write one block again and again until told to stop, and read each time what was written."""
+    count = 0
+    while not stop.is_set():
+        data = bytes([index, count % 256]) * 2048
+        await device.write(index * 4096, data)
+        assert await device.read(index * 4096, 4096) == data
+        count += 1
 
 
 def test_every_operation(server):

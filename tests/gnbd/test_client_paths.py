@@ -9,27 +9,19 @@ import trio.testing
 from cluster.errors import DeviceError
 from gnbd import protocol as p
 from gnbd.path_choice import LOSSES
-from tests.gnbd.test_client_io import eventually, opened, trio_test
+from tests.gnbd.test_client_io import eventually, opened, trio_test, verified_writer
 
 
 def test_failover_and_return(server, relayed):
     """Networks break and come back in turn under load: no error, every byte right."""
     info, relays = relayed
 
-    async def writer(device, index, stop):
-        count = 0
-        while not stop.is_set():
-            data = bytes([index, count % 256]) * 2048
-            await device.write(index * 4096, data)
-            assert await device.read(index * 4096, 4096) == data
-            count += 1
-
     async def body():
         async with opened(server, info=info) as device:
             stop = trio.Event()
             async with trio.open_nursery() as nursery:
                 for index in range(8):
-                    nursery.start_soon(writer, device, index, stop)
+                    nursery.start_soon(verified_writer, device, index, stop)
                 await eventually(lambda: device.status()["paths"] == [1, 1])
                 for turn in range(4):
                     relays[turn % 2].cut()

@@ -14,7 +14,7 @@ from cluster.paths_io import boottime_ns
 from cluster.tls import TlsSection
 from lab.block_server import GnbdServer, export_toml, set_link, two_networks
 from tests.gnbd.certificates import Authority
-from tests.gnbd.test_client_io import MEMBERS, eventually, opened
+from tests.gnbd.test_client_io import MEMBERS, eventually, opened, verified_writer
 from tests.gnbd.test_tls import tls_head
 
 MIB = 1 << 20
@@ -44,20 +44,12 @@ def test_silent_network(far_server):
     """Requests in flight on the silent network end on the other one; it is used again later."""
     server, namespace = far_server
 
-    async def writer(device, index, stop):
-        count = 0
-        while not stop.is_set():
-            data = bytes([index, count % 256]) * 2048
-            await device.write(index * 4096, data)
-            assert await device.read(index * 4096, 4096) == data
-            count += 1
-
     async def body():
         async with opened(server, dead_ms=400) as device:
             stop = trio.Event()
             async with trio.open_nursery() as nursery:
                 for index in range(4):
-                    nursery.start_soon(writer, device, index, stop)
+                    nursery.start_soon(verified_writer, device, index, stop)
                 await eventually(lambda: device.status()["paths"] == [1, 1])
                 for number in (1, 2):
                     await trio.to_thread.run_sync(set_link, namespace, number - 1, False)

@@ -18,7 +18,7 @@ from gnbd.client_io import open_device
 from lab.block_server import export_toml, member, running
 from tests.gnbd.certificates import Authority
 from tests.gnbd.proxy import Relay
-from tests.gnbd.test_client_io import ME, eventually, opened, trio_test
+from tests.gnbd.test_client_io import ME, eventually, opened, trio_test, verified_writer
 from tests.gnbd.test_tls import tls_head
 
 MEMBERS = member(live=(1, 2), next_=3)
@@ -177,14 +177,6 @@ def test_networks_and_servers_fail_under_tls(tmp_path, authority, seed):
     chance = random.Random(seed)
     exports = export_toml("disk0", tmp_path / "d.img", "cluster", filters='"volatile"')
 
-    async def writer(device, index, stop):
-        count = 0
-        while not stop.is_set():
-            data = bytes([index, count % 256]) * 2048
-            await device.write(index * 4096, data)
-            assert await device.read(index * 4096, 4096) == data
-            count += 1
-
     async def body(server, relays):
         info = ServerInfo(ServerId(129), "s1", [r.address for r in relays], server.port)
         tls = section(authority, required=True)
@@ -192,7 +184,7 @@ def test_networks_and_servers_fail_under_tls(tmp_path, authority, seed):
             stop = trio.Event()
             async with trio.open_nursery() as nursery:
                 for index in range(4):
-                    nursery.start_soon(writer, device, index, stop)
+                    nursery.start_soon(verified_writer, device, index, stop)
                 for _ in range(4):
                     await eventually(lambda: device.status()["paths"] == [1, 1])
                     relay = chance.choice(relays)
