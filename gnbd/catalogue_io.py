@@ -24,7 +24,7 @@ from gnbd.exports import (
 from gnbd.filters.stack_io import changed_stack, filters_of
 from gnbd.protection_io import convert
 from gnbd.reload import plan_reload
-from gnbd.service_io import Service
+from gnbd.service_io import STOP_S, Service
 from gnbd.tls_io import server_context
 
 log = structlog.get_logger("gnbd")
@@ -41,6 +41,11 @@ class Catalogue:
         """What of the file is in force: kept so at every step of a reload."""
         self._changing = threading.Lock()
         self._by_hand: set[str] = set()
+
+    def close(self) -> None:
+        """The server ends: no change begins any more, and one that runs has a while to end, because
+        it may be opening or ending an export itself."""
+        self._changing.acquire(timeout=STOP_S)
 
     def add(self, config: Export) -> None:
         """A new export, until the server ends. Raises StackError."""

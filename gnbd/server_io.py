@@ -211,6 +211,7 @@ class Server:
             self.service.tick()
         notify("STOPPING=1")
         close_all([local] if self._inherited else [*self._listeners, local])
+        self.catalogue.close()
         self.service.stop()
         log.info("stopped")
 

@@ -239,6 +239,27 @@ def test_reload_keeps_connections(server, tmp_path):
         assert client.read(0, 6) == b"before"
 
 
+def test_a_stop_lets_a_reload_end(server, tmp_path):
+    """The exports file is a pipe: the reload waits for it until the server no longer listens."""
+    server.exports += export_toml("new", tmp_path / "new.img", size="1M")
+    server.write_config()
+    wanted = server.file.read_text()
+    server.file.unlink()
+    os.mkfifo(server.file)
+    server.process.send_signal(signal.SIGHUP)
+    with server.file.open("w") as pipe:  # the server reads
+        server.process.send_signal(signal.SIGTERM)
+        wait_for(lambda: not listens(server), "it stops")
+        pipe.write(wanted)
+    assert server.process.wait(20) == 0
+    assert (tmp_path / "new.img").exists()
+
+
+def listens(server) -> bool:
+    with socket.socket() as sock:
+        return sock.connect_ex((server.addresses[0], server.port)) == 0
+
+
 def test_a_reload_that_cannot_be_changes_nothing(server, tmp_path):
     """A new disk is somebody else's: what stood before it in the file does not come either; an
     export that takes over the disk of one that goes does."""
