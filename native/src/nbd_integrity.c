@@ -13,7 +13,9 @@
  *       a bit too many costs a recomputation;
  *   (3) at a start, and when the disk has refused sums, those of regions with a bit are not
  *       believed before they have been recomputed from the data ("settled"). That makes them right
- *       by definition, whatever was torn.
+ *       by definition, whatever was torn;
+ *   (4) a start makes the bits that it has read durable: who was killed while it wrote one has left
+ *       it in the kernel's cache, where it looks like one of (1).
  *
  * Where the bit is 0 on the disk, everything that was ever written is durable by (1) and (2), so
  * the sums there are those of the data, and a mismatch is damage. Where it is 1 a mismatch after a
@@ -122,6 +124,35 @@ static void set_bit(struct native_integrity *area, uint64_t region, int on)
                                           : area->bits[region / 8] & ~mask);
 }
 
+/* The bits of [first, end) go to the file; held: bits_busy, not the lock. Others may set bits
+ * meanwhile: those wait for a write of their own. */
+static int write_bits(struct native_integrity *area, uint64_t first, uint64_t end, int flags)
+{
+    uint64_t from = first / 8 / BITS_SECTOR * BITS_SECTOR;
+    uint64_t to = ((end + 7) / 8 + BITS_SECTOR - 1) / BITS_SECTOR * BITS_SECTOR;
+    return native_write_exactly(area->fd, area->bits + from, to - from, INTEGRITY_BITS_AT + from,
+                                flags);
+}
+
+/* The states of what the file says, whose bits are durable then. */
+static int load_bits(struct native_integrity *area)
+{
+    uint64_t regions = regions_of(area->size_bytes), end = 0;
+    if (regions > INTEGRITY_REGIONS_MAX)
+        return EFBIG;
+    int error = native_read_exactly(area->fd, area->bits, (regions + 7) / 8, INTEGRITY_BITS_AT);
+    if (error)
+        return error;
+    for (uint64_t region = 0; region < regions; region++)
+        if (get_bit(area, region)) {
+            area->states[region] = UNSETTLED;
+            area->unsettled++;
+            area->in_flux++;
+            end = region + 1;
+        }
+    return end ? write_bits(area, 0, end, RWF_DSYNC) : 0;
+}
+
 struct native_integrity *native_integrity_open(int fd, uint64_t size_bytes, int event_fd,
                                                int *error)
 {
@@ -138,21 +169,12 @@ struct native_integrity *native_integrity_open(int fd, uint64_t size_bytes, int 
     pthread_cond_init(&area->changed, NULL);
     area->bits = map_memory(INTEGRITY_BITS_BYTES);
     area->states = map_memory(INTEGRITY_REGIONS_MAX);
-    uint64_t regions = regions_of(size_bytes);
     if (area->bits && area->states)
-        *error = regions > INTEGRITY_REGIONS_MAX
-                     ? EFBIG
-                     : native_read_exactly(fd, area->bits, (regions + 7) / 8, INTEGRITY_BITS_AT);
+        *error = load_bits(area);
     if (*error) {
         native_integrity_free(area);
         return NULL;
     }
-    for (uint64_t region = 0; region < regions; region++)
-        if (get_bit(area, region)) {
-            area->states[region] = UNSETTLED;
-            area->unsettled++;
-            area->in_flux++;
-        }
     return area;
 }
 
@@ -195,16 +217,6 @@ static void give_bits(struct native_integrity *area)
 {
     area->bits_busy = 0;
     tell_change(area);
-}
-
-/* The bits of [first, end) go to the file; held: bits_busy, not the lock. Others may set bits
- * meanwhile: those wait for a write of their own. */
-static int write_bits(struct native_integrity *area, uint64_t first, uint64_t end, int flags)
-{
-    uint64_t from = first / 8 / BITS_SECTOR * BITS_SECTOR;
-    uint64_t to = ((end + 7) / 8 + BITS_SECTOR - 1) / BITS_SECTOR * BITS_SECTOR;
-    return native_write_exactly(area->fd, area->bits + from, to - from, INTEGRITY_BITS_AT + from,
-                                flags);
 }
 
 /* All bits that somebody waits for become durable. Lock held, let go meanwhile. */
