@@ -201,6 +201,9 @@ class Replayer:
     async def replay(self, place: tuple[int, int], header: JournalHeader) -> Replayed:
         """Bring every block of the journal up to date, flushed. The header stays as it is: the
         caller marks it clean with `finish` when all else is done."""
+        # Who was killed while it committed has left a transaction that is whole in the caches only.
+        # It becomes durable before a part of it is in place: a power cut would leave that part.
+        await self.device.flush()
         log = LogReader(self.device, *place)
         images, head, count = await read_log(self.fs, log, header)
         applied = await self.apply(images)

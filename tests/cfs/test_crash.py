@@ -17,7 +17,14 @@ from cfs.format import open_block_untrusted
 from cfs.journal_format import LOG_OFFSET
 from cfs.nodes import BlockState, GroupNode, decode_node_untrusted
 from cfs.replay import Replayer
-from cluster.device_memory import LogEntry, LoggedWrite, MemoryDevice, durable_positions
+from cluster.device_memory import (
+    LogEntry,
+    LoggedAnswer,
+    LoggedFlush,
+    LoggedWrite,
+    MemoryDevice,
+    durable_positions,
+)
 from tests.cfs.harness import QUIET, fsck, make_device, mounted, tree_of
 from tests.cfs.test_model import NAMES, Model, Refused, both
 
@@ -132,6 +139,47 @@ async def test_crash_during_replay_is_replayed_again() -> None:
         await fsck(again)
         async with mounted(again) as fs:
             assert await tree_of(fs) == model.tree()
+
+
+def behind(log: list[LogEntry], more: list[LogEntry]) -> list[LogEntry]:
+    """Both logs as one; what the second one says of places counts from its own begin."""
+    shift = len(log)
+    result = list(log)
+    for entry in more:
+        if isinstance(entry, LoggedFlush):
+            entry = LoggedFlush(entry.covered + shift)
+        elif isinstance(entry, LoggedAnswer):
+            entry = LoggedAnswer(entry.position + shift)
+        result.append(entry)
+    return result
+
+
+async def test_a_power_cut_while_the_journal_of_a_killed_mount_is_replayed() -> None:
+    """Killed before the flush of its last commit: whoever replays it finds that in the caches, and
+    then they are lost too. A transaction is in place as a whole, or not at all."""
+    device = await make_device(8, group_blocks=512, log_writes=True)
+    model = Model()
+    rng = random.Random(1)
+    async with mounted(device, unmount=False) as fs:
+        begin = len(device.log)
+        for _ in range(30):
+            await both(fs, model, random_step(rng))
+        await fs.sync()
+    log = list(device.log)
+    kills = [n for n in range(begin, len(log)) if not isinstance(log[n], LoggedWrite)]
+    for kill in kills[-8:]:
+        killed = image(device.size_bytes, log, kill, None)
+        recorder = MemoryDevice(device.size_bytes, log_writes=True)
+        recorder._current = killed._current
+        async with mounted(recorder, unmount=False):
+            pass
+        both_lives = behind(log[:kill], list(recorder.log))
+        for count in range(kill, len(both_lives) + 1):
+            cut = image(device.size_bytes, both_lives, count, random.Random(count))
+            await fsck(cut)
+            async with mounted(cut):
+                pass
+            await fsck(cut)
 
 
 async def test_freed_metadata_used_as_data_survives_replay() -> None:

@@ -91,10 +91,13 @@ class RamVolume:
 
 
 class Image(msgspec.Struct, frozen=True):
-    """One disk after one crash, and how it came about."""
+    """One disk after one crash, and how it came about. If the servers have kept their power, so
+    that it is in their caches, `durable` is what would be left without them."""
 
     how: str
     volume: RamVolume
+    durable: RamVolume | None = None
+    cached: list[Piece] = []
 
 
 class Timeline:
@@ -150,7 +153,10 @@ class Timeline:
 
     def images(self, rng: random.Random, count: int) -> Iterator[Image]:
         """Up to `count` different disks: the plain cases first, then chosen ones."""
-        yield Image("all", self._image({s: len(w) for s, w in self.pending.items()}))
+        whole = self._image({s: len(w) for s, w in self.pending.items()})
+        writes = [entry for waiting in self.pending.values() for entry in waiting]
+        cached = [piece for entry in writes for piece in entry.pieces]
+        yield Image("all", whole, self._durable.copy(), cached)
         made = 1
         if self._next_is_durable and made < count:
             yield self._torn(rng)
@@ -224,11 +230,13 @@ def _overlaps(piece: Piece, others: list[Piece]) -> bool:
     return any(start < offset + len(data) and offset < end for offset, data in others)
 
 
-def second_crash(volume: RamVolume, before: RamVolume, rng: random.Random) -> RamVolume:
-    """A crash while `volume`, which was `before`, was being replayed: any point of what that wrote,
-    with any of the sectors that no flush covers."""
-    log = volume.log
-    stop = rng.randint(0, len(log))
+def second_crash(
+    volume: RamVolume, before: RamVolume, rng: random.Random, cached: Sequence[Piece] = ()
+) -> RamVolume:
+    """A crash while `volume`, which was `before` and `cached` on top of it, was being replayed: any
+    point of what that wrote, with any of the sectors that no flush covers."""
+    log = [*((*piece, False) for piece in cached), *volume.log]
+    stop = rng.randint(len(cached), len(log))
     covered = max((i for i, entry in enumerate(log[:stop]) if entry is None), default=0)
     again = before.copy()
     for position, entry in enumerate(log[:stop]):
