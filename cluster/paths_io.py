@@ -92,11 +92,27 @@ def write_durable(path: Path, data: bytes, mode: int = 0o600) -> None:
     finally:
         os.close(fd)
     os.replace(beside, path)
-    directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    sync_directory(path.parent)
+
+
+def read_durable(path: Path) -> bytes | None:
+    """What `write_durable` left, None if the file does not exist. On return it is on disk: who was
+    killed after the rename has left a name that a power cut takes back. Raises OSError."""
     try:
-        os.fsync(directory)
+        data = path.read_bytes()
+    except FileNotFoundError:
+        return None
+    sync_directory(path.parent)
+    return data
+
+
+def sync_directory(path: Path) -> None:
+    """Make the names in a directory durable. Raises OSError."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
     finally:
-        os.close(directory)
+        os.close(fd)
 
 
 def encode_store(payload: bytes) -> bytes:
@@ -121,9 +137,7 @@ def write_store(path: Path, payload: bytes) -> None:
 
 
 def read_store(path: Path) -> bytes | None:
-    """The payload of `write_store`; None if the file does not exist. Raises CorruptionError."""
-    try:
-        data = path.read_bytes()
-    except FileNotFoundError:
-        return None
-    return decode_store_untrusted(data, str(path))
+    """The payload of `write_store`, durable as `read_durable` has it; None if the file does not
+    exist. Raises CorruptionError."""
+    data = read_durable(path)
+    return None if data is None else decode_store_untrusted(data, str(path))

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from cluster.errors import CorruptionError
-from cluster.paths_io import write_durable
+from cluster.paths_io import read_durable, write_durable
 from fencing.store import (
     Place,
     ServerState,
@@ -26,9 +26,8 @@ class StateFile:
 
     def load(self) -> ServerState:
         """The stored state, or a fresh one if the server never stored any."""
-        try:
-            data = self.path.read_bytes()
-        except FileNotFoundError:
+        data = read_durable(self.path)
+        if data is None:
             return ServerState()
         try:
             state, self._next = decode_file_untrusted(data)

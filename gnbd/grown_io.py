@@ -12,7 +12,7 @@ import msgspec
 
 from cluster.decoding import BROKEN
 from cluster.errors import CorruptionError
-from cluster.paths_io import write_durable
+from cluster.paths_io import read_durable, write_durable
 from gnbd.exports import Export
 
 
@@ -28,9 +28,10 @@ class GrownSizes:
         """Raises CorruptionError."""
         self._path = path
         self._sizes: dict[str, _Grown] = {}
-        if path.exists():
+        data = read_durable(path)
+        if data is not None:
             try:
-                self._sizes = msgspec.json.decode(path.read_bytes(), type=dict[str, _Grown])
+                self._sizes = msgspec.json.decode(data, type=dict[str, _Grown])
             except BROKEN as error:
                 raise CorruptionError(
                     f"{path} is damaged: {error}",

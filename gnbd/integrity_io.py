@@ -15,7 +15,7 @@ from urllib.parse import quote
 import msgspec
 
 from cluster.errors import CorruptionError, NotFoundError, os_failure
-from cluster.paths_io import make_directory
+from cluster.paths_io import make_directory, sync_directory
 from gnbd.backends_io import FileBackend
 from gnbd.exports import Export
 from gnbd.integrity import HEADER_BYTES, Header, encode_header, file_bytes, newest_untrusted
@@ -52,7 +52,7 @@ def remove_area(path: Path) -> None:
     """It is gone for good at the return; whoever has it open may go on. Raises OSError."""
     path.unlink(missing_ok=True)
     if path.parent.exists():
-        _sync_directory(path.parent)
+        sync_directory(path.parent)
 
 
 def check_area(config: Export, state_dir: Path) -> Header | None:
@@ -119,19 +119,11 @@ def make_area(path: Path, header: Header, *, settled: bool) -> None:
         finally:
             os.close(fd)
         os.replace(beside, path)
-        _sync_directory(path.parent)
-        _sync_directory(path.parent.parent)  # its first file
+        sync_directory(path.parent)
+        sync_directory(path.parent.parent)  # its first file
     except OSError as error:
         beside.unlink(missing_ok=True)
         raise os_failure(error, f"cannot make {path}") from error
-
-
-def _sync_directory(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 class Integrity:

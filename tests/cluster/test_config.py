@@ -2,6 +2,7 @@
 
 import pytest
 
+from cluster import paths_io
 from cluster.config import (
     ClusterSection,
     NodeConfig,
@@ -67,3 +68,24 @@ def test_damaged_store(tmp_path):
     path.write_bytes(b"")
     with pytest.raises(CorruptionError):
         read_store(path)
+
+
+class Killed(Exception):
+    """In place of a signal."""
+
+
+def test_what_a_killed_writer_has_renamed_is_durable_once_it_was_read(tmp_path, monkeypatch):
+    """Else a voter would answer by what a power cut takes back."""
+
+    def die(_path):
+        raise Killed
+
+    path = tmp_path / "store"
+    write_store(path, b"old")
+    monkeypatch.setattr(paths_io, "sync_directory", die)
+    with pytest.raises(Killed):
+        write_store(path, b"new")
+    synced = []
+    monkeypatch.setattr(paths_io, "sync_directory", synced.append)
+    assert read_store(path) == b"new"
+    assert synced == [tmp_path]

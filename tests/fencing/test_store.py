@@ -9,6 +9,7 @@ import random
 
 import pytest
 
+from cluster import paths_io
 from cluster.control import MemberInfo
 from cluster.errors import CorruptionError
 from cluster.ids import Epoch, Incarnation, Instance, InstanceNo, NodeId
@@ -212,6 +213,31 @@ def test_round_trip(tmp_path):
         other.save(state(number))
         assert StateFile(path).load() == state(number)
     assert path.stat().st_ino == inodes[-1]
+
+
+def test_a_file_that_a_killed_server_has_renamed_is_durable_once_it_was_loaded(
+    tmp_path, monkeypatch
+):
+    """The next states are written into that file: without its name they would be lost."""
+    path = tmp_path / "state"
+    with monkeypatch.context() as killed:
+        killed.setattr(paths_io, "sync_directory", _die)
+        with pytest.raises(Killed):
+            StateFile(path).save(state(1))
+    synced = []
+    monkeypatch.setattr(paths_io, "sync_directory", synced.append)
+    file = StateFile(path)
+    assert file.load() == state(1)
+    file.save(state(2))
+    assert synced == [tmp_path]
+
+
+class Killed(Exception):
+    """In place of a signal."""
+
+
+def _die(_path):
+    raise Killed
 
 
 def test_a_file_that_was_taken_away_is_made_again(tmp_path):
