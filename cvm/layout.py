@@ -64,7 +64,8 @@ class VolumeMap(msgspec.Struct, frozen=True):
     """A volume as every instance that has it open sees it at one sequence number of its VG.
 
     `generation` counts changes of leg states (mirrors). `servers` says how to reach the servers
-    named in the legs, so that a map is complete in itself.
+    named in the legs, so that a map is complete in itself. `claim` is that of the register's
+    entry when the map was given out (cvm/transaction.py).
     """
 
     name: str
@@ -75,6 +76,7 @@ class VolumeMap(msgspec.Struct, frozen=True):
     segments: tuple[Segment, ...]
     generation: int = 0
     servers: tuple[ServerInfo, ...] = ()
+    claim: int = 0
 
     @property
     def full_name(self) -> str:

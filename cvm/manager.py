@@ -201,9 +201,9 @@ class Manager:
                 await self._raise_minimums(entry, minimums)
             case WriteSlots(vg=record, text=text):
                 await self._store.write_slots(record, text)
-            case Suspend(volumes=volumes, sequence=sequence):
+            case Suspend(volumes=volumes, sequence=sequence, claim=claim):
                 for name in volumes:
-                    await node.instances.suspend_all(f"{vg}/{name}", sequence)
+                    await node.instances.suspend_all(f"{vg}/{name}", sequence, claim)
             case Resume(volumes=volumes, entry=entry):
                 await self._resume(entry, volumes)
             case Archive(vg=record, text=text):
@@ -212,15 +212,15 @@ class Manager:
                 raise AssertionError("the end needs no action")
         return Done()
 
-    def _map(self, record: VgRecord, name: str) -> VolumeMap:
+    def _map(self, entry: VgEntry, record: VgRecord, name: str) -> VolumeMap:
         servers = tuple(self._node.devices.servers())
-        return build_map(record, need_lv(record, name), servers)
+        return build_map(record, need_lv(record, name), servers, entry.claim)
 
     async def _resume(self, entry: VgEntry, volumes: tuple[str, ...]) -> None:
         record = await self._store.load(entry)
         for name in volumes:
             if record.lv(name) is not None:
-                volume_map = self._map(record, name)
+                volume_map = self._map(entry, record, name)
                 await self._node.instances.resume_all(f"{entry.name}/{name}", volume_map)
 
     async def _raise_minimums(self, entry: VgEntry, minimums: tuple[tuple[str, int], ...]) -> None:
@@ -533,7 +533,8 @@ class Manager:
         check_mode(opener.mode)
         vg, name = split_volume(opener.volume)
         async with self._node.locks.lock(vg_lock(vg)):
-            record = await self._store.load(await self._settle(vg))
+            entry = await self._settle(vg)
+            record = await self._store.load(entry)
             need_lv(record, name)
             for other in await self._node.instances.openers(opener.volume):
                 if conflict(opener, other):
@@ -543,7 +544,7 @@ class Manager:
                         f"{other.node_name} has it",
                     )
             await self._node.instances.opened(opener)
-            return self._map(record, name)
+            return self._map(entry, record, name)
 
     async def close_volume(self, volume: str, instance: Instance) -> None:
         """Forget an opener. Needs no lock: a change that still counts it finds it gone."""

@@ -376,7 +376,9 @@ def decode_slot_untrusted(data: bytes, offset_bytes: int) -> SlotContent | None:
 # --- from records to maps ----------------------------------------------------------------------
 
 
-def build_map(vg: VgRecord, lv: LvRecord, servers: tuple[ServerInfo, ...] = ()) -> VolumeMap:
+def build_map(
+    vg: VgRecord, lv: LvRecord, servers: tuple[ServerInfo, ...] = (), claim: int = 0
+) -> VolumeMap:
     """The map of a logical volume at the sequence number of its VG."""
     pvs = {pv.name: pv for pv in vg.pvs}
 
@@ -406,4 +408,5 @@ def build_map(vg: VgRecord, lv: LvRecord, servers: tuple[ServerInfo, ...] = ()) 
         segments=segments,
         generation=lv.generation,
         servers=tuple(server for server in servers if server.id in used),
+        claim=claim,
     )

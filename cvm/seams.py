@@ -107,9 +107,10 @@ class PhysicalDevices(Protocol):
 class VolumeInstances(Protocol):
     """The instances (on all nodes) that have volumes open. Volumes are named `VG/LV`."""
 
-    async def suspend_all(self, volume: str, sequence: int) -> None:
+    async def suspend_all(self, volume: str, sequence: int, claim: int) -> None:
         """Return when every instance with the volume open has closed its gate and has nothing in
-        flight, or is barred on the servers. Raises StackError when neither can be reached."""
+        flight, or is barred on the servers. Raises StackError when neither can be reached. An
+        instance that has heard of a higher claim stays as it is."""
         ...
 
     async def resume_all(self, volume: str, volume_map: VolumeMap) -> None:

@@ -2,7 +2,8 @@
 
 Every request passes a gate. `suspend` closes it and returns when nothing is in flight; requests
 that come meanwhile wait without an error. `resume` switches to the given map and opens the gate, so
-every request is done under exactly one map. A map older than the one in use is ignored.
+every request is done under exactly one map. A map older than the one in use is ignored, and so is
+what a coordinator of a change had sent before another one took its change over (`claim`).
 
 A request is split into contiguous runs per leg (cvm/layout.py), one vectored call per leg, all legs
 at once. `flush` goes to those legs only that hold writes of this device since their last flush; the
@@ -124,6 +125,7 @@ class VolumeDevice:
         self._order: list[_LegState] = []
         self._prompt: list[PromptDevice] = []
         """The legs in the same order, if all can be asked without a task."""
+        self._claim = 0
         self._suspended = False
         self._closed = True
         self._in_flight = 0
@@ -373,13 +375,17 @@ class VolumeDevice:
                 await trio.sleep(IDLE_POLL_S)
         self._in_doubt = False
 
-    async def suspend(self, sequence: int) -> None:
+    async def suspend(self, sequence: int, claim: int) -> None:
         """Close the gate for the change to `sequence`; return when nothing is in flight.
 
-        Harmless to repeat. A suspend for a map that is already in use comes late and is ignored.
+        Harmless to repeat. A suspend for a map that is already in use comes late and is ignored;
+        one of a change that was given up or taken over raises StackError.
         """
         if self._map is not None and sequence <= self._map.sequence:
             return
+        if claim < self._claim:
+            raise StackError(f"{self.name}: this change was given up or taken over")
+        self._claim = claim
         self._suspended = True
         self._close_gate()
         await self._wait_drained()
@@ -389,7 +395,8 @@ class VolumeDevice:
     async def resume(self, volume_map: VolumeMap) -> None:
         """Switch to the map (the new one, or the old one of an abandoned change); open the gate."""
         async with self._switching:
-            if self._map is None or volume_map.sequence >= self._map.sequence:
+            newest = self._map is None or volume_map.sequence >= self._map.sequence
+            if newest and volume_map.claim >= self._claim:
                 self._suspended = False
                 await self._switch(volume_map)
 
@@ -417,6 +424,7 @@ class VolumeDevice:
                 self._prompt = []
             self._layout = layout
         self._map = volume_map
+        self._claim = max(self._claim, volume_map.claim)
         await self._declare(volume_map.sequence)
         self._open_gate()
 
@@ -493,7 +501,7 @@ class VolumeClient:
     async def _suspend(self, params: dict[str, Any]) -> dict[str, Any]:
         device = self._volumes.get(str(params["volume"]))
         if device is not None:
-            await device.suspend(int(params["sequence"]))
+            await device.suspend(int(params["sequence"]), int(params["claim"]))
         return {}
 
     async def _resume(self, params: dict[str, Any]) -> dict[str, Any]:

@@ -20,7 +20,8 @@ The caller holds the VG's lock. The steps, and what a death after each of them l
 Invariant: while any gate of a volume is open under a new layout, the register has committed it and
 no gate is open under the old one. Everyone who takes an unfinished change over, and a coordinator
 that gives its own up, first raises `claim`: after that a late commit of the old coordinator fails,
-and only then are instances resumed with the old map.
+and only then are instances resumed with the old map. Suspends and maps carry the claim, so that a
+message of the old coordinator that an instance receives after that changes nothing either.
 
 A compare-and-set whose outcome is unknown is settled by reading the register again; if that fails
 too, the change stays noted there and instances stay suspended until somebody can decide.
@@ -91,6 +92,7 @@ class Suspend(msgspec.Struct, frozen=True):
 
     volumes: tuple[str, ...]
     sequence: int
+    claim: int
 
 
 class Resume(msgspec.Struct, frozen=True):
@@ -342,8 +344,11 @@ class Transaction:
             case State.WRITE:
                 assert self._plan is not None
                 assert self._plan.new is not None
+                assert self._entry is not None
                 if self._plan.volumes:
-                    suspend = Suspend(self._plan.volumes, self._plan.new.sequence)
+                    suspend = Suspend(
+                        self._plan.volumes, self._plan.new.sequence, self._entry.claim
+                    )
                     return self._go(State.SUSPEND, suspend)
                 return self._commit()
             case State.SUSPEND:

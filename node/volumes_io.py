@@ -333,9 +333,10 @@ class Volumes:
         rows = await self._on_all("volumes.openers", {"volume": volume})
         return [msgspec.convert(row, Opener) for found in rows for row in found]
 
-    async def suspend_all(self, volume: str, sequence: int) -> None:
+    async def suspend_all(self, volume: str, sequence: int, claim: int) -> None:
         """See cvm.seams.VolumeInstances."""
-        await self._on_all("volumes.suspend", {"volume": volume, "sequence": sequence})
+        params = {"volume": volume, "sequence": sequence, "claim": claim}
+        await self._on_all("volumes.suspend", params)
         await self._wait_settled()
         self._daemon.note(EventName.VOLUME_SUSPENDED, f"{volume} suspended", sequence=sequence)
 

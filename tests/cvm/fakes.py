@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from functools import partial
 
 import trio
 
 from cluster.control import ServerInfo
 from cluster.device import BlockDevice
 from cluster.device_memory import MemoryDevice
-from cluster.errors import DeviceError
+from cluster.errors import DeviceError, StackError
 from cluster.ids import Incarnation, Instance, InstanceNo, NodeId, ServerId
 from cluster.signatures_io import signature
 from cluster.state import SetVolumeGroup, VolumeGroup
@@ -42,6 +43,8 @@ class Faults:
         self.fail_at: int | None = None
         self.fail_after: int | None = None
         self.observe: Callable[[], None] = lambda: None
+        self.post: Callable[[Callable[[], None]], None] = lambda message: message()
+        """How messages to instances travel."""
 
     @asynccontextmanager
     async def call(self, name: str) -> AsyncIterator[None]:
@@ -67,6 +70,25 @@ class FakeInstance:
         self.opener = opener
         self.map: VolumeMap | None = None
         self.open = True
+        self.claim = 0
+
+    def suspend(self, sequence: int, claim: int) -> None:
+        """As `VolumeDevice.suspend`."""
+        if self.map is not None and sequence <= self.map.sequence:
+            return
+        if claim < self.claim:
+            raise StackError("this change was given up or taken over")
+        self.claim = claim
+        self.open = False
+
+    def resume(self, volume_map: VolumeMap) -> None:
+        """As `VolumeDevice.resume`."""
+        newest = self.map is None or volume_map.sequence >= self.map.sequence
+        if newest and volume_map.claim >= self.claim:
+            if self.open and self.map is not None:
+                assert same_layout(self.map, volume_map)
+            self.map, self.claim = volume_map, volume_map.claim
+            self.open = True
 
 
 class Cluster:
@@ -112,7 +134,7 @@ class Cluster:
     def add_instance(self, opener: Opener, volume_map: VolumeMap) -> None:
         for instance in self.instances:
             if instance.opener == opener:
-                instance.map = volume_map
+                instance.map, instance.claim = volume_map, volume_map.claim
 
     def check_maps(self) -> None:
         """No gate is open under an uncommitted layout, and all open gates agree."""
@@ -202,20 +224,15 @@ class FakeInstances:
     def _of(self, volume: str) -> list[FakeInstance]:
         return [one for one in self._cluster.instances if one.opener.volume == volume]
 
-    async def suspend_all(self, volume: str, sequence: int) -> None:
+    async def suspend_all(self, volume: str, sequence: int, claim: int) -> None:
         for instance in self._of(volume):
             async with self._faults.call("suspend"):
-                assert instance.map is None or sequence > instance.map.sequence
-                instance.open = False
+                self._faults.post(partial(instance.suspend, sequence, claim))
 
     async def resume_all(self, volume: str, volume_map: VolumeMap) -> None:
         for instance in self._of(volume):
             async with self._faults.call("resume"):
-                if instance.map is None or volume_map.sequence >= instance.map.sequence:
-                    if instance.open and instance.map is not None:
-                        assert same_layout(instance.map, volume_map)
-                    instance.map = volume_map
-                    instance.open = True
+                self._faults.post(partial(instance.resume, volume_map))
 
     async def openers(self, volume: str) -> list[Opener]:
         return [one.opener for one in self._cluster.instances if volume in ("", one.opener.volume)]

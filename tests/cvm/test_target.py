@@ -158,7 +158,7 @@ async def test_a_change_waits_for_what_was_started() -> None:
     ends: list[Exception | None] = []
     device.start_write([(0, bytes(32768))], ends.append)
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(device.suspend, 2)
+        nursery.start_soon(device.suspend, 2, 0)
         await trio.testing.wait_all_tasks_blocked()
         assert not device.can_start()
         assert device.in_flight == 1
@@ -270,7 +270,7 @@ async def test_suspend_waits_for_what_is_in_flight_and_holds_the_rest() -> None:
         order.append(name)
 
     async def suspend() -> None:
-        await device.suspend(2)
+        await device.suspend(2, 0)
         order.append("suspended")
 
     disk.hook = hook
@@ -323,7 +323,7 @@ async def test_switches_under_load_tear_nothing() -> None:
     async def switch() -> None:
         nonlocal quiet
         for number in range(40):
-            await device.suspend(2 + number)
+            await device.suspend(2 + number, 0)
             quiet = True
             for _ in range(3):
                 await trio.lowlevel.checkpoint()
@@ -342,7 +342,7 @@ async def test_switches_under_load_tear_nothing() -> None:
 @pytest.mark.trio
 async def test_an_abandoned_change_resumes_with_the_old_map() -> None:
     device, _ = await opened()
-    await device.suspend(2)
+    await device.suspend(2, 0)
     assert device.suspended
     await device.resume(maps()[0])
     assert not device.suspended
@@ -355,8 +355,23 @@ async def test_older_maps_and_late_suspends_are_ignored() -> None:
     await device.resume(maps()[1])
     await device.resume(maps()[0])
     assert device.map == maps()[1]
-    await device.suspend(2)
+    await device.suspend(2, 0)
     assert not device.suspended
+
+
+@pytest.mark.trio
+async def test_what_a_coordinator_sent_before_it_was_overtaken_moves_no_gate() -> None:
+    old, new = (msgspec.structs.replace(one, claim=5) for one in maps())
+    device, _ = await opened()
+    await device.resume(old)
+    with pytest.raises(StackError, match="given up or taken over"):
+        await device.suspend(2, 4)
+    assert await device.read(0, 512) == bytes(512)
+    await device.suspend(2, 6)
+    await device.resume(old)
+    assert device.suspended
+    await device.resume(msgspec.structs.replace(new, claim=6))
+    assert await device.read(0, 512) == bytes(512)
 
 
 @pytest.mark.trio
@@ -412,12 +427,13 @@ async def test_client_opens_suspends_resumes_and_closes() -> None:
     assert {disk.installed for disk in disks.by_pv.values()} == {4}
     client.on_view(view(2, []))
     assert {disk.required for disk in disks.by_pv.values()} == {4}
-    await client.handlers()["volume.suspend"]({"volume": "vg0/vol0", "sequence": 2})
+    await client.handlers()["volume.suspend"]({"volume": "vg0/vol0", "sequence": 2, "claim": 0})
     assert device.suspended
     new = msgspec.to_builtins(maps()[1])
     await client.handlers()["volume.resume"]({"volume": "vg0/vol0", "map": new})
     assert device.map == maps()[1]
-    assert await client.handlers()["volume.suspend"]({"volume": "vg0/none", "sequence": 9}) == {}
+    unknown = {"volume": "vg0/none", "sequence": 9, "claim": 0}
+    assert await client.handlers()["volume.suspend"](unknown) == {}
     await client.close(session, "vg0/vol0")
     assert session.calls == ["volume.open", "volume.close"]
     with pytest.raises(StackError, match="closed"):
@@ -430,7 +446,7 @@ async def test_a_change_may_overtake_the_answer_to_open() -> None:
     client, disks = VolumeClient(), Disks()
 
     async def answer(handlers, _params):
-        await handlers["volume.suspend"]({"volume": "vg0/vol0", "sequence": 2})
+        await handlers["volume.suspend"]({"volume": "vg0/vol0", "sequence": 2, "claim": 0})
         new = msgspec.to_builtins(maps()[1])
         await handlers["volume.resume"]({"volume": "vg0/vol0", "map": new})
         return msgspec.to_builtins(maps()[0])
@@ -441,7 +457,7 @@ async def test_a_change_may_overtake_the_answer_to_open() -> None:
     client = VolumeClient()
 
     async def suspended(handlers, _params):
-        await handlers["volume.suspend"]({"volume": "vg0/vol0", "sequence": 2})
+        await handlers["volume.suspend"]({"volume": "vg0/vol0", "sequence": 2, "claim": 0})
         return msgspec.to_builtins(maps()[0])
 
     session = FakeSession(client, suspended)
@@ -487,10 +503,10 @@ async def test_a_cancelled_write_counts_as_in_flight_until_the_leg_is_idle() -> 
         await device.write(0, bytes(512))
     assert device.in_flight == 0
     with trio.move_on_after(0.05) as scope:
-        await device.suspend(2)
+        await device.suspend(2, 0)
     assert scope.cancelled_caught
     pending[0] = 0
-    await device.suspend(2)
+    await device.suspend(2, 0)
     assert device.suspended
 
 
@@ -533,9 +549,9 @@ async def test_a_server_that_is_away_does_not_hold_up_a_resume(autojump_clock) -
         await trio.sleep_forever()
 
     disk.set_sequence = away  # type: ignore[method-assign]
-    await device.suspend(2)
+    await device.suspend(2, 0)
     await device.resume(maps()[0])
-    await device.suspend(2)
+    await device.suspend(2, 0)
     await device.resume(maps()[1])
     assert not device.suspended
     assert await device.read(0, 512) == bytes(512)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable
+
 import pytest
 import trio
 
@@ -174,3 +177,40 @@ def test_a_late_commit_of_an_overtaken_coordinator_fails() -> None:
             await _check_settled(cluster)
 
     trio.run(scenario)
+
+
+def _deliver(messages: list[Callable[[], None]]) -> None:
+    for message in messages:
+        with contextlib.suppress(StackError):
+            message()
+
+
+def test_a_late_message_of_an_overtaken_coordinator_moves_no_gate() -> None:
+    """Whatever a coordinator has sent may arrive after the next one has settled its change, and
+    again in the middle of the next change."""
+
+    async def scenario() -> None:
+        for number in range(await _call_count("lvextend")):
+            cluster, sent, faults = await _prepared(), [], Faults()
+            faults.post = lambda message, sent=sent: (sent.append(message), message())
+            faults.crash_after = number
+            await _attempt(cluster, "lvextend", faults)
+            await cluster.manager(2).recover()
+            _deliver(sent)
+            assert all(one.open for one in cluster.instances), f"suspended, step {number}"
+            third = Faults()
+            third.observe = lambda cluster=cluster, third=third: _end_suspended(cluster, third)
+            with pytest.raises(Crash):
+                await cluster.manager(3, third).call("lvextend", VERBS["lvextend"])
+            _deliver(sent)
+            assert not any(one.open for one in cluster.instances), f"resumed, step {number}"
+            await cluster.manager(2).recover()
+            await _check_settled(cluster)
+
+    trio.run(scenario)
+
+
+def _end_suspended(cluster: Cluster, faults: Faults) -> None:
+    """The coordinator ends as soon as everybody is suspended."""
+    if not any(one.open for one in cluster.instances):
+        faults.crash_after = faults.count - 1
