@@ -30,6 +30,7 @@ from cluster.core_events import (
     ServerDown,
     ServerUp,
     StateChanged,
+    Stay,
     TakeIncarnation,
 )
 from cluster.errors import NotQuorateError
@@ -66,7 +67,7 @@ from cluster.timing import MS, RANK_MS
 
 CoreEvent = (
     Tick | Received | Sighting | InstanceStarted | InstanceEnded | InstancesPurged | ServerUp
-    | ServerDown | Circuits | Command | ReadState | Leave | GroupJoin | GroupLeave
+    | ServerDown | Circuits | Command | ReadState | Leave | Stay | GroupJoin | GroupLeave
     | GroupReleased
 )  # fmt: skip
 
@@ -206,6 +207,9 @@ class ClusterCore:
             case Leave(request):
                 self._leave = request
                 self.membership.leaving = True
+            case Stay():
+                self._leave = None
+                self.membership.leaving = False
             case GroupJoin(request, group, member):
                 return self.groups.request(now_ns, JoinOp(group, member), request)
             case GroupLeave(request, group, instance):

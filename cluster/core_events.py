@@ -75,6 +75,11 @@ class Leave(msgspec.Struct, frozen=True):
     request: int
 
 
+class Stay(msgspec.Struct, frozen=True):
+    """Nobody waits for the leave any more: it is not tried again. If it is decided all the same,
+    this life has been put out like any other."""
+
+
 class GroupJoin(msgspec.Struct, frozen=True):
     """A registered local instance enters a group. Reply when sequenced; its first GroupEvent is
     the `view` that contains it."""

@@ -11,7 +11,7 @@ import trio
 from cluster.config import ClusterSection, NodeConfig, NodeSection, Token, encode_token
 from cluster.control import ServerInfo
 from cluster.control_io import Handler, Session
-from cluster.core_events import Leave
+from cluster.core_events import Leave, Stay
 from cluster.errors import (
     BusyError,
     NotFoundError,
@@ -158,13 +158,24 @@ class Admin:
             self._daemon.end_instance(instance, clean=False, reason="the node leaves by force")
         if params.get("give_up_vote", True):
             await self._drop_vote_if_last_pair()
-        with trio.move_on_after(LEAVE_WAIT_S) as scope:
-            await self._daemon.ask(Leave)
-        if scope.cancelled_caught:
-            raise NotQuorateError("the cluster did not decide the leave in time")
+        await self._decide_leave()
         self._daemon.note(EventName.NODE_LEFT, f"{self._daemon.config.node.name} leaves")
         self._stop.set()
         return {}
+
+    async def _decide_leave(self) -> None:
+        """Ask until it is decided. Whoever gives up stays: a core that left later, with nobody to
+        end its clusterd, would be a node that neither runs nor starts anew."""
+        left = False
+        try:
+            with trio.move_on_after(LEAVE_WAIT_S):
+                await self._daemon.ask(Leave)
+                left = True
+        finally:
+            if not left:
+                self._daemon.step(Stay())
+        if not left:
+            raise NotQuorateError("the cluster did not decide the leave in time")
 
     async def _drop_vote_if_last_pair(self) -> None:
         """The last leavers of a clean shutdown shrink the set of voters, down to one: without

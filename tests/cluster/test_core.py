@@ -18,12 +18,13 @@ from cluster.core_events import (
     ReadState,
     ServerUp,
     StateChanged,
+    Stay,
     TakeIncarnation,
 )
 from cluster.errors import NotQuorateError, UsageError
 from cluster.guard_events import Facts, Sighting, Vouch, Vouched
 from cluster.ids import Instance
-from cluster.messages import ACCEPTOR_MESSAGES, Install, Installed
+from cluster.messages import ACCEPTOR_MESSAGES, DecidedNotice, Install, Installed
 from cluster.register import Acceptor, birth_record
 from cluster.state import (
     AddNode,
@@ -202,9 +203,35 @@ def test_leave():
     assert node.replies[10].error is not None
 
 
-def test_a_notice_that_bars_this_life_ends_it():
-    from cluster.messages import DecidedNotice
+def test_a_leave_that_is_given_up_is_not_done_later():
+    node = OneNode()
+    node.run(300)
+    node.voting = False
+    node.step(Leave(9))
+    node.run(5000)
+    node.step(Stay())
+    node.run(5000)  # what was proposed last is over
+    node.voting = True
+    node.run(5000)
+    assert 9 not in node.replies
+    assert not node.core.stopped
+    assert node.core.membership.admitted
 
+
+def test_a_leave_that_is_decided_after_it_was_given_up_ends_this_life():
+    node = OneNode()
+    node.run(300)
+    node.voting = False
+    node.step(Leave(9))
+    node.run(100)
+    node.step(Stay())
+    left = ViewChange(members={}, reason="left")
+    node.step(Received(2, DecidedNotice(apply_change(node.core.state, left, "n1.1.7"), [], 0)))
+    assert node.last(Barred).numbers == [0]
+    assert node.core.stopped
+
+
+def test_a_notice_that_bars_this_life_ends_it():
     node = OneNode()
     node.run(300)
     state = msgspec.structs.replace(
