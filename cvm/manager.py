@@ -245,14 +245,22 @@ class Manager:
         return {"messages": [f'Volume group "{vg}": unfinished change settled.' for vg in settled]}
 
     async def recover(self) -> list[str]:
-        """Finish or undo the changes that dead coordinators left; the names of their VGs."""
-        settled = []
+        """Finish or undo the changes that dead coordinators left; the names of their VGs. One that
+        cannot be settled holds up no other; its error is raised at the end."""
+        settled: list[str] = []
+        errors: list[StackError] = []
         for vg, entry in (await self._node.register.read()).items():
             if entry.change is not None:
-                async with self._node.locks.lock(vg_lock(vg)):
-                    transaction = Transaction(vg, "recover", recover_only=True)
-                    await self._run(transaction, lambda _: Plan(None))
-                settled.append(vg)
+                try:
+                    async with self._node.locks.lock(vg_lock(vg)):
+                        transaction = Transaction(vg, "recover", recover_only=True)
+                        await self._run(transaction, lambda _: Plan(None))
+                except StackError as error:
+                    errors.append(error)
+                else:
+                    settled.append(vg)
+        if errors:
+            raise errors[0]
         return settled
 
     # --- PVs -----------------------------------------------------------------------------------

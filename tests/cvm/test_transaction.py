@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import trio
@@ -179,6 +180,28 @@ def test_a_late_commit_of_an_overtaken_coordinator_fails() -> None:
     trio.run(scenario)
 
 
+def test_a_group_that_cannot_be_settled_holds_up_no_other() -> None:
+    async def scenario() -> None:
+        cluster = await _prepared()
+        await cluster.manager().call("lvcreate", {"vg": "vg2", "name": "vol0", "size": "8m"})
+        away = await open_on(cluster, "vg2/vol0", 1)
+        for volume in ("vg2/vol0", "vg0/vol0"):
+            faults = Faults()
+            faults.observe = partial(_end_suspended, cluster, faults, volume)
+            with pytest.raises(Crash):
+                await cluster.manager(1, faults).call("lvextend", {"volume": volume, "size": "+8m"})
+        cluster.groups.sort(key=lambda group: group.name, reverse=True)
+        cluster.away.add("s4/disk0")
+        with pytest.raises(StackError, match="Cannot read the metadata"):
+            await cluster.manager(2).recover()
+        assert [one for one in cluster.instances if not one.open] == [away]
+        cluster.away.clear()
+        assert await cluster.manager(2).recover() == ["vg2"]
+        assert away.open
+
+    trio.run(scenario)
+
+
 def _deliver(messages: list[Callable[[], None]]) -> None:
     for message in messages:
         with contextlib.suppress(StackError):
@@ -199,7 +222,7 @@ def test_a_late_message_of_an_overtaken_coordinator_moves_no_gate() -> None:
             _deliver(sent)
             assert all(one.open for one in cluster.instances), f"suspended, step {number}"
             third = Faults()
-            third.observe = lambda cluster=cluster, third=third: _end_suspended(cluster, third)
+            third.observe = partial(_end_suspended, cluster, third, "vg0/vol0")
             with pytest.raises(Crash):
                 await cluster.manager(3, third).call("lvextend", VERBS["lvextend"])
             _deliver(sent)
@@ -210,7 +233,7 @@ def test_a_late_message_of_an_overtaken_coordinator_moves_no_gate() -> None:
     trio.run(scenario)
 
 
-def _end_suspended(cluster: Cluster, faults: Faults) -> None:
+def _end_suspended(cluster: Cluster, faults: Faults, volume: str) -> None:
     """The coordinator ends as soon as everybody is suspended."""
-    if not any(one.open for one in cluster.instances):
+    if not any(one.open for one in cluster.instances if one.opener.volume == volume):
         faults.crash_after = faults.count - 1
