@@ -1,8 +1,9 @@
 """Reads of a device that end in time, for commands on metadata.
 
 The data path waits for storage that is away; a command that only wants to read a label should say
-that the server does not answer. Writes are passed on unbounded: one that was given up might still
-land, after a later one.
+that the server does not answer. Writes are not bounded, and an interrupted command waits for its
+own: the device carries one out also when its caller has gone, and it might land after what the next
+holder of the lock has written.
 """
 
 from __future__ import annotations
@@ -41,16 +42,20 @@ class BoundedDevice:
         )
 
     async def write(self, offset_bytes: int, data: Buffer, *, fua: bool = False) -> None:
-        await self._device.write(offset_bytes, data, fua=fua)
+        with trio.CancelScope(shield=True):
+            await self._device.write(offset_bytes, data, fua=fua)
 
     async def write_many(self, parts: Sequence[tuple[int, Buffer]], *, fua: bool = False) -> None:
-        await self._device.write_many(parts, fua=fua)
+        with trio.CancelScope(shield=True):
+            await self._device.write_many(parts, fua=fua)
 
     async def flush(self) -> None:
         await self._device.flush()
 
     async def discard(self, offset_bytes: int, length_bytes: int) -> None:
-        await self._device.discard(offset_bytes, length_bytes)
+        with trio.CancelScope(shield=True):
+            await self._device.discard(offset_bytes, length_bytes)
 
     async def write_zeroes(self, offset_bytes: int, length_bytes: int) -> None:
-        await self._device.write_zeroes(offset_bytes, length_bytes)
+        with trio.CancelScope(shield=True):
+            await self._device.write_zeroes(offset_bytes, length_bytes)

@@ -19,6 +19,7 @@ from cluster.errors import DeviceError, StackError
 from cluster.ids import Incarnation, Instance, InstanceNo, NodeId, ServerId
 from cluster.signatures_io import signature
 from cluster.state import SetVolumeGroup, VolumeGroup
+from cvm.bounded_io import BoundedDevice
 from cvm.entries import change_for, entries_of
 from cvm.layout import VolumeMap, same_layout
 from cvm.manager import Identity, Manager, Node
@@ -190,7 +191,8 @@ class FakeDevices:
     async def open(self, pv: str) -> BlockDevice:
         if pv in self._cluster.away:
             raise DeviceError(f"{pv} does not answer")
-        return _FaultyDevice(self._cluster.disks[pv], self._faults)  # type: ignore[return-value]
+        device = _FaultyDevice(self._cluster.disks[pv], self._faults)
+        return BoundedDevice(pv, device)  # type: ignore[arg-type]
 
     async def signature(self, pv: str) -> str:
         return await signature(await self.open(pv))

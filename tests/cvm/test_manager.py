@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import trio
 
+from cluster.device_memory import MemoryDevice
 from cluster.errors import BusyError, RefusedError, StackError, UsageError
 from cvm.layout import same_layout
 from cvm.seams import Opener
@@ -215,6 +218,61 @@ def test_a_pv_that_does_not_answer_is_shown_and_stops_changes_only() -> None:
         cluster.away.clear()
         await manager.call("lvextend", {"volume": "vg0/vol0", "size": "+8m"})
         assert all(one.open for one in cluster.instances)
+
+    run(scenario)
+
+
+class SlowDisk(MemoryDevice):
+    """Zeroes are written when it is told to, also if their caller has gone: as by our client, while
+    the server is away."""
+
+    def __init__(self, size_bytes: int, nursery: trio.Nursery) -> None:
+        super().__init__(size_bytes)
+        self._nursery = nursery
+        self.asked, self.told = trio.Event(), trio.Event()
+
+    async def write_zeroes(self, offset_bytes: int, length_bytes: int) -> None:
+        done = trio.Event()
+
+        async def carry_out() -> None:
+            await self.told.wait()
+            await MemoryDevice.write_zeroes(self, offset_bytes, length_bytes)
+            done.set()
+
+        self._nursery.start_soon(carry_out)
+        self.asked.set()
+        await done.wait()
+
+
+def test_what_an_interrupted_command_has_sent_comes_over_nothing_later() -> None:
+    """pvcreate is interrupted while its server does not answer. The next user of the disk waits."""
+
+    async def scenario() -> None:
+        cluster = Cluster()
+        async with trio.open_nursery() as nursery:
+            disk = cluster.disks["s1/disk0"] = SlowDisk(128 * MIB, nursery)
+            interrupted, ended = trio.CancelScope(), trio.Event()
+
+            async def first() -> None:
+                with interrupted:
+                    await cluster.manager(1).call("pvcreate", {"pvs": ["s1/disk0"]})
+
+            async def second() -> None:
+                await cluster.manager(2).call("vgcreate", {"vg": "vg0", "pvs": ["s1/disk0"]})
+                ended.set()
+
+            nursery.start_soon(first)
+            await disk.asked.wait()
+            interrupted.cancel()
+            disk.write_zeroes = partial(MemoryDevice.write_zeroes, disk)  # it answers the others
+            nursery.start_soon(second)
+            with trio.fail_after(30):
+                while not (ended.is_set() or cluster.locks["pvs"].statistics().tasks_waiting):
+                    await trio.sleep(0.001)
+            disk.told.set()
+        [row] = (await cluster.manager(3).call("pvs", {}))["rows"][:1]
+        assert (row["pv_name"], row["vg_name"], row["pv_attr"]) == ("s1/disk0", "vg0", "a--")
+        await cluster.manager(3).call("lvcreate", {"vg": "vg0", "name": "vol0", "size": "8m"})
 
     run(scenario)
 
