@@ -378,6 +378,7 @@ class Manager:
                     device_bytes=await self._store.device_bytes(pv),
                     data_offset_bytes=DATA_OFFSET_BYTES,
                     extent_count=0,
+                    minimum_sequence=exports[pv].sequence_min,
                 )
             )
         return records, messages

@@ -23,6 +23,7 @@ from cvm.metadata import (
     EXTENT_BYTES_DEFAULT,
     LVS_MAX,
     PVS_MAX,
+    SLOT_COUNT,
     LvRecord,
     PvRecord,
     SegmentRecord,
@@ -100,10 +101,15 @@ def _amount(size: str, extents: str) -> Amount:
     return parse_size_amount(size) if size else parse_extent_amount(extents)
 
 
-def _next(vg: VgRecord, purpose: str, node: str, **changes: object) -> VgRecord:
-    """The record of the next sequence number, checked."""
+def _next(
+    vg: VgRecord, purpose: str, node: str, *, least: int = 0, **changes: object
+) -> VgRecord:
+    """The record of the next sequence number, which is `least` or higher, checked."""
+    sequence = vg.sequence + 1
+    if least > sequence:  # still in the other slot than the present one
+        sequence = least + (least - sequence) % SLOT_COUNT
     new = msgspec.structs.replace(
-        vg, sequence=vg.sequence + 1, description=purpose, written_on=node, **changes
+        vg, sequence=sequence, description=purpose, written_on=node, **changes
     )
     check_vg(new)
     return new
@@ -124,8 +130,14 @@ def plan_vgcreate(
             hint="a power of two from 64k to 1g",
         )
     empty = VgRecord(name=name, uuid=uuid, sequence=0, extent_bytes=extent_bytes, pvs=())
-    new = _next(empty, purpose, node, pvs=_sized(pvs, extent_bytes))
+    new = _next(empty, purpose, node, least=_least(pvs), pvs=_sized(pvs, extent_bytes))
     return Outcome(Plan(new), (f'Volume group "{name}" successfully created',))
+
+
+def _least(pvs: Sequence[PvRecord]) -> int:
+    """What the servers of new PVs require, from the time when another VG had them: a map with a
+    lower sequence number would be refused there."""
+    return max((pv.minimum_sequence for pv in pvs), default=0)
 
 
 def _sized(pvs: Sequence[PvRecord], extent_bytes: int) -> tuple[PvRecord, ...]:
@@ -144,7 +156,8 @@ def _sized(pvs: Sequence[PvRecord], extent_bytes: int) -> tuple[PvRecord, ...]:
 def plan_vgextend(vg: VgRecord, pvs: Sequence[PvRecord], purpose: str, node: str) -> Outcome:
     if len(vg.pvs) + len(pvs) > PVS_MAX:
         raise StackError(f'Volume group "{vg.name}" cannot have more than {PVS_MAX} PVs.')
-    new = _next(vg, purpose, node, pvs=vg.pvs + _sized(pvs, vg.extent_bytes))
+    pvs_after = vg.pvs + _sized(pvs, vg.extent_bytes)
+    new = _next(vg, purpose, node, least=_least(pvs), pvs=pvs_after)
     return Outcome(Plan(new), (f'Volume group "{vg.name}" successfully extended',))
 
 

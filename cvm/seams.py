@@ -46,13 +46,15 @@ class VgEntry(msgspec.Struct, frozen=True):
 
 
 class ExportInfo(msgspec.Struct, frozen=True):
-    """An export of a block server that could be a PV. `size_bytes` is 0 when it does not answer."""
+    """An export of a block server that could be a PV. `size_bytes` is 0 when it does not answer.
+    `sequence_min`: it refuses every nexus whose map is older."""
 
     pv: str
     server: ServerId
     export: str
     size_bytes: int
     reachable: bool = True
+    sequence_min: int = 0
 
 
 class Opener(msgspec.Struct, frozen=True):

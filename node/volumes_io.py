@@ -295,7 +295,13 @@ class Volumes:
             except StackError:
                 return
             found.extend(
-                ExportInfo(f"{server.name}/{r.name}", server.id, r.name, r.size_bytes)
+                ExportInfo(
+                    f"{server.name}/{r.name}",
+                    server.id,
+                    r.name,
+                    r.size_bytes,
+                    sequence_min=r.sequence_min,
+                )
                 for r in reports
                 if r.access == "cluster"
             )

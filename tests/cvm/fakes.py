@@ -205,6 +205,7 @@ class FakeDevices:
                 pv.partition("/")[2],
                 disk.size_bytes,
                 pv not in self._cluster.away,
+                self._cluster.minimums.get(pv, 0),
             )
             for pv, disk in self._cluster.disks.items()
         ]

@@ -202,6 +202,36 @@ def test_freed_extents_are_used_again_only_behind_a_raised_minimum() -> None:
     run(scenario)
 
 
+def test_a_group_of_disks_that_another_group_had_is_not_too_old_for_their_servers() -> None:
+    """vgcreate begins above the minimum that is left on its PVs, vgextend rises above it, and the
+    metadata that counts is not written over."""
+
+    async def scenario() -> None:
+        for more in range(4):
+            cluster = Cluster({f"s{number}/disk0": 64 * MIB for number in range(1, 4)})
+            await make_volume(cluster, "32m")
+            manager = cluster.manager()
+            for _ in range(more):
+                await manager.call("lvcreate", {"vg": "vg0", "name": "", "size": "4m"})
+            await manager.call("lvremove", {"volumes": ["vg0"], "yes": True})
+            again = {"vg": "vg0", "name": "again", "size": "8m", "stripes": 2}
+            await manager.call("lvcreate", again)
+            await manager.call("vgremove", {"vgs": ["vg0"], "yes": True})
+            await manager.call("vgcreate", {"vg": "vg1", "pvs": ["s3/disk0"]})
+            await manager.call("vgcreate", {"vg": "vg2", "pvs": ["s2/disk0"]})
+            before = cluster.entries()["vg1"].sequence
+            await manager.call("vgextend", {"vg": "vg1", "pvs": ["s1/disk0"]})
+            assert (cluster.entries()["vg1"].sequence - before) % 2 == 1
+            for vg, pv in (("vg1", "s1/disk0"), ("vg2", "s2/disk0")):
+                params = {"vg": vg, "name": "vol0", "size": "8m", "pvs": [pv]}
+                await manager.call("lvcreate", params)
+                opened = await open_on(cluster, f"{vg}/vol0", 2)
+                assert opened.map is not None
+                assert opened.map.sequence >= cluster.minimums[pv]
+
+    run(scenario)
+
+
 def test_a_pv_that_does_not_answer_is_shown_and_stops_changes_only() -> None:
     async def scenario() -> None:
         cluster = Cluster()
@@ -267,7 +297,7 @@ def test_what_an_interrupted_command_has_sent_comes_over_nothing_later() -> None
             disk.write_zeroes = partial(MemoryDevice.write_zeroes, disk)  # it answers the others
             nursery.start_soon(second)
             with trio.fail_after(30):
-                while not (ended.is_set() or cluster.locks["pvs"].statistics().tasks_waiting):
+                while not (ended.is_set() or cluster.locks["pvs"].statistics().tasks_waiting):  # noqa: ASYNC110
                     await trio.sleep(0.001)
             disk.told.set()
         [row] = (await cluster.manager(3).call("pvs", {}))["rows"][:1]
