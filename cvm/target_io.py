@@ -26,7 +26,7 @@ import trio
 from cluster.control import InstanceGranted, ServerInfo, ViewInfo
 from cluster.device import BlockDevice, Buffer, PromptDevice, Read, Written
 from cluster.errors import StackError
-from cluster.ids import Epoch
+from cluster.ids import Epoch, ServerId
 from cvm.gathered import GatheredRead, GatheredWrite, worst
 from cvm.layout import (
     Layout,
@@ -83,10 +83,11 @@ class Session(Protocol):
 class _LegState:
     """A leg device and how much of what was written there is durable."""
 
-    __slots__ = ("device", "flushed", "sequence", "written")
+    __slots__ = ("device", "flushed", "sequence", "server", "written")
 
-    def __init__(self, device: BlockDevice) -> None:
+    def __init__(self, device: BlockDevice, server: ServerId) -> None:
         self.device = device
+        self.server = server
         self.written = 1
         self.flushed = 0
         self.sequence = 0
@@ -134,6 +135,7 @@ class VolumeDevice:
         self._drained: trio.Event | None = None
         self._switching = trio.Lock()
         self._epoch = Epoch(0)
+        self._installed: frozenset[int] = frozenset()
         self._failure: StackError | None = None
 
     # --- what the layers above see -------------------------------------------------------------
@@ -410,9 +412,9 @@ class VolumeDevice:
         """Open the new map's legs, then replace the map while nothing is in flight."""
         for pv, leg in map_legs(volume_map).items():
             if pv not in self._legs:
-                state = _LegState(await self._open_leg(leg, volume_map))
-                self._tell_epoch(state, installed=False)
+                state = _LegState(await self._open_leg(leg, volume_map), leg.server)
                 self._legs[pv] = state
+                self._tell_epoch(state)
         if self._map is None or not same_layout(self._map, volume_map):
             self._close_gate()
             await self._wait_drained()
@@ -447,10 +449,10 @@ class VolumeDevice:
 
     # --- epochs --------------------------------------------------------------------------------
 
-    def _tell_epoch(self, state: _LegState, *, installed: bool) -> None:
+    def _tell_epoch(self, state: _LegState) -> None:
         if isinstance(state.device, EpochDevice) and self._epoch:
             state.device.set_epoch(self._epoch)
-            if installed:
+            if state.server in self._installed:
                 state.device.note_installed(self._epoch)
 
     def set_epoch(self, required: Epoch, installed: frozenset[int] = frozenset()) -> None:
@@ -458,13 +460,13 @@ class VolumeDevice:
 
         Synchronous: a request that starts after this call is already held to the new epoch.
         """
-        if required > self._epoch:
-            self._epoch = required
-            for state in self._legs.values():
-                state.written += 1
-        servers = {} if self._map is None else map_legs(self._map)
-        for pv, state in self._legs.items():
-            self._tell_epoch(state, installed=pv in servers and servers[pv].server in installed)
+        if required < self._epoch:
+            return
+        newer = required > self._epoch
+        self._epoch, self._installed = required, installed
+        for state in self._legs.values():
+            state.written += newer
+            self._tell_epoch(state)
 
 
 async def _flush_leg(state: _LegState) -> None:
@@ -532,8 +534,6 @@ class VolumeClient:
         try:
             answer = await session.call("volume.open", {"volume": volume, "mode": mode})
             await device.start(decode_map_untrusted(answer))
-            if self._view is not None:
-                device.set_epoch(self._view.epoch, frozenset(self._view.installed))
         except BaseException:
             del self._volumes[volume]
             raise
@@ -566,14 +566,11 @@ def gnbd_legs(granted: InstanceGranted, nursery: trio.Nursery) -> OpenLeg:
     from gnbd.client_io import Options, open_device
 
     secret = bytes.fromhex(granted.secret)
-    options = Options(tls=granted.tls)
 
     async def open_leg(leg: Leg, volume_map: VolumeMap) -> BlockDevice:
         server = _server_of(leg, volume_map.servers, granted.servers)
-        device: BlockDevice = await open_device(
-            server, leg.export, granted.instance, secret, nursery, options
-        )
-        return device
+        options = Options(tls=granted.tls)
+        return await open_device(server, leg.export, granted.instance, secret, nursery, options)
 
     return open_leg
 

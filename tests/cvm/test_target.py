@@ -441,6 +441,27 @@ async def test_client_opens_suspends_resumes_and_closes() -> None:
 
 
 @pytest.mark.trio
+async def test_a_leg_that_a_change_opens_hears_of_the_view_that_came_meanwhile() -> None:
+    """No later view repeats it: the leg would wait for its server's install for ever."""
+    client, disks = VolumeClient(), Disks()
+    old, new = maps()
+
+    async def open_leg(leg: Leg, volume_map: VolumeMap) -> LegDisk:
+        if volume_map == new:
+            client.on_view(view(4, [129, 130, 131]))
+        return await disks.open(leg, volume_map)
+
+    async def answer(_handlers, _params):
+        return msgspec.to_builtins(old)
+
+    client.on_view(view(3, [129, 130, 131]))
+    device = await client.open(FakeSession(client, answer), "vg0/vol0", "sharedwrite", open_leg)
+    await device.resume(new)
+    assert len(disks.by_pv) == 3
+    assert {(disk.required, disk.installed) for disk in disks.by_pv.values()} == {(4, 4)}
+
+
+@pytest.mark.trio
 async def test_a_change_may_overtake_the_answer_to_open() -> None:
     """Suspend and resume come before the answer that carries the old map: the new map stays."""
     client, disks = VolumeClient(), Disks()
