@@ -36,13 +36,15 @@ SECTOR_BYTES = 512
 
 
 class Leg(msgspec.Struct, frozen=True):
-    """One copy of one stripe: `length_bytes / stripes` bytes of PV `pv` from `offset_bytes`."""
+    """One copy of one stripe: `length_bytes / stripes` bytes of PV `pv` from `offset_bytes`. `uuid`
+    is that of the PV, which its label must have wherever it is reached."""
 
     pv: str
     server: ServerId
     export: str
     offset_bytes: int
     state: str = "in_sync"
+    uuid: str = ""
 
 
 class Stripe(msgspec.Struct, frozen=True):

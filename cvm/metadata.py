@@ -317,6 +317,11 @@ def decode_label_untrusted(data: bytes) -> PvLabel | None:
     )
 
 
+def is_label_of(uuid: str, head: bytes) -> bool:
+    """Whether a device that begins with `head` is this PV; its label may be damaged."""
+    return head[:8] == _LABEL_MAGIC and head[16:32].hex() == uuid
+
+
 def slot_offset(sequence: int) -> int:
     """Where on a PV the metadata of this sequence number stands."""
     return SLOT_OFFSET_BYTES + sequence % SLOT_COUNT * SLOT_BYTES
@@ -385,7 +390,7 @@ def build_map(
     def leg(record: LegRecord) -> Leg:
         pv = pvs[record.pv]
         offset = pv.data_offset_bytes + record.start_extent * vg.extent_bytes
-        return Leg(pv.name, pv.server, pv.export, offset, record.state)
+        return Leg(pv.name, pv.server, pv.export, offset, record.state, pv.uuid)
 
     segments = tuple(
         Segment(

@@ -40,6 +40,7 @@ from cvm.layout import (
     map_legs,
     same_layout,
 )
+from cvm.metadata import is_label_of
 
 OPEN_VOLUMES_MAX = 64
 IDLE_POLL_S = 0.002
@@ -371,8 +372,7 @@ class VolumeDevice:
 
     async def _wait_idle(self) -> None:
         """A write was cancelled, yet its leg still carries it out: wait for an idle moment."""
-        for state in list(self._legs.values()):
-            leg = state.device
+        for leg in self.legs().values():
             while isinstance(leg, StatusDevice) and leg.status()["pending"]:  # noqa: ASYNC110
                 await trio.sleep(IDLE_POLL_S)
         self._in_doubt = False
@@ -421,9 +421,8 @@ class VolumeDevice:
             layout = Layout(volume_map)
             self._order = [self._legs[pv] for pv in layout.pvs]
             legs = [state.device for state in self._order]
-            self._prompt = [leg for leg in legs if isinstance(leg, PromptDevice)]
-            if len(self._prompt) != len(legs):
-                self._prompt = []
+            prompt: list[PromptDevice] = [leg for leg in legs if isinstance(leg, PromptDevice)]
+            self._prompt = prompt if len(prompt) == len(legs) else []
             self._layout = layout
         self._map = volume_map
         self._claim = max(self._claim, volume_map.claim)
@@ -569,7 +568,8 @@ def gnbd_legs(granted: InstanceGranted, nursery: trio.Nursery) -> OpenLeg:
 
     async def open_leg(leg: Leg, volume_map: VolumeMap) -> BlockDevice:
         server = _server_of(leg, volume_map.servers, granted.servers)
-        options = Options(tls=granted.tls)
+        is_ours = partial(is_label_of, leg.uuid)
+        options = Options(sequence=volume_map.sequence, tls=granted.tls, is_ours=is_ours)
         return await open_device(server, leg.export, granted.instance, secret, nursery, options)
 
     return open_leg

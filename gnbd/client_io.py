@@ -31,7 +31,7 @@ from gnbd.client import ClientCore, DrainWaiter
 from gnbd.connection_io import Connection, connect
 from gnbd.control_client_io import drive
 from gnbd.dialogues import greeting_dialogue, starttls_dialogue
-from gnbd.entrance_io import ClusterEntrance, Entrance, OldGenerationError
+from gnbd.entrance_io import ClusterEntrance, Entrance, IsOurs, OldGenerationError
 from gnbd.failures import MiscompareError, Patience
 from gnbd.lanes import Lane, Path, Request
 from gnbd.link_io import Group, Link
@@ -56,7 +56,7 @@ log = structlog.get_logger("gnbd.client")
 
 class Options(msgspec.Struct, frozen=True):
     """How a device behaves. `sequence`: the volume sequence number declared at LOGIN. `tls`: the
-    certificates, if the server is to be spoken to over TLS.
+    certificates, if the server is to be spoken to over TLS. `is_ours`: see `ClusterEntrance`.
 
     `fail_after_ms`: 0 is to wait for storage that is away, as file systems need it. Else, once a
     request has waited for so long, all that wait end with UnreachableError, and new ones do until
@@ -70,6 +70,7 @@ class Options(msgspec.Struct, frozen=True):
     sequence: int = 0
     fail_after_ms: int = 0
     tls: TlsSection | None = None
+    is_ours: IsOurs | None = None
 
 
 class GnbdDevice(Starter):
@@ -588,7 +589,7 @@ async def open_device(
     """Open one export; its tasks live in `nursery`. Waits until a path is up. Raises BarredError,
     or UsageError if the server has no such export."""
     options = options or Options()
-    entrance = ClusterEntrance(export, instance, secret, options.sequence)
+    entrance = ClusterEntrance(export, instance, secret, options.sequence, options.is_ours)
     device = GnbdDevice(server, export, entrance, options)
     await device.start(nursery)
     return device

@@ -17,6 +17,7 @@ from cluster.wire import login_proof
 from gnbd import messages as m
 from gnbd import protocol as p
 
+HEAD_BYTES = 4096
 _NO_TLS_HINT = "give this client a certificate: [tls] in node.toml, then start clusterd again"
 
 
@@ -101,6 +102,15 @@ def login_dialogue(
     if result.status != m.LOGIN_REFUSED and not hmac.compare_digest(result.proof, expected):
         raise ProtocolError("the server does not know the secret of this instance")
     return result
+
+
+def head_dialogue() -> Generator[bytes | int, bytes, bytes]:
+    """Right after GO: the first HEAD_BYTES of the disk; empty if it cannot read them."""
+    yield p.REQUEST.pack(p.REQUEST_MAGIC, 0, p.CMD_READ, 0, 0, HEAD_BYTES)
+    magic, error, cookie = p.REPLY.unpack((yield p.REPLY.size))
+    if magic != p.REPLY_MAGIC or cookie:
+        raise ProtocolError("bad reply")
+    return b"" if error else (yield HEAD_BYTES)
 
 
 class Found(msgspec.Struct, frozen=True):

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import secrets
+from collections.abc import Callable
 from typing import Protocol
 
 import msgspec
 import trio
 
-from cluster.errors import BarredError, StackError, UsageError
+from cluster.errors import BarredError, ForeignError, StackError, UsageError
 from cluster.ids import Epoch, Instance
 from gnbd import messages as m
 from gnbd import protocol as p
 from gnbd.control_client_io import drive
-from gnbd.dialogues import go_dialogue, login_dialogue
+from gnbd.dialogues import go_dialogue, head_dialogue, login_dialogue
 from gnbd.lanes import Path
+
+IsOurs = Callable[[bytes], bool]
 
 
 class OldGenerationError(StackError):
@@ -44,7 +47,8 @@ class Entrance(Protocol):
     sequence: int
 
     async def enter(self, path: Path, stream: trio.SocketStream) -> Entered:
-        """After the greeting. Raises BarredError, OldGenerationError, UsageError, StackError."""
+        """After the greeting. Raises BarredError, OldGenerationError, UsageError, ForeignError,
+        StackError."""
         ...
 
     def lost(self) -> None:
@@ -53,12 +57,16 @@ class Entrance(Protocol):
 
 
 class ClusterEntrance:
-    """LOGIN as an instance, then GO."""
+    """LOGIN as an instance, then GO. `is_ours`: whether a disk that begins so is the one that is
+    meant; behind the name may be another one since the server started again."""
 
     fenced = True
 
-    def __init__(self, export: str, instance: Instance, secret: bytes, sequence: int) -> None:
+    def __init__(
+        self, export: str, instance: Instance, secret: bytes, sequence: int, is_ours: IsOurs | None
+    ) -> None:
         self.sequence = sequence
+        self._is_ours = is_ours
         self._export = export
         self._instance = instance
         self._secret = secret
@@ -82,6 +90,13 @@ class ClusterEntrance:
             case _:
                 raise StackError(f"not now: {result.message}")
         found = await drive(go_dialogue(self._export), stream)
+        if self._is_ours is not None:
+            head = await drive(head_dialogue(), stream)
+            if head and not self._is_ours(head):
+                raise ForeignError(
+                    f"another disk is behind {self._export!r}",
+                    hint="were disks of that server renamed? see its exports.toml",
+                )
         return Entered(
             result.epoch, result.cache_generation, found.size_bytes, found.flags, result.checksums
         )

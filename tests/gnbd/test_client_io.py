@@ -8,12 +8,13 @@ import random
 import weakref
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
+from functools import partial
 
 import pytest
 import trio
 import trio.testing
 
-from cluster.errors import BarredError, DeviceError, StackError, UsageError
+from cluster.errors import BarredError, DeviceError, ForeignError, StackError, UsageError
 from cluster.ids import Epoch
 from gnbd import messages as m
 from gnbd.client_io import GnbdDevice, open_device
@@ -389,6 +390,60 @@ def test_a_disk_that_refuses_what_is_written_again(server):
             assert (server.directory / "disk0.img").read_bytes()[:4096] == b"a" * 4096
 
     trio_test(body)
+
+
+def test_another_disk_behind_the_name_is_not_used(tmp_path):
+    """Two disks of a server change places while it is down: nothing is written to the wrong one,
+    not even what had been acknowledged and is sent again."""
+    first, second = (tmp_path / f"{name}.img" for name in ("one", "two"))
+
+    def exports(zero, one):
+        both = (("disk0", zero), ("disk1", one))
+        return "".join(export_toml(n, path, "cluster", "16M", '"volatile"') for n, path in both)
+
+    async def body():
+        begins_with_a = {"is_ours": lambda head: head.startswith(b"a")}
+        async with opened(server) as device:
+            await device.write(0, b"a" * 4096, fua=True)
+        async with opened(server, **begins_with_a) as device, trio.open_nursery() as nursery:
+            await device.write(4096, b"b" * 4096)
+            server.kill()
+            server.exports = exports(second, first)
+            server.start()
+            server.install(1, MEMBERS)
+            nursery.start_soon(partial(device.write, 8192, b"c" * 4096, fua=True))
+            await eventually(lambda: "another disk" in str(device.status()["problems"]))
+            with pytest.raises(ExceptionGroup) as caught:
+                async with opened(server, **begins_with_a):
+                    pass
+            assert caught.group_contains(ForeignError, match="another disk")
+            server.kill()
+            assert second.read_bytes() == bytes(16 << 20)
+            server.exports = exports(first, second)
+            server.start()
+            server.install(1, MEMBERS)
+            await device.flush()
+        server.kill()
+        assert first.read_bytes()[:12288] == b"a" * 4096 + b"b" * 4096 + b"c" * 4096
+
+    with running(tmp_path, exports(first, second)) as server:
+        server.install(1, MEMBERS)
+        trio_test(body)
+
+
+def test_a_disk_whose_beginning_cannot_be_read_is_used(tmp_path):
+    """Nothing says that it is another one."""
+    broken = '"error:operation=read,offset=0,length=4096"'
+    exports = export_toml("disk0", tmp_path / "disk0.img", "cluster", "16M", broken)
+
+    async def body():
+        async with opened(server, is_ours=lambda _head: False) as device:
+            await device.write(4096, b"x" * 4096)
+            assert await device.read(4096, 4096) == b"x" * 4096
+
+    with running(tmp_path, exports) as server:
+        server.install(1, MEMBERS)
+        trio_test(body)
 
 
 def test_failed_flush_is_told_and_repaired(server):
