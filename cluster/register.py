@@ -82,6 +82,17 @@ def birth_record(state: ClusterState) -> bytes:
     return encode_record(Record(ballot, ballot, state))
 
 
+class Replace(msgspec.Struct, frozen=True):
+    """Event: by an operator's word the store holds this from now on (`clusterctl recover`), also
+    after messages that come meanwhile. `Replaced` follows when that is durable."""
+
+    record: Record
+
+
+class Replaced(msgspec.Struct, frozen=True):
+    """In Notify; see `Replace`."""
+
+
 class Acceptor:
     """See the module. `boot` is a number that no other start of this voter had (the node's
     incarnation; a server's start counter or time). `record` is the store, None without one."""
@@ -102,9 +113,13 @@ class Acceptor:
         """No timers."""
         return None
 
-    def step(self, now_ns: int, event: Received | Vouched | Tick) -> list[Action]:
+    def step(self, now_ns: int, event: Received | Vouched | Replace | Tick) -> list[Action]:
         """`Received` of Prepare, Accept, Query, Initialise; `Vouched` of the guard."""
         match event:
+            case Replace(record):
+                self.record = record
+                self._waiting.clear()
+                return [Persist(encode_record(record)), Notify(Replaced())]
             case Received(source, message):
                 if isinstance(message, Initialise):
                     return self._initialise(message)

@@ -24,7 +24,7 @@ from cluster.events import EVENTS_MAX, EventName
 from cluster.ids import NodeId, ServerId, VoterId
 from cluster.messages import Ballot
 from cluster.paths_io import boottime_ns
-from cluster.register import Record, encode_record
+from cluster.register import Record
 from cluster.state import (
     AddNode,
     AddServer,
@@ -307,8 +307,10 @@ class Admin:
         promised = record.promised.counter if record is not None else 0
         ballot = Ballot(promised + RECOVER_COUNTER, int(daemon.me), int(daemon.incarnation))
         state = recovered_state(newest, voters, {}, f"recover|n{daemon.me}|{daemon.incarnation}")
-        made = encode_record(Record(ballot, ballot, state))
-        await trio.to_thread.run_sync(daemon.files.save_acceptor, made)
+        with trio.move_on_after(VOTER_WAIT_S) as scope:
+            await daemon.replace_record(Record(ballot, ballot, state))
+        if scope.cancelled_caught:
+            raise StackError("the register cannot be stored", hint="see: clusterctl status")
         await trio.to_thread.run_sync(daemon.files.save_known, state)
         assert daemon.nursery is not None
         daemon.nursery.start_soon(self._start_anew)

@@ -50,7 +50,7 @@ from cluster.messages import (
     encode_message,
 )
 from cluster.paths_io import boottime_ns, run_dir
-from cluster.register import Acceptor
+from cluster.register import Acceptor, Record, Replace, Replaced
 from cluster.runner_io import STORE_RETRY_S, Runner
 from cluster.state import Change, ClusterState
 from cluster.timing import timing_of
@@ -124,6 +124,7 @@ class Clusterd:
         self._request = 0
         self._unsaved: ClusterState | None = None
         self._over = ""
+        self._replaced = trio.Event()
         self._purged: set[InstanceNo] = set()
         self._noted: dict[str, tuple[int, int]] = {}
         self.keys = Keys(KEY_ID, {KEY_ID: bytes.fromhex(config.cluster.key)})
@@ -250,6 +251,12 @@ class Clusterd:
         """Wait for the next `signal`."""
         await self.changed.wait()
 
+    async def replace_record(self, record: Record) -> None:
+        """The acceptor goes on from this record; return when it is durable."""
+        self._replaced = trio.Event()
+        self._acceptor.step(Replace(record))
+        await self._replaced.wait()
+
     # --- cores
 
     def step(self, event: Any) -> None:
@@ -315,6 +322,8 @@ class Clusterd:
                     self.transport.send(NodeId(to), encode_message(message))
             case Notify(event) if isinstance(event, Vouch):
                 self.guard.send(event)
+            case Notify(Replaced()):
+                self._replaced.set()
             case _:
                 raise AssertionError(f"the acceptor asks for {action}")
 

@@ -27,13 +27,22 @@ from cluster.messages import (
     encode_message,
 )
 from cluster.proposer import Conflict, Decided, NoQuorum, Propose, Proposer, Read
-from cluster.register import Acceptor, birth_record, decode_record_untrusted, encode_record
+from cluster.register import (
+    Acceptor,
+    Record,
+    Replace,
+    Replaced,
+    birth_record,
+    decode_record_untrusted,
+    encode_record,
+)
 from cluster.state import (
     FinishVoterChange,
     NodeInfo,
     StartVoterChange,
     apply_change,
     initial_state,
+    recovered_state,
 )
 from cluster.timing import timing_of
 
@@ -268,6 +277,26 @@ def test_initialise_is_for_this_start_only():
     [send] = acceptor.step(0, Received(1, Query(2)))
     assert isinstance(send.message, Current)
     assert send.message.value is None
+
+
+def test_nothing_that_comes_later_undoes_a_recovery():
+    """Others go on asking for the old register while this voter is about to start anew."""
+    state = first_state()
+    acceptor = Acceptor(1, birth_record(state))
+    waits = Accept(1, Ballot(2, 2, 1), 1, state)
+    assert isinstance(acceptor.step(0, Received(2, waits))[-1], Notify)
+    ballot = Ballot(1000, 1, 1)
+    record = Record(ballot, ballot, recovered_state(state, [1], {}, "recover"))
+    actions = acceptor.step(0, Replace(record))
+    assert actions == [Persist(encode_record(record)), Notify(Replaced())]
+    assert acceptor.step(0, Vouched(1, [], 0)) == []
+    [refused] = acceptor.step(0, Received(2, Prepare(7, Ballot(9, 2, 1), 1)))
+    assert refused.message.value == record.value
+    [refused] = acceptor.step(0, Received(2, Prepare(8, Ballot(2000, 2, 1), 1)))
+    assert refused.message.value == record.value
+    epoch = record.value.config_epoch
+    [kept, _promised] = acceptor.step(0, Received(2, Prepare(9, Ballot(2000, 2, 1), epoch)))
+    assert decode_record_untrusted(kept.record).value == record.value
 
 
 def test_a_damaged_store_is_an_error():
