@@ -12,7 +12,7 @@ from typing import Any
 import click
 import msgspec
 
-from cfs.mount_system_io import fuse_mounts
+from cfs.mount.system_io import fuse_mounts
 from cluster.control_client_io import call
 from cluster.errors import RefusedError, UsageError
 from cluster.tool_cli import ToolGroup

@@ -21,7 +21,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from cfs.kernel_cache import EVERYTHING, Span, edge_pages, page_span, subtract
+from cfs.fuse.kernel_cache import EVERYTHING, Span, edge_pages, page_span, subtract
 from native.requests import Opcode, PendingRequest
 
 PIECES_MAX = 256

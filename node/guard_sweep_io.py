@@ -15,7 +15,7 @@ import select
 import threading
 from collections.abc import Callable
 
-from cfs.kernel_cache import EVERYTHING
+from cfs.fuse.kernel_cache import EVERYTHING
 from native.notify import SWEEP_SLOTS, InodeSweep, increment_epoch, invalidate_inode
 from native.requests import RequestTable
 from node.guard_detour import Detour, Piece, by_inode

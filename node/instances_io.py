@@ -20,7 +20,7 @@ from typing import Any
 
 import trio
 
-from cfs.mount_system_io import mounted_minor
+from cfs.mount.system_io import mounted_minor
 from cluster.control import GroupMember, InstanceGranted
 from cluster.control_io import Handler, Session
 from cluster.core_events import GroupJoin, GroupLeave, GroupReleased, InstanceStarted

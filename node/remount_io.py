@@ -16,7 +16,7 @@ from typing import Any
 
 import trio
 
-from cfs.mount_system_io import MNT_DETACH, mount_source, unmount
+from cfs.mount.system_io import MNT_DETACH, mount_source, unmount
 from cluster.control_io import Handler
 from cluster.errors import StackError
 from cluster.events import EventName

@@ -9,16 +9,16 @@ from collections.abc import AsyncIterator, Callable
 import pytest
 import trio
 
-from cfs import fuse_layout
 from cfs.attributes import FLAG_IMMUTABLE, SetAttributes
 from cfs.errors import FsError
-from cfs.fuse_layout import CREATE_IN, FALLOCATE_IN
-from cfs.kernel_cache import KernelInode
-from cfs.kernel_cache_io import KernelCaches
-from cfs.mount_interrupt_io import RequestWaits
-from cfs.operations_base_io import Handle
-from cfs.operations_extension_io import Later
-from cfs.operations_io import CfsOperations
+from cfs.fuse import layout
+from cfs.fuse.interrupt_io import RequestWaits
+from cfs.fuse.kernel_cache import KernelInode
+from cfs.fuse.kernel_cache_io import KernelCaches
+from cfs.fuse.layout import CREATE_IN, FALLOCATE_IN
+from cfs.operations.base_io import Handle
+from cfs.operations.extension_io import Later
+from cfs.operations.handlers_io import CfsOperations
 from cfs.range_calls import FALLOC_KEEP_SIZE, FALLOC_PUNCH_HOLE
 from cfs.transaction import NotNow
 from dlm.cache import Glock
@@ -138,7 +138,7 @@ async def test_what_may_be_copied_in_part_is_dropped(operations: CfsOperations) 
     ino = await make_file(fs, b"f", b"x" * 9000)
     handle = await opened(operations, ino, os.O_WRONLY)
     fs.copy_range = killed  # type: ignore[method-assign, assignment]
-    body = fuse_layout.COPY_IN.pack(handle.number, 0, 0, handle.number, 9000, 9000, 0)
+    body = layout.COPY_IN.pack(handle.number, 0, 0, handle.number, 9000, 9000, 0)
     with refused(errno.EINTR):
         await operations._copy(request(Opcode.COPY_FILE_RANGE, ino), body)
     caches = operations.caches
@@ -180,7 +180,7 @@ async def test_an_open_that_is_refused_at_last_keeps_no_lock(
     fs = operations.fs
     made = await fs.create(fs.root_ino, b"f", 0o644, 0, 0)
     inode = operations.caches.know(made.ino, made.generation, directory=False)
-    monkeypatch.setattr("cfs.operations_base_io.HANDLES_MAX", 0)
+    monkeypatch.setattr("cfs.operations.base_io.HANDLES_MAX", 0)
     with refused(errno.ENFILE):
         operations.try_open_handle(inode, os.O_RDWR)
     state = fs.core.state(made.ino)
@@ -195,7 +195,7 @@ async def test_a_refused_write_has_still_been_in_pages(operations: CfsOperations
     ino = await make_file(fs, b"f", b"x" * 9000)
     handle = await opened(operations, ino, os.O_WRONLY)
     await fs.set_flags(ino, FLAG_IMMUTABLE, FLAG_IMMUTABLE)
-    body = bytes(fuse_layout.WRITE_IN_BYTES) + b"y" * 10
+    body = bytes(layout.WRITE_IN_BYTES) + b"y" * 10
     write = request(Opcode.WRITE, ino)._replace(handle=handle.number, offset=5000)
     with refused(errno.EPERM):
         operations._try_write(write, body)
@@ -224,9 +224,9 @@ async def test_a_write_that_needs_more_than_the_lock_is_not_done_at_once(
     await fs.setattr(ino, SetAttributes(mode=0o4755))
     handle = await opened(operations, ino, os.O_WRONLY)
     fields, prepare = WAITING[why]
-    body = bytes(fuse_layout.WRITE_IN_BYTES) + b"y" * 10
+    body = bytes(layout.WRITE_IN_BYTES) + b"y" * 10
     write = request(Opcode.WRITE, ino)._replace(handle=handle.number, offset=5000)
-    assert operations._try_write(write, body) == fuse_layout.WRITE_OUT.pack(10, 0)
+    assert operations._try_write(write, body) == layout.WRITE_OUT.pack(10, 0)
     prepare(handle.inode)
     assert operations._try_write(write._replace(offset=6000, **fields), body) is None
     assert await fs.read(ino, 6000, 10) == b"x" * 10

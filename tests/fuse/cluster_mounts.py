@@ -35,7 +35,7 @@ def mount(node, *options):
     """Mount the volume on a node."""
     path = node.base / "mnt"
     path.mkdir(exist_ok=True)
-    words = ["-m", "cfs.mount", VOLUME, str(path), "-f"]
+    words = ["-m", "cfs.mount.cli", VOLUME, str(path), "-f"]
     if options:
         words += ["-o", ",".join(options)]
     return Mounted(words, path, node.base / "mount.log", node.environment)

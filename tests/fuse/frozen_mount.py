@@ -14,10 +14,10 @@ import trio
 
 import native.fuse  # noqa: F401
 from cfs.lock_names import inode_lock_name
-from cfs.mount_local_io import open_local
-from cfs.mount_options import parse_arguments
-from cfs.mount_process_io import Mount
-from cfs.mount_system_io import StatusPipe, settle_process
+from cfs.mount.local_io import open_local
+from cfs.mount.options import parse_arguments
+from cfs.mount.process_io import Mount
+from cfs.mount.system_io import StatusPipe, settle_process
 from cfs.transaction import NotNow
 from dlm.modes import Result
 from tests.fuse.memory_fs import MemoryFileSystem, Node

@@ -8,10 +8,10 @@ import tempfile
 import trio
 
 import native.fuse  # noqa: F401
-from cfs.mount_local_io import open_local
-from cfs.mount_options import parse_arguments
-from cfs.mount_process_io import Mount
-from cfs.mount_system_io import StatusPipe, settle_process
+from cfs.mount.local_io import open_local
+from cfs.mount.options import parse_arguments
+from cfs.mount.process_io import Mount
+from cfs.mount.system_io import StatusPipe, settle_process
 from tests.fuse import memory_fs
 
 

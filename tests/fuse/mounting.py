@@ -103,7 +103,7 @@ def local_mount(
     *options: str,
     image_bytes: int = 1 << 30,
     name: str = "mnt",
-    program: tuple[str, ...] = ("cfs.mount",),
+    program: tuple[str, ...] = ("cfs.mount.cli",),
 ):
     """A local mount of a fresh (or, the second time, the same) image. `program`: the module that
     serves it, and what comes before the arguments of mount.cfs."""

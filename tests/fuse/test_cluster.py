@@ -156,7 +156,7 @@ def test_a_volume_is_mounted_once_per_node(mounts):
     }
     for place, text in told.items():
         done = subprocess.run(
-            [sys.executable, "-m", "cfs.mount", "vg0/vol0", place],
+            [sys.executable, "-m", "cfs.mount.cli", "vg0/vol0", place],
             env=node.environment, cwd=harness.ROOT, capture_output=True, text=True, timeout=120,
         )  # fmt: skip
         assert done.returncode == 32
@@ -462,7 +462,7 @@ def test_a_lost_mount_comes_back_by_itself(mounts):
     node = cluster.node(3)
     assert on.pop(3).close() == 0
     path = node.base / "mnt"
-    command = [sys.executable, "-m", "cfs.mount", "vg0/vol0", str(path), "-o", "noatime"]
+    command = [sys.executable, "-m", "cfs.mount.cli", "vg0/vol0", str(path), "-o", "noatime"]
 
     def run(*words):
         return subprocess.run(
@@ -530,7 +530,7 @@ def test_a_mount_ended_by_force_comes_back(mounts):
     node.call("cfs.sync", {"mountpoint": str(on[3].path)})
     for number in (1, 2):
         assert on[number].close() == 0
-    words = [sys.executable, "-m", "cfs.umount_cli", "-f", str(on[3].path)]
+    words = [sys.executable, "-m", "cfs.mount.umount_cli", "-f", str(on[3].path)]
     how = {"env": node.environment, "cwd": harness.ROOT, "capture_output": True, "text": True}
     refused = subprocess.run(words, **how, timeout=60)
     assert refused.returncode == 32, refused.stderr

@@ -7,8 +7,8 @@ import trio
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cfs import kernel_cache_io
-from cfs.kernel_cache import (
+from cfs.fuse import kernel_cache_io
+from cfs.fuse.kernel_cache import (
     EPOCH_NEVER,
     PAGE_BYTES,
     RANGES_MAX,
@@ -23,8 +23,8 @@ from cfs.kernel_cache import (
     subtract,
     without_waiting_reads,
 )
-from cfs.kernel_cache_io import KernelCaches
-from cfs.kernel_cache_notify_io import Job
+from cfs.fuse.kernel_cache_io import KernelCaches
+from cfs.fuse.notify_io import Job
 from cluster.locks import Mode
 
 ranges = st.tuples(st.integers(0, 400_000), st.integers(1, 60_000)).map(lambda p: (p[0], sum(p)))

@@ -12,10 +12,10 @@ from types import SimpleNamespace
 import pytest
 
 from cfs.errors import FsError
-from cfs.mount_options import fuse_options, parse_arguments
-from cfs.mount_recovery import Recovering, RecoveryCore, Release, Replay
-from cfs.mount_system_io import is_writing
-from cfs.operations_inode_io import InodeOperations
+from cfs.fuse.callers_io import is_writing
+from cfs.mount.options import fuse_options, parse_arguments
+from cfs.mount.recovery import Recovering, RecoveryCore, Release, Replay
+from cfs.operations.inode_io import InodeOperations
 from cluster.control import GroupEvent, GroupMember
 from cluster.errors import UsageError
 from cluster.ids import Epoch, Incarnation, Instance, InstanceNo, NodeId

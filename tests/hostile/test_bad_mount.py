@@ -34,7 +34,7 @@ ROWS = [
     ("umount of what is not mounted", "umount.fuse.cfs {dir}/mnt", 32, "not mounted"),
     ("umount of what does not exist", "umount.fuse.cfs {dir}/nowhere", 32, "not mounted"),
 ]
-ENTRY = {"mount.cfs": "cfs.mount", "umount.fuse.cfs": "cfs.umount_cli"}
+ENTRY = {"mount.cfs": "cfs.mount.cli", "umount.fuse.cfs": "cfs.mount.umount_cli"}
 
 
 @pytest.fixture

@@ -25,7 +25,7 @@ from native.requests import Opcode
 # isort: split
 import pyfuse3  # only after native.fuse
 
-from cfs.mount_reader_io import take_turns
+from cfs.mount.reader_io import take_turns
 
 FOREVER_S = 1e6
 

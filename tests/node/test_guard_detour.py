@@ -2,7 +2,7 @@
 
 import random
 
-from cfs.kernel_cache import EVERYTHING, edge_pages, page_span
+from cfs.fuse.kernel_cache import EVERYTHING, edge_pages, page_span
 from native.requests import READ_LOCKOWNER, WRITE_CACHE, Opcode, PendingRequest
 from node.guard_detour import WAITING_LOOKS, Detour
 

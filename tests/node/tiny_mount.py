@@ -15,9 +15,9 @@ from pathlib import Path
 
 import trio
 
-from cfs.guard_client_io import SharedInodeTable, attach
-from cfs.mount_fuse_io import fuse, pyfuse3
-from cfs.mount_system_io import mounted_minor
+from cfs.fuse.pyfuse3_io import fuse, pyfuse3
+from cfs.mount.guard_client_io import SharedInodeTable, attach
+from cfs.mount.system_io import mounted_minor
 from cluster.control_io import open_session
 from cluster.ids import Instance
 

@@ -22,7 +22,7 @@ from collections.abc import Callable
 
 import trio
 
-from cfs.kernel_cache import EVERYTHING, Span
+from cfs.fuse.kernel_cache import EVERYTHING, Span
 
 log = logging.getLogger(__name__)
 

@@ -12,16 +12,16 @@ import os
 import time
 from typing import TYPE_CHECKING
 
-from cfs import fuse_layout
 from cfs.errors import FsError
-from cfs.operations_base_io import Handle
-from cfs.operations_extension_io import PARKED, Answer, Parked
+from cfs.fuse import layout
+from cfs.operations.base_io import Handle
+from cfs.operations.extension_io import PARKED, Answer, Parked
 from cfs.transaction import NotNow
 from cluster.device import Buffer
 from native.requests import Opcode, Request
 
 if TYPE_CHECKING:
-    from cfs.operations_data_io import DataOperations
+    from cfs.operations.data_io import DataOperations
 
 
 class _DirectCall:
@@ -143,4 +143,4 @@ class DirectWrite(_DirectCall):
             )
         if self.error is not None:
             raise self.error
-        return fuse_layout.WRITE_OUT.pack(request.size, 0)
+        return layout.WRITE_OUT.pack(request.size, 0)

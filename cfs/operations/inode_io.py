@@ -6,7 +6,6 @@ import errno
 import os
 import struct
 
-from cfs import fuse_layout
 from cfs.attributes import (
     FLAG_APPEND,
     FLAG_IMMUTABLE,
@@ -18,11 +17,12 @@ from cfs.attributes import (
     SetAttributes,
 )
 from cfs.errors import FsError
-from cfs.fuse_layout import NS_PER_S
-from cfs.kernel_cache import KernelInode
-from cfs.mount_system_io import is_writing
-from cfs.operations_data_io import DataOperations
-from cfs.operations_extension_io import Extension
+from cfs.fuse import layout
+from cfs.fuse.callers_io import is_writing
+from cfs.fuse.kernel_cache import KernelInode
+from cfs.fuse.layout import NS_PER_S
+from cfs.operations.data_io import DataOperations
+from cfs.operations.extension_io import Extension
 from native.requests import (
     SETATTR_ATIME,
     SETATTR_ATIME_NOW,
@@ -74,7 +74,7 @@ class InodeOperations(DataOperations):
 
     def _statx_answer(self, account: KernelInode, attributes: Attributes) -> bytes:
         attributes, timeout = self.current_attributes(account, attributes)
-        return fuse_layout.encode_statx(attributes, timeout)
+        return layout.encode_statx(attributes, timeout)
 
     # -- setattr ---------------------------------------------------------------------------------
 
@@ -82,7 +82,7 @@ class InodeOperations(DataOperations):
         (
             valid, _, size, _, atime_s, mtime_s, ctime_s, atime_ns, mtime_ns, ctime_ns,
             mode, uid, gid,
-        ) = fuse_layout.SETATTR_IN.unpack_from(body)  # fmt: skip
+        ) = layout.SETATTR_IN.unpack_from(body)  # fmt: skip
 
         def time(given: int, now: int, seconds: int, ns: int) -> int | None:
             if not valid & given:
@@ -133,12 +133,12 @@ class InodeOperations(DataOperations):
 
     def _attributes_out(self, account: KernelInode, changed: Attributes) -> bytes:
         fresh, timeout = self.current_attributes(account, changed)
-        return fuse_layout.encode_attr_out(fresh, timeout)
+        return layout.encode_attr_out(fresh, timeout)
 
     # -- O_TMPFILE ---------------------------------------------------------------------------------
 
     async def _tmpfile(self, request: Request, body: bytes) -> bytes:
-        flags, mode, umask, _ = fuse_layout.CREATE_IN.unpack_from(body)
+        flags, mode, umask, _ = layout.CREATE_IN.unpack_from(body)
         parent = self.ino(request.inode)
         made = await self.fs.tmpfile(
             parent, mode, request.uid, request.gid, umask, linkable=not flags & os.O_EXCL
@@ -150,7 +150,7 @@ class InodeOperations(DataOperations):
         inode = handle.inode
         inode.lookups += 1
         attributes, timeout = self.current_attributes(inode, made)
-        entry = fuse_layout.encode_entry(
+        entry = layout.encode_entry(
             attributes, inode.node, attribute_timeout_s=timeout, name_timeout_s=0.0
         )
         return entry + self.encode_opened(handle)
@@ -159,8 +159,8 @@ class InodeOperations(DataOperations):
 
     async def _ioctl(self, request: Request, body: bytes) -> bytes:
         """What chattr(1) and lsattr(1) need; the kernel checks who may."""
-        _, _, command, _, in_size, out_size = fuse_layout.IOCTL_IN.unpack_from(body)
-        given = body[fuse_layout.IOCTL_IN.size :][:in_size]
+        _, _, command, _, in_size, out_size = layout.IOCTL_IN.unpack_from(body)
+        given = body[layout.IOCTL_IN.size :][:in_size]
         ino = self.ino(request.inode)
         if command == FS_IOC_SETFLAGS and len(given) >= _FLAGS.size:
             await self.fs.set_flags(ino, _FLAGS.unpack_from(given)[0], FLAGS_SETTABLE)
@@ -188,4 +188,4 @@ class InodeOperations(DataOperations):
     @staticmethod
     def _ioctl_answer(data: bytes, room: int) -> bytes:
         # Numbers that are declared as long are int in truth: no byte more than that is answered.
-        return fuse_layout.IOCTL_OUT.pack(0, 0, 0, 0) + data[:room]
+        return layout.IOCTL_OUT.pack(0, 0, 0, 0) + data[:room]

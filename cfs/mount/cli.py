@@ -16,7 +16,7 @@ import stat
 import sys
 from pathlib import Path
 
-from cfs.mount_options import (
+from cfs.mount.options import (
     EXIT_BUG,
     EXIT_FAILED,
     EXIT_MOUNTED,
@@ -26,7 +26,7 @@ from cfs.mount_options import (
     MountArguments,
     parse_arguments,
 )
-from cfs.mount_system_io import (
+from cfs.mount.system_io import (
     StatusPipe,
     daemonise,
     fuse_mounts,
@@ -108,16 +108,16 @@ def run(arguments: MountArguments, status: Status) -> int:
     import trio
 
     from cfs.filesystem import FileSystem
-    from cfs.mount_process_io import Mount, OpenBackend
+    from cfs.mount.process_io import Mount, OpenBackend
     from cfs.runtime_io import TrioRuntime
 
     open_backend: OpenBackend
     if arguments.local:
-        from cfs.mount_local_io import open_local
+        from cfs.mount.local_io import open_local
 
         open_backend = open_local
     else:
-        from cfs.mount_cluster_io import open_cluster
+        from cfs.mount.cluster_io import open_cluster
 
         open_backend = open_cluster
 

@@ -17,12 +17,12 @@ import errno
 from cfs.errors import FsError
 from cfs.file_locks import FREE, FileLocks, LockRequest, encode_lock, parse_lock
 from cfs.filesystem import FileSystem
-from cfs.kernel_cache_io import KernelCaches
+from cfs.fuse.interrupt_io import RequestWaits
+from cfs.fuse.kernel_cache_io import KernelCaches
+from cfs.fuse.pyfuse3_io import pyfuse3
 from cfs.lock_names import flock_lock_name, range_lock_name
-from cfs.mount_fuse_io import pyfuse3
-from cfs.mount_interrupt_io import RequestWaits
-from cfs.operations_base_io import OperationsBase
-from cfs.operations_extension_io import PARKED, Extension, Parked
+from cfs.operations.base_io import OperationsBase
+from cfs.operations.extension_io import PARKED, Extension, Parked
 from cluster.locks import Mode
 from dlm.flocks import Flock
 from dlm.modes import Result

@@ -6,7 +6,7 @@ import ctypes
 import stat
 
 from cfs.attributes import Attributes, DirEntry
-from cfs.mount_fuse_io import pyfuse3
+from cfs.fuse.pyfuse3_io import pyfuse3
 
 BLOCK_BYTES = 4096
 _NODE_OFFSET_BYTES = 16

@@ -7,12 +7,12 @@ import select
 
 import trio
 
-from cfs.kernel_cache_notify_io import Notifier
-from cfs.mount_fuse_io import fuse, pyfuse3
-from cfs.mount_options import MountArguments, fuse_options
-from cfs.mount_reader_io import take_turns
-from cfs.mount_system_io import abort_mount, mounted_minor, set_read_ahead, unmount
-from cfs.operations_extension_io import Extensions
+from cfs.fuse.notify_io import Notifier
+from cfs.fuse.pyfuse3_io import fuse, pyfuse3
+from cfs.mount.options import MountArguments, fuse_options
+from cfs.mount.reader_io import take_turns
+from cfs.mount.system_io import abort_mount, mounted_minor, set_read_ahead, unmount
+from cfs.operations.extension_io import Extensions
 from cluster.errors import StackError
 
 log = logging.getLogger("cfs.mount")

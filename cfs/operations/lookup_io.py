@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import errno
 
-from cfs import fuse_layout
 from cfs.attributes import Attributes
 from cfs.errors import FsError
-from cfs.kernel_cache import KernelInode
-from cfs.operations_base_io import OperationsBase
-from cfs.operations_extension_io import Extension
+from cfs.fuse import layout
+from cfs.fuse.kernel_cache import KernelInode
+from cfs.operations.base_io import OperationsBase
+from cfs.operations.extension_io import Extension
 from native.requests import Opcode, Request
 
 
@@ -59,12 +59,12 @@ class LookupOperations(OperationsBase):
         timeout = self.name_timeout(parent, revision)
         if error.errno != errno.ENOENT or not timeout:
             raise error
-        return fuse_layout.encode_absent(timeout)
+        return layout.encode_absent(timeout)
 
     def encode_named(self, parent: KernelInode, revision: int, attributes: Attributes) -> bytes:
         """The answer that makes the kernel know an inode: counted until it is forgotten."""
         inode, attributes, timeout = self.count_entry(attributes)
-        return fuse_layout.encode_entry(
+        return layout.encode_entry(
             attributes,
             inode.node,
             attribute_timeout_s=timeout,
@@ -84,16 +84,16 @@ class LookupOperations(OperationsBase):
 
     def _attributes(self, account: KernelInode, attributes: Attributes) -> bytes:
         attributes, timeout = self.current_attributes(account, attributes)
-        return fuse_layout.encode_attr_out(attributes, timeout)
+        return layout.encode_attr_out(attributes, timeout)
 
     # -- forget: no answer -----------------------------------------------------------------------
 
     def _try_forget(self, request: Request, body: bytes) -> bytes:
-        (count,) = fuse_layout.FORGET_IN.unpack_from(body)
+        (count,) = layout.FORGET_IN.unpack_from(body)
         return self._forgotten([(request.inode, count)])
 
     def _try_forget_many(self, request: Request, body: bytes) -> bytes:
-        return self._forgotten(fuse_layout.decode_batch_forget(body))
+        return self._forgotten(layout.decode_batch_forget(body))
 
     async def _forget(self, request: Request, body: bytes) -> bytes:
         raise AssertionError("a forget never waits")

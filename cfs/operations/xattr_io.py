@@ -10,16 +10,16 @@ from __future__ import annotations
 
 import errno
 
-from cfs import fuse_layout
 from cfs.errors import FsError
-from cfs.mount_capability_io import CAP_SYS_ADMIN, has_capability
-from cfs.mount_fuse_io import fuse
-from cfs.operations_base_io import OperationsBase
-from cfs.operations_extension_io import Extension
+from cfs.fuse import layout
+from cfs.fuse.callers_io import CAP_SYS_ADMIN, has_capability
+from cfs.fuse.pyfuse3_io import fuse
+from cfs.operations.base_io import OperationsBase
+from cfs.operations.extension_io import Extension
 from cfs.xattr import ACCESS_ACL, DEFAULT_ACL
 from native.requests import Opcode, Request
 
-_SIZE = fuse_layout.GETXATTR_IN
+_SIZE = layout.GETXATTR_IN
 
 
 def sized(wanted: int, data: bytes) -> bytes:
@@ -43,7 +43,7 @@ class XattrOperations(OperationsBase):
         }
 
     def _try_getxattr(self, request: Request, body: bytes) -> bytes | None:
-        name, _ = fuse_layout.split_name(body[_SIZE.size :])
+        name, _ = layout.split_name(body[_SIZE.size :])
         try:
             value = self.fs.try_getxattr(self.ino(request.inode), name)
         except FsError:
@@ -55,7 +55,7 @@ class XattrOperations(OperationsBase):
         return sized(_SIZE.unpack_from(body)[0], value)
 
     async def _getxattr(self, request: Request, body: bytes) -> bytes:
-        name, _ = fuse_layout.split_name(body[_SIZE.size :])
+        name, _ = layout.split_name(body[_SIZE.size :])
         try:
             value = await self.fs.getxattr(self.ino(request.inode), name)
         finally:
@@ -69,18 +69,17 @@ class XattrOperations(OperationsBase):
             self.known(request.inode).attributes_out = True
 
     async def _setxattr(self, request: Request, body: bytes) -> bytes:
-        layout = fuse_layout.SETXATTR_IN
-        size, flags, extra, _ = layout.unpack_from(body)
-        start = layout.size
+        size, flags, extra, _ = layout.SETXATTR_IN.unpack_from(body)
+        start = layout.SETXATTR_IN.size
         if not fuse.session_info().agreed_bits & fuse.Init.SETXATTR_EXT:
             start, extra = _SIZE.size, 0
-        name, value = fuse_layout.split_name(body[start:])
+        name, value = layout.split_name(body[start:])
         await self.fs.setxattr(
             self.ino(request.inode),
             name,
             value[:size],
             flags,
-            kill_group_id=bool(extra & fuse_layout.SETXATTR_ACL_KILL_SGID),
+            kill_group_id=bool(extra & layout.SETXATTR_ACL_KILL_SGID),
         )
         return b""
 
@@ -92,6 +91,6 @@ class XattrOperations(OperationsBase):
         return sized(_SIZE.unpack_from(body)[0], b"".join(name + b"\0" for name in names))
 
     async def _removexattr(self, request: Request, body: bytes) -> bytes:
-        name, _ = fuse_layout.split_name(body)
+        name, _ = layout.split_name(body)
         await self.fs.removexattr(self.ino(request.inode), name)
         return b""

@@ -8,14 +8,14 @@ from __future__ import annotations
 import errno
 import os
 
-from cfs import fuse_layout
 from cfs.attributes import Attributes, SetAttributes
 from cfs.errors import FsError
+from cfs.fuse import layout
+from cfs.fuse.kernel_cache import KernelInode
 from cfs.immediate import Attempt
-from cfs.kernel_cache import KernelInode
-from cfs.operations_base_io import Handle
-from cfs.operations_extension_io import Extension
-from cfs.operations_locks_io import LockOperations
+from cfs.operations.base_io import Handle
+from cfs.operations.extension_io import Extension
+from cfs.operations.locks_io import LockOperations
 from cfs.protection import need_openable
 from cfs.transaction import NotNow
 from cluster.locks import CachedLock, Mode
@@ -37,10 +37,10 @@ class OpenOperations(LockOperations):
 
     def encode_opened(self, handle: Handle) -> bytes:
         """`fuse_open_out`."""
-        flags = fuse_layout.FOPEN_KEEP_CACHE
+        flags = layout.FOPEN_KEEP_CACHE
         if handle.uncached:
-            flags |= fuse_layout.FOPEN_DIRECT_IO
-        return fuse_layout.OPEN_OUT.pack(handle.number, flags, 0)
+            flags |= layout.FOPEN_DIRECT_IO
+        return layout.OPEN_OUT.pack(handle.number, flags, 0)
 
     # -- files -------------------------------------------------------------------------------------
 
@@ -193,7 +193,7 @@ class OpenOperations(LockOperations):
             return self._encode_opened_directory(handle)
         answer = self._opened_directory(account)
         if self.waits.is_abandoned(request.unique):
-            (number, _, _) = fuse_layout.OPEN_OUT.unpack(answer)
+            (number, _, _) = layout.OPEN_OUT.unpack(answer)
             self._close_directory(number)
             raise FsError(errno.EINTR, "the caller was killed")
         return answer
@@ -209,7 +209,7 @@ class OpenOperations(LockOperations):
 
     @staticmethod
     def _encode_opened_directory(handle: Handle) -> bytes:
-        return fuse_layout.OPEN_OUT.pack(handle.number, 0, 0)
+        return layout.OPEN_OUT.pack(handle.number, 0, 0)
 
     def _try_releasedir(self, request: Request, body: bytes) -> bytes:
         self._close_directory(request.handle)

@@ -14,11 +14,11 @@ import trio
 from cfs.attributes import Attributes, SetAttributes
 from cfs.errors import FsError
 from cfs.filesystem import FileSystem
-from cfs.kernel_cache import EVERYTHING, KernelInode, Waiter
-from cfs.kernel_cache_io import ROOT_NODE, KernelCaches
-from cfs.mount_fuse_io import fuse, pyfuse3
-from cfs.mount_interrupt_io import CHANGES, RequestWaits
-from cfs.operations_entry_io import PlainEntry, entry
+from cfs.fuse.interrupt_io import CHANGES, RequestWaits
+from cfs.fuse.kernel_cache import EVERYTHING, KernelInode, Waiter
+from cfs.fuse.kernel_cache_io import ROOT_NODE, KernelCaches
+from cfs.fuse.pyfuse3_io import fuse, pyfuse3
+from cfs.operations.entry_io import PlainEntry, entry
 from cluster.device import Buffer
 from cluster.errors import BarredError
 from cluster.locks import CachedLock, Mode
@@ -78,7 +78,7 @@ class OperationsBase(pyfuse3.Operations):  # type: ignore[misc]
         self._plain = PlainEntry()
         self.barred = False
         self.answer: Callable[[Request, int, bytes | list[Buffer]], None]
-        """Answers a request with an errno, or 0 and data: `cfs.operations_extension_io`."""
+        """Answers a request with an errno, or 0 and data: `cfs.operations.extension_io`."""
         self.answer_later: Callable[[Request, Callable[[Request, bytes], Awaitable[bytes]]], None]
         """Gives a parked request a task after all."""
         self.request: Request

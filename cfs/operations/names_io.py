@@ -9,13 +9,13 @@ from __future__ import annotations
 import errno
 import os
 
-from cfs import fuse_layout
 from cfs.attributes import Attributes
 from cfs.errors import FsError
-from cfs.kernel_cache import KernelInode
-from cfs.operations_extension_io import Extension, Later
-from cfs.operations_lookup_io import LookupOperations
-from cfs.operations_open_io import OpenOperations
+from cfs.fuse import layout
+from cfs.fuse.kernel_cache import KernelInode
+from cfs.operations.extension_io import Extension, Later
+from cfs.operations.lookup_io import LookupOperations
+from cfs.operations.open_io import OpenOperations
 from cfs.transaction import NotNow
 from native.requests import Opcode, Request
 
@@ -46,8 +46,8 @@ class NameOperations(LookupOperations, OpenOperations):
     # -- create: a new file, open ----------------------------------------------------------------
 
     def _try_create(self, request: Request, body: bytes) -> bytes:
-        flags, mode, umask, _ = fuse_layout.CREATE_IN.unpack_from(body)
-        name = body[fuse_layout.CREATE_IN.size : -1]
+        flags, mode, umask, _ = layout.CREATE_IN.unpack_from(body)
+        name = body[layout.CREATE_IN.size : -1]
         parent = self.known(request.inode)
         revision = parent.revision
         try:
@@ -65,8 +65,8 @@ class NameOperations(LookupOperations, OpenOperations):
         return entry + self.encode_opened(handle)
 
     async def _create(self, request: Request, body: bytes) -> bytes:
-        flags, mode, umask, _ = fuse_layout.CREATE_IN.unpack_from(body)
-        name = body[fuse_layout.CREATE_IN.size : -1]
+        flags, mode, umask, _ = layout.CREATE_IN.unpack_from(body)
+        name = body[layout.CREATE_IN.size : -1]
         parent = self.known(request.inode)
         revision = parent.revision
         try:
@@ -100,47 +100,47 @@ class NameOperations(LookupOperations, OpenOperations):
     # -- other new inodes, and new names ---------------------------------------------------------
 
     async def _mknod(self, request: Request, body: bytes) -> bytes:
-        mode, rdev, umask, _ = fuse_layout.MKNOD_IN.unpack_from(body)
+        mode, rdev, umask, _ = layout.MKNOD_IN.unpack_from(body)
         parent = self.known(request.inode)
         revision = parent.revision
         made = await self.fs.mknod(
-            parent.number, body[fuse_layout.MKNOD_IN.size : -1], mode, request.uid, request.gid,
+            parent.number, body[layout.MKNOD_IN.size : -1], mode, request.uid, request.gid,
             rdev, umask,
         )  # fmt: skip
         return self._made(request, parent, revision, made)
 
     def _try_mkdir(self, request: Request, body: bytes) -> bytes:
-        mode, umask = fuse_layout.MKDIR_IN.unpack_from(body)
+        mode, umask = layout.MKDIR_IN.unpack_from(body)
         parent = self.known(request.inode)
         revision = parent.revision
         made = self.fs.try_mkdir(
-            parent.number, body[fuse_layout.MKDIR_IN.size : -1], mode, request.uid, request.gid,
+            parent.number, body[layout.MKDIR_IN.size : -1], mode, request.uid, request.gid,
             umask,
         )  # fmt: skip
         return self.encode_named(parent, revision, made)
 
     async def _mkdir(self, request: Request, body: bytes) -> bytes:
-        mode, umask = fuse_layout.MKDIR_IN.unpack_from(body)
+        mode, umask = layout.MKDIR_IN.unpack_from(body)
         parent = self.known(request.inode)
         revision = parent.revision
         made = await self.fs.mkdir(
-            parent.number, body[fuse_layout.MKDIR_IN.size : -1], mode, request.uid, request.gid,
+            parent.number, body[layout.MKDIR_IN.size : -1], mode, request.uid, request.gid,
             umask,
         )  # fmt: skip
         return self._made(request, parent, revision, made)
 
     async def _symlink(self, request: Request, body: bytes) -> bytes:
-        name, rest = fuse_layout.split_name(body)
+        name, rest = layout.split_name(body)
         parent = self.known(request.inode)
         revision = parent.revision
         made = await self.fs.symlink(parent.number, name, rest[:-1], request.uid, request.gid)
         return self._made(request, parent, revision, made)
 
     async def _link(self, request: Request, body: bytes) -> bytes:
-        (node,) = fuse_layout.LINK_IN.unpack_from(body)
+        (node,) = layout.LINK_IN.unpack_from(body)
         parent = self.known(request.inode)
         revision = parent.revision
-        name = body[fuse_layout.LINK_IN.size : -1]
+        name = body[layout.LINK_IN.size : -1]
         meant = self.known(node)
         made = await self.fs.link(
             meant.number, parent.number, name, generation=self.life_of(meant)
@@ -167,11 +167,9 @@ class NameOperations(LookupOperations, OpenOperations):
 
     def _places(self, request: Request, body: bytes) -> tuple[int, bytes, int, bytes, int]:
         """What a RENAME or RENAME2 says: old directory and name, new directory and name, flags."""
-        layout = fuse_layout.RENAME2_IN
-        if request.opcode == Opcode.RENAME:
-            layout = fuse_layout.RENAME_IN
-        (node,) = fuse_layout.RENAME_IN.unpack_from(body)
-        name, rest = fuse_layout.split_name(body[layout.size :])
+        head = layout.RENAME_IN if request.opcode == Opcode.RENAME else layout.RENAME2_IN
+        (node,) = layout.RENAME_IN.unpack_from(body)
+        name, rest = layout.split_name(body[head.size :])
         return self.ino(request.inode), name, self.ino(node), rest[:-1], request.flags
 
     def _try_rename(self, request: Request, body: bytes) -> bytes:

@@ -23,13 +23,13 @@ import trio
 from cfs import stage
 from cfs.errors import CorruptionError, FsError
 from cfs.file_locks import FileLocks
-from cfs.guard_client_io import GuardSession, SharedInodeTable, attach
+from cfs.fuse.interrupt_io import InterruptibleRuntime, RequestWaits
+from cfs.fuse.pyfuse3_io import fuse
 from cfs.lock_names import flock_lock_name, range_lock_name
-from cfs.mount_fuse_io import fuse
-from cfs.mount_interrupt_io import InterruptibleRuntime, RequestWaits
-from cfs.mount_options import MountArguments
-from cfs.mount_process_io import Mount
-from cfs.mount_recovery import (
+from cfs.mount.guard_client_io import GuardSession, SharedInodeTable, attach
+from cfs.mount.options import MountArguments
+from cfs.mount.process_io import Mount
+from cfs.mount.recovery import (
     Recovering,
     RecoveryAction,
     RecoveryCore,
@@ -60,7 +60,7 @@ CFS_VERBS = ("df", "journals", "grow", "sync", "counters", "losses", "waiting", 
 
 
 class ClusterBackend:
-    """Implements `cfs.mount_process_io.Backend`."""
+    """Implements `cfs.mount.process_io.Backend`."""
 
     def __init__(self, arguments: MountArguments, mount: Mount) -> None:
         self.waits = RequestWaits()

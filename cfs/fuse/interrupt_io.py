@@ -27,7 +27,7 @@ from collections.abc import Callable
 import trio
 
 from cfs.errors import FsError
-from cfs.mount_fuse_io import fuse
+from cfs.fuse.pyfuse3_io import fuse
 from dlm.engine import Runtime, Wakeup
 from native.process import fatal_signal_pending
 from native.requests import Opcode, Request

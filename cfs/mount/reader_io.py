@@ -17,7 +17,7 @@ from types import SimpleNamespace, TracebackType
 
 import trio
 
-from cfs.mount_fuse_io import fuse, pyfuse3
+from cfs.fuse.pyfuse3_io import fuse, pyfuse3
 
 IMMEDIATE_MAX = 16
 

@@ -10,8 +10,8 @@ from collections.abc import AsyncIterator
 
 import trio
 
-from cfs.mount_interrupt_io import InterruptibleRuntime, RequestWaits
-from cfs.mount_options import MountArguments
+from cfs.fuse.interrupt_io import InterruptibleRuntime, RequestWaits
+from cfs.mount.options import MountArguments
 from cluster.device_file_io import FileDevice
 from cluster.errors import BusyError, DeviceError
 from cluster.ids import Incarnation, Instance, InstanceNo, NodeId
@@ -33,7 +33,7 @@ class NoTable:
 
 
 class LocalBackend:
-    """Implements `cfs.mount_process_io.Backend`."""
+    """Implements `cfs.mount.process_io.Backend`."""
 
     def __init__(self, device: FileDevice, nursery: trio.Nursery) -> None:
         self.device = device

@@ -15,8 +15,8 @@ from typing import Final, NamedTuple
 
 import trio
 
-from cfs.mount_fuse_io import fuse
-from cfs.operations_base_io import OperationsBase
+from cfs.fuse.pyfuse3_io import fuse
+from cfs.operations.base_io import OperationsBase
 from cfs.transaction import NotNow
 from cluster.device import Buffer
 from native.requests import Opcode, Request

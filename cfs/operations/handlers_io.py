@@ -13,13 +13,13 @@ import trio
 
 from cfs.attributes import DirEntry
 from cfs.errors import FsError
-from cfs.mount_fuse_io import pyfuse3
-from cfs.operations_base_io import handler
-from cfs.operations_extension_io import Extension
-from cfs.operations_inode_io import InodeOperations
-from cfs.operations_names_io import NameOperations
-from cfs.operations_range_io import RangeOperations
-from cfs.operations_xattr_io import XattrOperations
+from cfs.fuse.pyfuse3_io import pyfuse3
+from cfs.operations.base_io import handler
+from cfs.operations.extension_io import Extension
+from cfs.operations.inode_io import InodeOperations
+from cfs.operations.names_io import NameOperations
+from cfs.operations.range_io import RangeOperations
+from cfs.operations.xattr_io import XattrOperations
 from native.requests import Opcode
 
 READDIR_BATCH = 128

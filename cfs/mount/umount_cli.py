@@ -11,8 +11,8 @@ import os
 import select
 import sys
 
-from cfs.mount_options import EXIT_FAILED, EXIT_MOUNTED, EXIT_USAGE
-from cfs.mount_system_io import (
+from cfs.mount.options import EXIT_FAILED, EXIT_MOUNTED, EXIT_USAGE
+from cfs.mount.system_io import (
     MNT_DETACH,
     MNT_FORCE,
     fuse_mounts,

@@ -14,18 +14,18 @@ import time
 
 import trio
 
-from cfs import fuse_layout
 from cfs.errors import FsError
 from cfs.filesystem import FileSystem
-from cfs.kernel_cache import PAGE_BYTES, KernelInode, Waiter
-from cfs.kernel_cache_io import KernelCaches
-from cfs.mount_fuse_io import pyfuse3
-from cfs.mount_interrupt_io import RequestWaits
-from cfs.mount_system_io import write_calls
-from cfs.operations_base_io import Handle, handler
-from cfs.operations_direct_io import DirectRead, DirectWrite
-from cfs.operations_extension_io import Answer, Extension, Parked
-from cfs.operations_open_io import OpenOperations
+from cfs.fuse import layout
+from cfs.fuse.callers_io import write_calls
+from cfs.fuse.interrupt_io import RequestWaits
+from cfs.fuse.kernel_cache import PAGE_BYTES, KernelInode, Waiter
+from cfs.fuse.kernel_cache_io import KernelCaches
+from cfs.fuse.pyfuse3_io import pyfuse3
+from cfs.operations.base_io import Handle, handler
+from cfs.operations.direct_io import DirectRead, DirectWrite
+from cfs.operations.extension_io import Answer, Extension, Parked
+from cfs.operations.open_io import OpenOperations
 from cluster.device import Buffer
 from cluster.locks import CachedLock, Mode
 from native.requests import Opcode, Request
@@ -183,12 +183,12 @@ class DataOperations(OpenOperations):
         if request.past_cache:
             if handle.uncached or not request.flags & os.O_DIRECT:
                 return None
-            return DirectWrite(self, request, body[fuse_layout.WRITE_IN_BYTES :]).now_or_later()
+            return DirectWrite(self, request, body[layout.WRITE_IN_BYTES :]).now_or_later()
         inode, lock = handle.inode, handle.lock
         # `filled`: pages were invalidated, and this WRITE may be near that.
         if inode.revoking or inode.filled or not lock.try_hold(Mode.EX):
             return None
-        off, buf = request.offset, body[fuse_layout.WRITE_IN_BYTES :]
+        off, buf = request.offset, body[layout.WRITE_IN_BYTES :]
         try:
             kill = request.kills_privileges
             if kill and (seen := self.fs.try_getattr(inode.number)) and seen.mode & 0o6000:
@@ -198,10 +198,10 @@ class DataOperations(OpenOperations):
             # Whatever becomes of it: the kernel has filled its pages before it asked.
             inode.wrote_pages(off, off + len(buf), time.monotonic_ns())
             lock.release(Mode.EX)
-        return fuse_layout.WRITE_OUT.pack(written, 0)
+        return layout.WRITE_OUT.pack(written, 0)
 
     async def _write(self, request: Request, body: bytes) -> bytes:
-        off, buf = request.offset, memoryview(body)[fuse_layout.WRITE_IN_BYTES :]
+        off, buf = request.offset, memoryview(body)[layout.WRITE_IN_BYTES :]
         if request.laundered:
             written = await self._launder(self.known(request.inode), off, buf)
         else:
@@ -212,7 +212,7 @@ class DataOperations(OpenOperations):
                 handle.refused_thread = request.pid
                 raise
             await self.caches.attributes_settled(handle.inode)
-        return fuse_layout.WRITE_OUT.pack(written, 0)
+        return layout.WRITE_OUT.pack(written, 0)
 
     async def _write_by(self, handle: Handle, request: Request, off: int, buf: Buffer) -> int:
         inode = handle.inode

@@ -25,15 +25,15 @@ import trio
 from cfs.attributes import MountOptions
 from cfs.file_locks import FileLocks
 from cfs.filesystem import FileSystem
-from cfs.kernel_cache_io import InodeTable, KernelCaches
-from cfs.mount_fuse_io import fuse
-from cfs.mount_interrupt_io import RequestWaits
-from cfs.mount_options import MountArguments
-from cfs.mount_session_io import FuseSession
-from cfs.mount_system_io import StatusPipe, note_process, settle_memory
-from cfs.mount_tasks_io import describe_tasks
-from cfs.operations_extension_io import Extensions
-from cfs.operations_io import CfsOperations
+from cfs.fuse.interrupt_io import RequestWaits
+from cfs.fuse.kernel_cache_io import InodeTable, KernelCaches
+from cfs.fuse.pyfuse3_io import fuse
+from cfs.mount.options import MountArguments
+from cfs.mount.session_io import FuseSession
+from cfs.mount.system_io import StatusPipe, note_process, settle_memory
+from cfs.mount.tasks_io import describe_tasks
+from cfs.operations.extension_io import Extensions
+from cfs.operations.handlers_io import CfsOperations
 from cfs.seams import Environment, Runtime
 from cluster.device import BlockDevice
 from cluster.errors import BarredError

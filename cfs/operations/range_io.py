@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import os
 
-from cfs import fuse_layout
 from cfs.errors import FsError
-from cfs.mount_capability_io import CAP_FSETID, has_capability
-from cfs.operations_data_io import DataOperations
-from cfs.operations_extension_io import Extension
+from cfs.fuse import layout
+from cfs.fuse.callers_io import CAP_FSETID, has_capability
+from cfs.operations.data_io import DataOperations
+from cfs.operations.extension_io import Extension
 from cfs.range_calls import FALLOC_KEEP_SIZE
 from native.requests import Opcode, Request
 
@@ -33,7 +33,7 @@ class RangeOperations(DataOperations):
         }
 
     async def _fallocate(self, request: Request, body: bytes) -> bytes:
-        number, offset, length, mode, _ = fuse_layout.FALLOCATE_IN.unpack_from(body)
+        number, offset, length, mode, _ = layout.FALLOCATE_IN.unpack_from(body)
         handle = self.handles[number]
         inode = handle.inode
         try:
@@ -55,23 +55,23 @@ class RangeOperations(DataOperations):
         return b""
 
     async def _lseek(self, request: Request, body: bytes) -> bytes:
-        number, offset, whence, _ = fuse_layout.LSEEK_IN.unpack_from(body)
+        number, offset, whence, _ = layout.LSEEK_IN.unpack_from(body)
         inode = self.handles[number].inode
         # A page of a mapping may be dirty without our knowledge, over blocks that were reserved.
         found = await self.fs.seek(
             inode.number, offset, data=whence == os.SEEK_DATA, unwritten_is_data=inode.writers > 0
         )
-        return fuse_layout.LSEEK_OUT.pack(found)
+        return layout.LSEEK_OUT.pack(found)
 
     async def _copy(self, request: Request, body: bytes) -> bytes:
         done = await self._copy_range(body, COPY_32_BYTES_MAX, request)
-        return fuse_layout.COPY_OUT.pack(done, 0)
+        return layout.COPY_OUT.pack(done, 0)
 
     async def _copy_64(self, request: Request, body: bytes) -> bytes:
-        return fuse_layout.COPY_64_OUT.pack(await self._copy_range(body, 1 << 62, request))
+        return layout.COPY_64_OUT.pack(await self._copy_range(body, 1 << 62, request))
 
     async def _copy_range(self, body: bytes, most: int, request: Request) -> int:
-        source, offset, _, target, to, length, _ = fuse_layout.COPY_IN.unpack_from(body)
+        source, offset, _, target, to, length, _ = layout.COPY_IN.unpack_from(body)
         handle = self.handles[target]
         try:
             done = await self.fs.copy_range(

@@ -31,7 +31,7 @@ from typing import Protocol
 
 import trio
 
-from cfs.kernel_cache import (
+from cfs.fuse.kernel_cache import (
     EPOCH_NEVER,
     EVERYTHING,
     SHARING_MODES,
@@ -45,7 +45,7 @@ from cfs.kernel_cache import (
     servable,
     without_waiting_reads,
 )
-from cfs.kernel_cache_notify_io import (
+from cfs.fuse.notify_io import (
     Job,
     Notifier,
     encode_attributes,

@@ -1,0 +1,1 @@
+"""The mount process: `mount.cfs`, `umount.fuse.cfs`."""

@@ -1,0 +1,1 @@
+"""What the kernel asks a mount for, and the answers of the file system."""
