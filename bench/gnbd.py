@@ -23,13 +23,14 @@ from bench.gnbd_cost import costs, percent
 from bench.gnbd_faults import CONNECTIONS, CUTS, FENCES, PATH_MS, WRITES, fences, path_cuts
 from bench.gnbd_integrity import cost as integrity_cost
 from bench.gnbd_peers import JOBS, RUNTIME_S, SIZE_MIB, Peer, Samples, compare, fio, foreign
-from gnbd.retained import RETAINED_BYTES_MAX
+from gnbd.client.retained import RETAINED_BYTES_MAX
 from lab.block_server import GnbdServer, export_toml, instance, member, opened
 
 
 def our_client(server: GnbdServer, plain: str, rounds: int) -> Samples:
     """Our client on a cluster export beside fio's engine on a plain one, same server. Ours may not
-    write for long without a FLUSH (gnbd.retained); fio is measured with as many and with none."""
+    write for long without a FLUSH (gnbd.client.retained); fio is measured with as many and with
+    none."""
     found: Samples = {}
 
     async def measured(kind: str, size_bytes: int, depth: int) -> float:

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from fencing.reservations import ReservationType, ServiceAction, Status
 from gnbd import messages as m
 from gnbd import protocol as p
-from gnbd.service_io import registration_key
+from gnbd.server.service_io import registration_key
 from lab.block_server import GnbdServer, instance, member
 from lab.raw_client import RawClient
 

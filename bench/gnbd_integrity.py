@@ -19,9 +19,9 @@ from pathlib import Path
 import click
 
 from bench.gnbd_peers import SIZE_MIB, fio
-from gnbd.backends_io import FileBackend
-from gnbd.integrity import Header
-from gnbd.integrity_io import Integrity, area_path, make_area, read_header
+from gnbd.server.backends_io import FileBackend
+from gnbd.server.integrity import Header
+from gnbd.server.integrity_io import Integrity, area_path, make_area, read_header
 from lab.block_server import GnbdServer, export_toml
 from native.checksum import crc32c_blocks
 from native.integrity import BLOCK_BYTES

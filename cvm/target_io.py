@@ -562,7 +562,7 @@ async def close_legs(device: VolumeDevice) -> None:
 
 def gnbd_legs(granted: InstanceGranted, nursery: trio.Nursery) -> OpenLeg:
     """Legs on block servers, logged in as the granted instance; their tasks run in `nursery`."""
-    from gnbd.client_io import Options, open_device
+    from gnbd.client.device_io import Options, open_device
 
     secret = bytes.fromhex(granted.secret)
 

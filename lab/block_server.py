@@ -25,11 +25,11 @@ from cluster.control import MemberInfo, ServerInfo
 from cluster.ids import Epoch, Incarnation, Instance, InstanceNo, NodeId, ServerId
 from cluster.wire import instance_secret
 from gnbd import messages as m
-from gnbd.client_io import GnbdDevice, Options, open_device
-from gnbd.control_blocking_io import BlockingControl, open_blocking
-from gnbd.control_session import Peer
+from gnbd.client.device_io import GnbdDevice, Options, open_device
+from gnbd.control.blocking_io import BlockingControl, open_blocking
+from gnbd.control.session import Peer
 from gnbd.identity import ServerIdentity, encode_server_token
-from gnbd.server_io import join_cluster
+from gnbd.server.server_io import join_cluster
 
 DEADLINE_S = 20.0
 INCARNATION = Incarnation(7)
@@ -89,7 +89,7 @@ class GnbdServer:
 
     def ctl(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         """gnbdctl on the storage host itself."""
-        program = "from gnbd.control_cli import control_main; control_main()"
+        program = "from gnbd.control.cli import control_main; control_main()"
         local = ["-s", str(self.state_dir / "gnbd.sock"), *arguments]
         return subprocess.run(
             [sys.executable, "-c", program, *local], capture_output=True, text=True, timeout=60
@@ -116,7 +116,7 @@ class GnbdServer:
         self.file.write_text(head + self.exports)
 
     def command(self, *arguments: str) -> list[str]:
-        return [*self.prefix, sys.executable, "-m", "gnbd.cli", *arguments, str(self.file)]
+        return [*self.prefix, sys.executable, "-m", "gnbd.server.cli", *arguments, str(self.file)]
 
     def join(self) -> None:
         join_cluster(self.state_dir, self.identity)
@@ -244,7 +244,7 @@ async def opened(
     deadline_s: float = 30,
     **options: object,
 ) -> AsyncIterator[GnbdDevice]:
-    """Our client on an export; `options` are those of `gnbd.client_io.Options`."""
+    """Our client on an export; `options` are those of `gnbd.client.device_io.Options`."""
     with trio.fail_after(deadline_s):
         async with trio.open_nursery() as nursery:
             device = await open_device(

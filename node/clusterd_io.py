@@ -57,7 +57,7 @@ from cluster.timing import timing_of
 from cluster.transport_io import Transport
 from cluster.wire import KEY_ID, Keys, derived_key
 from fencing.records import LinkBook
-from gnbd.control_session import Peer
+from gnbd.control.session import Peer
 from node.files_io import NodeFiles
 from node.guard_link_io import GuardLink
 from node.guard_messages import (

@@ -15,7 +15,7 @@ from cluster.state import WHOLE_NODE, HoldNode, NodeInfo, member_of
 from fencing.agent_io import Agent
 from fencing.records import FenceRecord, key_of
 from fencing.reservations import ReservationType
-from gnbd.control_client_io import Control
+from gnbd.control.client_io import Control
 from node.clusterd_io import Clusterd
 from node.fencer_io import CLEAN, Fencing
 from node.status import fence_rows

@@ -23,8 +23,8 @@ from cluster.events import EventName
 from cluster.ids import ServerId
 from cluster.messages import Install, Message
 from cluster.wire import Keys
-from gnbd.control_client_io import Control, open_control
-from gnbd.control_session import Peer
+from gnbd.control.client_io import Control, open_control
+from gnbd.control.session import Peer
 from gnbd.messages import Done
 
 QUEUE_MAX = 64

@@ -43,7 +43,7 @@ from cvm.bounded_io import BoundedDevice
 from cvm.layout import VolumeMap
 from cvm.manager import Identity, Manager, Node
 from cvm.seams import ExportInfo, Opener, VgEntry
-from gnbd.client_io import GnbdDevice, Options, open_device
+from gnbd.client.device_io import GnbdDevice, Options, open_device
 from node.clusterd_io import CLUSTERD, Clusterd
 from node.instances import LocalInstance
 

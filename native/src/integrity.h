@@ -4,7 +4,7 @@
  * nbd_integrity_data.c  data read, written and settled under it
  * nbd_file.c            whole reads and writes
  *
- * Layout of the file (its header is gnbd/integrity.py's):
+ * Layout of the file (its header is gnbd/server/integrity.py's):
  *
  * | offset               | size              | what                                            |
  * |----------------------|-------------------|-------------------------------------------------|

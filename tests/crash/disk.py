@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 import msgspec
 
 from cluster.device import Buffer
-from gnbd.filters.log_io import LOG_FLUSH, LOG_OPEN, LOG_WRITE
+from gnbd.server.filters.log_io import LOG_FLUSH, LOG_OPEN, LOG_WRITE
 from tests.crash.writelog import Entry, Piece
 
 BLOCK = 4096

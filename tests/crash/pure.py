@@ -20,7 +20,7 @@ from cfs.mkfs_plan import Choices, plan, write_plan
 from cfs.transaction import NotNow
 from cluster.device import Buffer
 from cluster.locks import Mode
-from gnbd.filters.log_io import LOG_FLUSH, LOG_WRITE
+from gnbd.server.filters.log_io import LOG_FLUSH, LOG_WRITE
 from tests.cfs.harness import Cluster
 from tests.crash.agent import RANGES
 from tests.crash.content import attribute_bytes, block_bytes, commit_bytes, stream

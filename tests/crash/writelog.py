@@ -1,7 +1,7 @@
 """The write logs of the block servers as one history of one volume.
 
-Each server's filter `log` records what it executes (`gnbd/filters/log_io.py`). Here the logs are
-merged by time (all servers and clients read the same clock) and translated from disks to the
+Each server's filter `log` records what it executes (`gnbd/server/filters/log_io.py`). Here the logs
+are merged by time (all servers and clients read the same clock) and translated from disks to the
 volume.
 """
 
@@ -26,7 +26,7 @@ from cvm.metadata import (
     decode_slot_untrusted,
     decode_text_untrusted,
 )
-from gnbd.filters.log_io import (
+from gnbd.server.filters.log_io import (
     LOG_ENTRY,
     LOG_FLUSH,
     LOG_MAGIC,

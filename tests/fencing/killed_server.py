@@ -16,7 +16,7 @@ import cluster.paths_io
 import fencing.store_io
 from fencing.store import SECTOR_BYTES, ServerState
 from fencing.store_io import StateFile
-from gnbd.cli import server_main
+from gnbd.server.cli import server_main
 
 COUNTED = ("open", "fchmod", "write", "fsync", "close", "replace")
 CALLS = {"slot": 4, "file": 9}

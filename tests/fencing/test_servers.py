@@ -17,8 +17,8 @@ from fencing.store import SECTOR_BYTES, decode_file_untrusted
 from fencing.store_io import StateFile
 from gnbd import messages as m
 from gnbd import protocol as p
-from gnbd.control_blocking_io import open_blocking
-from gnbd.control_session import Peer
+from gnbd.control.blocking_io import open_blocking
+from gnbd.control.session import Peer
 from lab.block_server import (
     INCARNATION,
     GnbdServer,

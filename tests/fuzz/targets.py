@@ -40,7 +40,8 @@ from fencing import store
 from gnbd import messages as m
 from gnbd import protocol as p
 from gnbd.exports import decode_exports
-from gnbd.handshake import (
+from gnbd.identity import ServerIdentity, decode_server_token_untrusted, encode_server_token
+from gnbd.server.handshake import (
     Denied,
     Enter,
     Handshake,
@@ -49,8 +50,7 @@ from gnbd.handshake import (
     StartTls,
     parse_go_untrusted,
 )
-from gnbd.identity import ServerIdentity, decode_server_token_untrusted, encode_server_token
-from gnbd.integrity import Header, decode_header_untrusted, encode_header
+from gnbd.server.integrity import Header, decode_header_untrusted, encode_header
 from native import crc32c
 from node.guard_messages import decode_attach_untrusted, is_detach_untrusted
 

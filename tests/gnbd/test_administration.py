@@ -20,14 +20,14 @@ from click.testing import CliRunner
 from cluster.errors import ConfigError, UsageError
 from gnbd import messages as m
 from gnbd import protocol as p
-from gnbd.catalogue_io import Catalogue
-from gnbd.control_blocking_io import open_blocking
-from gnbd.control_cli import control_main
-from gnbd.control_session import Peer
+from gnbd.control.blocking_io import open_blocking
+from gnbd.control.cli import control_main
+from gnbd.control.session import Peer
 from gnbd.exports import Export, decode_exports
 from gnbd.identity import LOCAL_IDENTITY
-from gnbd.reload import plan_reload
-from gnbd.service_io import Service
+from gnbd.server.catalogue_io import Catalogue
+from gnbd.server.reload import plan_reload
+from gnbd.server.service_io import Service
 from lab.block_server import GnbdServer, export_toml, member, reserve_port, running, wait_for
 from tests.gnbd.raw import RawClient
 from tests.gnbd.test_client_io import MEMBERS, eventually, opened
@@ -515,7 +515,7 @@ def test_memory_for_long_requests_is_shared(tmp_path):
 
 def test_gnbdctl_without_a_server(tmp_path):
     """One sentence, the code for 'unreachable'."""
-    program = "from gnbd.control_cli import control_main; control_main()"
+    program = "from gnbd.control.cli import control_main; control_main()"
     done = subprocess.run(
         [sys.executable, "-c", program, "-s", str(Path(tmp_path) / "gnbd.sock"), "exports"],
         capture_output=True, text=True,

@@ -13,7 +13,7 @@ import trio
 from cluster.control import ServerInfo
 from gnbd import messages as m
 from gnbd import protocol as p
-from gnbd.integrity_io import area_path
+from gnbd.server.integrity_io import area_path
 from lab.block_server import export_toml, instance, member, running
 from native.integrity import SUMS_AT
 from tests.gnbd.proxy import Relay

@@ -10,8 +10,8 @@ import trio
 
 from cluster.errors import StackError
 from gnbd import messages as m
-from gnbd.client_io import open_device
-from gnbd.pieces import REQUEST_BYTES_MAX
+from gnbd.client.device_io import open_device
+from gnbd.client.pieces import REQUEST_BYTES_MAX
 from lab.block_server import instance
 from tests.gnbd.test_client_io import DEADLINE_S, ME, eventually, opened, trio_test
 

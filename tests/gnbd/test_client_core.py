@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from cluster.errors import UnreachableError
 from cluster.ids import Epoch
 from gnbd import protocol as p
-from gnbd.client import ClientCore
-from gnbd.failures import Patience, UnknownOutcomeError
+from gnbd.client.core import ClientCore
+from gnbd.client.failures import Patience, UnknownOutcomeError
+from gnbd.client.lanes import LANE_BYTES_MAX, Lane, Request
+from gnbd.client.retained import OVERLAPS_SOUGHT_MAX, Piece, Retained, owned
 from gnbd.intervals import IntervalSet
-from gnbd.lanes import LANE_BYTES_MAX, Lane, Request
-from gnbd.retained import OVERLAPS_SOUGHT_MAX, Piece, Retained, owned
 
 ranges = st.tuples(st.integers(0, 60), st.integers(0, 60)).map(sorted)
 

@@ -7,9 +7,9 @@ import trio
 
 from cluster.errors import StackError, UnreachableError, UsageError
 from gnbd import messages as m
-from gnbd.client_io import Options
-from gnbd.failures import UnknownOutcomeError
-from gnbd.plain_io import open_plain
+from gnbd.client.device_io import Options
+from gnbd.client.failures import UnknownOutcomeError
+from gnbd.client.plain_io import open_plain
 from lab.block_server import export_toml, instance, running
 from tests.gnbd.test_client_io import MEMBERS, eventually, opened, trio_test
 

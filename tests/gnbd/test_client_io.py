@@ -17,9 +17,9 @@ import trio.testing
 from cluster.errors import BarredError, DeviceError, ForeignError, StackError, UsageError
 from cluster.ids import Epoch
 from gnbd import messages as m
-from gnbd.client_io import GnbdDevice, open_device
-from gnbd.pieces import REQUEST_BYTES_MAX
-from gnbd.retained import RETAINED_BYTES_MAX
+from gnbd.client.device_io import GnbdDevice, open_device
+from gnbd.client.pieces import REQUEST_BYTES_MAX
+from gnbd.client.retained import RETAINED_BYTES_MAX
 from lab import block_server
 from lab.block_server import export_toml, instance, member, running
 from tests.gnbd.conftest import MEMBERS

@@ -11,7 +11,7 @@ import trio.testing
 
 from cluster.errors import BarredError
 from gnbd import messages as m
-from gnbd.pieces import REQUEST_BYTES_MAX
+from gnbd.client.pieces import REQUEST_BYTES_MAX
 from native import crc32c_blocks
 from tests.gnbd.test_client_io import eventually, opened, trio_test
 

@@ -8,7 +8,7 @@ import trio.testing
 
 from cluster.errors import DeviceError
 from gnbd import protocol as p
-from gnbd.path_choice import LOSSES
+from gnbd.client.path_choice import LOSSES
 from tests.gnbd.test_client_io import eventually, opened, trio_test, verified_writer
 
 

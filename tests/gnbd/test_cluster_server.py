@@ -13,8 +13,8 @@ from cluster.ids import Epoch
 from fencing.reservations import ReservationType, ServiceAction, Status
 from gnbd import messages as m
 from gnbd import protocol as p
-from gnbd.control_client import InstallRefusedError
-from gnbd.service_io import registration_key
+from gnbd.control.client import InstallRefusedError
+from gnbd.server.service_io import registration_key
 from lab.block_server import export_toml, instance, member, running, wait_for
 from tests.gnbd.raw import RawClient, logged_in, login_result, login_status
 

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gnbd import protocol as p
-from gnbd.backends_io import FALLOC_KEEP_SIZE, FALLOC_PUNCH_HOLE, FileBackend, fallocate
-from gnbd.handshake import Close, Denied, Enter, Handshake, Offer, Private, Send
+from gnbd.server.backends_io import FALLOC_KEEP_SIZE, FALLOC_PUNCH_HOLE, FileBackend, fallocate
+from gnbd.server.handshake import Close, Denied, Enter, Handshake, Offer, Private, Send
 from lab.block_server import export_toml, running
 from tests.gnbd.raw import RawClient
 

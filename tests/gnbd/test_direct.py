@@ -13,7 +13,7 @@ import pytest
 
 from cluster.errors import ConfigError
 from gnbd import protocol as p
-from gnbd.backends_io import FileBackend
+from gnbd.server.backends_io import FileBackend
 from lab.block_server import export_toml, running
 from tests.gnbd.raw import RawClient
 from tests.hostile.disks import loop_device

@@ -14,11 +14,11 @@ from cluster.config import ClusterSection, NodeConfig, NodeSection, encode_node_
 from cluster.errors import ConfigError, UsageError
 from cluster.ids import NodeId
 from cluster.sizes import parse_size
-from gnbd.backends_io import FileBackend
 from gnbd.exports import FilterSpec, decode_exports, parse_filter
-from gnbd.filters.log_io import LOG_ENTRY, LOG_MAGIC
-from gnbd.filters.stack_io import changed_stack, filters_of, stack_filter
 from gnbd.identity import decode_server_token_untrusted, encode_server_token
+from gnbd.server.backends_io import FileBackend
+from gnbd.server.filters.log_io import LOG_ENTRY, LOG_MAGIC
+from gnbd.server.filters.stack_io import changed_stack, filters_of, stack_filter
 from lab.block_server import export_toml, member, running
 
 GOOD = """
@@ -193,7 +193,7 @@ def test_gnbdctl(tmp_path):
         (tmp_path / "node.toml").write_text(encode_node_config(config))
 
         def ctl(*arguments: str) -> str:
-            program = "import sys; from gnbd.control_cli import control_main; control_main()"
+            program = "import sys; from gnbd.control.cli import control_main; control_main()"
             where = ["-s", f"127.0.0.1:{server.port}", "--config", str(tmp_path / "node.toml")]
             done = subprocess.run(
                 [sys.executable, "-c", program, *where, *arguments],

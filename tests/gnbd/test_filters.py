@@ -10,8 +10,8 @@ from cluster.errors import ConfigError, UsageError
 from gnbd import messages as m
 from gnbd import protocol as p
 from gnbd.exports import FILTER_KINDS, FilterSpec, checked_filter, parse_filter
-from gnbd.filters.bucket import Bucket
-from gnbd.filters.chooser_io import Chooser
+from gnbd.server.filters.bucket import Bucket
+from gnbd.server.filters.chooser_io import Chooser
 from lab.block_server import export_toml, instance, member, running, wait_for
 from tests.gnbd.raw import RawClient, logged_in
 

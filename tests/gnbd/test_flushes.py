@@ -4,7 +4,7 @@ import threading
 
 import pytest
 
-from gnbd.flushes_io import Flushes
+from gnbd.server.flushes_io import Flushes
 
 WAIT_S = 10.0
 

@@ -16,12 +16,12 @@ from cluster.errors import StackError
 from fencing.reservations import Reservations
 from gnbd import messages as m
 from gnbd import protocol as p
-from gnbd.damages_io import Damages
-from gnbd.export_io import ExportRuntime
 from gnbd.exports import Export, ServerConfig
-from gnbd.integrity_io import area_path
-from gnbd.protection_io import convert
-from gnbd.service_io import Service
+from gnbd.server.damages_io import Damages
+from gnbd.server.export_io import ExportRuntime
+from gnbd.server.integrity_io import area_path
+from gnbd.server.protection_io import convert
+from gnbd.server.service_io import Service
 from lab.block_server import GnbdServer, export_toml, reserve_port, running, wait_for
 from native.integrity import Area
 from tests.gnbd.raw import RawClient

@@ -14,18 +14,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster.errors import CorruptionError
-from gnbd import keeper_io
-from gnbd.backends_io import FileBackend
-from gnbd.damages_io import Damages
-from gnbd.integrity import (
+from gnbd.server import keeper_io
+from gnbd.server.backends_io import FileBackend
+from gnbd.server.damages_io import Damages
+from gnbd.server.integrity import (
     HEADER_BYTES,
     Header,
     decode_header_untrusted,
     encode_header,
     newest_untrusted,
 )
-from gnbd.integrity_io import Integrity, area_path, make_area, read_header
-from gnbd.keeper_io import Keeper
+from gnbd.server.integrity_io import Integrity, area_path, make_area, read_header
+from gnbd.server.keeper_io import Keeper
 from lab.block_server import wait_for
 from native.integrity import BITS_AT, BITS_BYTES, BLOCK_BYTES, REGION_BYTES, SUMS_AT, ChecksumError
 

@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gnbd import protocol as p
-from gnbd.client import ClientCore
-from gnbd.lanes import Request
-from gnbd.merging import MERGED_BYTES_MAX, PART_BYTES_MAX, merged
+from gnbd.client.core import ClientCore
+from gnbd.client.lanes import Request
+from gnbd.client.merging import MERGED_BYTES_MAX, PART_BYTES_MAX, merged
 from lab.block_server import export_toml, running
 from tests.gnbd.test_client_io import MEMBERS, opened
 

@@ -17,8 +17,8 @@ import trio.testing
 from cluster.control import ServerInfo
 from cluster.errors import DeviceError, UsageError
 from cluster.ids import ServerId
-from gnbd.client_io import Options, open_device
-from gnbd.plain_io import open_plain, parse_uri
+from gnbd.client.device_io import Options, open_device
+from gnbd.client.plain_io import open_plain, parse_uri
 from lab.block_server import export_toml, running
 from tests.gnbd.certificates import Authority
 from tests.gnbd.others import SIZE_BYTES, Nbdkit, NbdServer, QemuNbd, serving

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from cluster.ids import Epoch
 from gnbd import protocol as p
-from gnbd.client import ClientCore
-from gnbd.lanes import LANE_REQUESTS_MAX, Lane, Path, Request
-from gnbd.path_choice import (
+from gnbd.client.core import ClientCore
+from gnbd.client.lanes import LANE_REQUESTS_MAX, Lane, Path, Request
+from gnbd.client.path_choice import (
     HEADER_COST_BYTES,
     LOSSES,
     PROBE_NS,

@@ -14,7 +14,7 @@ from cluster.errors import ConfigError, ForeignError, StackError, UsageError
 from cluster.ids import ServerId
 from cluster.tls import TlsSection
 from gnbd import messages as m
-from gnbd.client_io import open_device
+from gnbd.client.device_io import open_device
 from lab.block_server import export_toml, member, running
 from tests.gnbd.certificates import Authority
 from tests.gnbd.proxy import Relay

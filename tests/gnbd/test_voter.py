@@ -31,8 +31,8 @@ from cluster.messages import (
 )
 from cluster.state import NodeInfo, initial_state
 from cluster.wire import Frame, seal, unseal_untrusted
-from gnbd.control_client_io import open_control
-from gnbd.control_session import Peer
+from gnbd.control.client_io import open_control
+from gnbd.control.session import Peer
 from lab.block_server import INCARNATION, export_toml, member, running
 
 

@@ -18,8 +18,8 @@ from structlog.testing import capture_logs
 
 from cluster.errors import BusyError
 from gnbd import protocol as p
-from gnbd.catalogue_io import reload_or_complain
-from gnbd.integrity_io import area_path
+from gnbd.server.catalogue_io import reload_or_complain
+from gnbd.server.integrity_io import area_path
 from lab.block_server import export_toml, reserve_port, running, wait_for
 from tests.gnbd.certificates import Authority
 from tests.gnbd.raw import RawClient

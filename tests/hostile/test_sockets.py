@@ -36,8 +36,8 @@ from cluster.transport_io import Transport
 from cluster.wire import Frame, Keys, seal
 from gnbd import messages as m
 from gnbd import protocol as p
-from gnbd import server_io
-from gnbd.export_io import Connection
+from gnbd.server import server_io
+from gnbd.server.export_io import Connection
 from lab.block_server import export_toml, instance, member, running
 from node.guard_mounts_io import MountSocket
 from tests.gnbd.raw import RawClient, logged_in

@@ -255,7 +255,7 @@ class Server:
         assert output.returncode == 0, output.stderr
 
     def _command(self, *args):
-        code = "from gnbd.cli import server_main; server_main()"
+        code = "from gnbd.server.cli import server_main; server_main()"
         return [sys.executable, "-c", code, *args]
 
     def start(self):

@@ -87,7 +87,7 @@ def test_a_damaged_block_is_in_the_event_stream(cluster):
     with open(server.base / "disk0", "r+b") as disk:
         disk.seek(8 << 20)
         disk.write(b"?")
-    code = "from gnbd.control_cli import control_main; control_main()"
+    code = "from gnbd.control.cli import control_main; control_main()"
     arguments = ["-s", f"{server.base}/state/gnbd.sock", "scrub", "disk0", "--rate", "0", "--wait"]
     done = subprocess.run([sys.executable, "-c", code, *arguments], cwd=ROOT, capture_output=True)
     assert done.returncode == 11, done.stderr

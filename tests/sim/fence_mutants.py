@@ -1,7 +1,7 @@
 """Bugs that bars and reservations invite, put into ours one at a time.
 
 Each must be caught by the world (`tests/sim/fence_world.py`); `Patch` as in `dlm_mutants`. Those
-that patch `Server` break an order that `gnbd/service_io.py` keeps in the same way.
+that patch `Server` break an order that `gnbd/server/service_io.py` keeps in the same way.
 """
 
 from __future__ import annotations

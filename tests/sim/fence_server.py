@@ -1,8 +1,8 @@
 """A block server of the simulation that executes late, dies and comes back, with one export.
 
 The real cores (`fencing.admission`, `fencing.reservations`, `fencing.store`) run in what does what
-`gnbd/service_io.py` does: a request waits in a queue, its access is looked at when it begins to
-execute, it is in flight for a while, then it changes the disk. Saving takes time and a crash may
+`gnbd/server/service_io.py` does: a request waits in a queue, its access is looked at when it begins
+to execute, it is in flight for a while, then it changes the disk. Saving takes time and a crash may
 come before it is done. `FenceWorld` uses it as it is; `multipath_server` puts bytes, connections
 and a page cache on it.
 """

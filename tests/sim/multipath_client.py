@@ -19,9 +19,9 @@ from cluster.errors import DeviceError, StackError, UnreachableError
 from cluster.ids import Instance
 from gnbd import messages as m
 from gnbd import protocol as p
-from gnbd.client import ClientCore
-from gnbd.failures import Patience
-from gnbd.lanes import Lane, Path, Request
+from gnbd.client.core import ClientCore
+from gnbd.client.failures import Patience
+from gnbd.client.lanes import Lane, Path, Request
 from tests.sim.multipath_judge import Cell
 from tests.sim.multipath_server import (
     BLOCKS,
@@ -49,7 +49,7 @@ FLYING_MAX = 24
 
 
 class AnyLane:
-    """A `gnbd.path_choice.Ranking` without an order."""
+    """A `gnbd.client.path_choice.Ranking` without an order."""
 
     probe = None
 

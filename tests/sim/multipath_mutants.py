@@ -1,8 +1,8 @@
 """Bugs that several paths, caches and repetitions invite, put into ours one at a time.
 
 Each must be caught by the world (`tests/sim/multipath_world.py`); `Patch` as in `dlm_mutants`.
-Those that patch `DataServer` break a rule that `gnbd/service_io.py` or `gnbd/flushes_io.py` keeps,
-those that patch `Device` one of `gnbd/client_io.py`.
+Those that patch `DataServer` break a rule that `service_io.py` or `flushes_io.py` of `gnbd/server`
+keeps, those that patch `Device` one of `gnbd/client/device_io.py`.
 
 Too rare for the world, so that `tests/gnbd/test_client_core.py` has them alone: a DRAIN that frees
 what was lost in a later generation of its path, and a sequence number that waits for bytes which
@@ -15,8 +15,8 @@ from collections.abc import Callable
 
 from fencing import admission as a
 from gnbd import protocol as p
-from gnbd.client import ClientCore
-from gnbd.retained import Piece, Retained
+from gnbd.client.core import ClientCore
+from gnbd.client.retained import Piece, Retained
 from tests.sim.dlm_mutants import Patch
 from tests.sim.multipath_client import Device
 from tests.sim.multipath_server import DataServer

@@ -1,11 +1,11 @@
 """The block server of `fence_server` with bytes: connections, a page cache, a disk, flushes.
 
-It keeps the rules of `gnbd/service_io.py`, `gnbd/flushes_io.py` and the C transmission: LOGIN
-closes and drains older generations of its path before it is answered, DRAIN does so for another
-path and LOGOUT for all of the nexus, what waits on a connection that was shut is discarded, one
-flush runs at a time, and when one has failed the cache generation rises and everybody is cut off
-before another begins. It is more disorderly than they are: requests of one connection execute
-beside each other.
+It keeps the rules of `service_io.py` and `flushes_io.py` of `gnbd/server` and those of the C
+transmission: LOGIN closes and drains older generations of its path before it is answered, DRAIN
+does so for another path and LOGOUT for all of the nexus, what waits on a connection that was shut
+is discarded, one flush runs at a time, and when one has failed the cache generation rises and
+everybody is cut off before another begins. It is more disorderly than they are: requests of one
+connection execute beside each other.
 
 The cache survives the end of the process. A power cut leaves of each block the durable version or
 any later one. A process that is killed while it writes leaves any part of that.

@@ -19,8 +19,8 @@ from cluster.errors import StackError
 from cluster.ids import Epoch
 from gnbd import messages as m
 from gnbd import protocol as p
-from gnbd.failures import MiscompareError, UnknownOutcomeError
-from gnbd.lanes import Request
+from gnbd.client.failures import MiscompareError, UnknownOutcomeError
+from gnbd.client.lanes import Request
 from tests.sim.multipath_server import (
     SWAPPED,
     WIDTH,

@@ -19,8 +19,8 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 
-import gnbd.lanes
-import gnbd.retained
+import gnbd.client.lanes
+import gnbd.client.retained
 from cluster.ids import Instance
 from tests.sim.fence_server import Server, View, Write
 from tests.sim.fence_world import FenceWorld
@@ -36,9 +36,9 @@ SETTLE = 6_000 * MS
 ALL, GONE = 0, -1
 """Whom a cut concerns: every node, for a while or for good."""
 SMALL = {
-    (gnbd.retained, "RETAINED_MAX"): 10,
-    (gnbd.retained, "OVERLAPS_SOUGHT_MAX"): 2,
-    (gnbd.lanes, "LANE_REQUESTS_MAX"): 3,
+    (gnbd.client.retained, "RETAINED_MAX"): 10,
+    (gnbd.client.retained, "OVERLAPS_SOUGHT_MAX"): 2,
+    (gnbd.client.lanes, "LANE_REQUESTS_MAX"): 3,
 }
 """So small that a short run meets the limits."""
 

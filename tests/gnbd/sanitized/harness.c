@@ -320,7 +320,7 @@ static void serve_compare(struct native_nbd *nbd, int style)
     assert(!atomic_load(&export.alone));
 }
 
-/* What Python does (gnbd/transmission_io.py). */
+/* What Python does (gnbd/server/transmission_io.py). */
 static void serve_request(struct native_nbd *nbd, int style)
 {
     struct native_nbd_request *request = native_nbd_request_of(nbd);

@@ -1,0 +1,1 @@
+"""The client of exports: one engine for all users of a disk."""

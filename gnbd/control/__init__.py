@@ -1,0 +1,1 @@
+"""CONTROL sessions: what clusterd and gnbdctl ask of a server."""

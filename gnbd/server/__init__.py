@@ -1,0 +1,1 @@
+"""gnbd-server: exports, their back ends and filters, reservations, a vote."""
