@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import logging
+import os
 import select
 
 import trio
 
-from cfs.fuse.notify_io import Notifier
+from cfs.fuse.notify_io import Notifier, encode_attributes
 from cfs.fuse.pyfuse3_io import fuse, pyfuse3
 from cfs.mount.options import MountArguments, fuse_options
 from cfs.mount.reader_io import take_turns
@@ -85,8 +87,7 @@ class FuseSession:
         try:
             await pyfuse3.main(min_tasks=TASKS_IDLE, max_tasks=TASKS_MAX)
         finally:
-            # Later there may be another mount at the same place with the same minor.
-            self.unmounted = mounted_minor(self.mountpoint) != self.minor
+            self.unmounted = not self._is_mounted()
 
     def terminate(self) -> None:
         """Let `serve` return although the mount is still there."""
@@ -98,20 +99,31 @@ class FuseSession:
         poll.register(self.descriptor, 0)
         return any(events & (select.POLLERR | select.POLLHUP) for _, events in poll.poll(0))
 
+    def _is_mounted(self) -> bool:
+        """Whether what is on top of the mount point is ours. Its minor alone does not tell: once
+        the kernel has let go of a mount, while this process was stopped perhaps, the next one at
+        the place gets the same; but then the kernel does not know our root any more."""
+        if mounted_minor(self.mountpoint) != self.minor:
+            return False
+        try:
+            os.write(self.descriptor, encode_attributes(pyfuse3.ROOT_INODE))
+        except OSError as error:
+            return error.errno != errno.ENOENT
+        return True
+
     async def try_unmount(self) -> int:
         """Unmount if nobody uses it; an errno (0: done). Writes what is dirty; needs `serve`."""
         return await trio.to_thread.run_sync(unmount, self.mountpoint)
 
     def abort(self) -> None:
         """Every request, now and later, ends with an error; the mount leaves the tree."""
-        if self.opened and not self.aborted and not self.unmounted:
+        if self.opened and not self.aborted and not self.unmounted and self._is_mounted():
             self.aborted = True
             abort_mount(self.mountpoint, self.minor)
 
     def close(self) -> None:
         """Give the connection back; unmounts if that has not happened yet."""
         if self.opened:
-            if not self.unmounted and mounted_minor(self.mountpoint) == self.minor:
-                self.abort()
+            self.abort()
             self.opened = False
             pyfuse3.close(unmount=False)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import mmap
 import os
+import signal
 import struct
 import subprocess
 import time
@@ -12,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.fuse.mounting import DEADLINE_S, Mounted, scratch
+from tests.fuse.mounting import DEADLINE_S, Mounted, local_mount, scratch
 
 IOCB = struct.Struct("=QIiHhIQQqQII")
 IOCB_CMD_PWRITE = 1
@@ -211,3 +213,32 @@ def test_a_killed_process_fails_its_callers(frozen):
     frozen.process.kill()
     frozen.process.wait(DEADLINE_S)
     assert client.wait(DEADLINE_S) != 0
+
+
+def test_a_process_that_was_stopped_leaves_its_successor_alone(frozen):
+    """Its mount was taken away and another one is at the place, with the same number."""
+    number = frozen.path.stat().st_dev
+    frozen.process.send_signal(signal.SIGSTOP)
+    try:
+        subprocess.run(["umount", "-i", "-l", "-f", frozen.path], check=True)
+        with successor(frozen, number) as mounted:
+            frozen.process.send_signal(signal.SIGCONT)
+            frozen.process.wait(DEADLINE_S)
+            (mounted.path / "there").write_bytes(b"still")
+            assert mounted.path.stat().st_dev == number
+            assert mounted.close() == 0
+    finally:
+        frozen.process.kill()
+
+
+@contextlib.contextmanager
+def successor(frozen, number):
+    """The next mount at the place. The kernel gives the lowest free number; another test may have
+    taken it for a while."""
+    end = time.monotonic() + DEADLINE_S
+    while True:
+        with local_mount(frozen.log.parent) as mounted:
+            if mounted.path.stat().st_dev == number:
+                yield mounted
+                return
+        assert time.monotonic() < end
