@@ -3,11 +3,14 @@
 `CFS_RUN_DIR` (default /run/cfs) holds sockets, `CFS_STATE_DIR` (default /var/lib/cfs) what must
 survive a reboot. A durable file is replaced atomically (write beside, fsync, rename, fsync of the
 directory) and carries a checksum, so a reader sees the old or the new content or a clear error.
+Who was killed between rename and fsync has left a name that only the kernel's cache has. So what
+is decided by such a file is read with `read_durable`: a power cut takes back nothing of it.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import os
@@ -19,6 +22,8 @@ from cluster.errors import BusyError, ConfigError, CorruptionError, os_failure
 RUN_DIR_DEFAULT = "/run/cfs"
 STATE_DIR_DEFAULT = "/var/lib/cfs"
 _DIGEST_BYTES = 16
+_NOT_OURS = (errno.EACCES, errno.EPERM, errno.EINVAL)
+"""Directories that somebody else has made, and file systems that cannot."""
 _STORE_MAGIC = b"CFSstor1"
 
 
@@ -48,9 +53,13 @@ def boottime_ns() -> int:
 
 
 def make_directory(path: Path) -> None:
-    """Make a directory (mode 0700) if it is not there. Raises ConfigError, NotPermittedError..."""
+    """Make a directory (mode 0700), and its name durable, if it is not there. Raises ConfigError,
+    NotPermittedError..."""
     try:
+        present = path.is_dir()
         path.mkdir(parents=True, exist_ok=True, mode=0o700)
+        if not present:
+            sync_names(path)
     except (FileExistsError, NotADirectoryError) as error:
         raise ConfigError(f"{path} is not a directory") from error
     except OSError as error:
@@ -61,6 +70,7 @@ def lock_directory(path: Path, program: str) -> int:
     """Only one process may use a state directory, and a killed one holds it until its last system
     call has ended. The descriptor is the lock. Raises BusyError that names the holder."""
     make_directory(path)
+    sync_names(path)  # whoever made it may have been killed before it had
     fd = os.open(path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -74,8 +84,36 @@ def lock_directory(path: Path, program: str) -> int:
     return fd
 
 
+def sync_directory(path: Path) -> None:
+    """Make the names in a directory durable. Raises OSError."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    except OSError as error:
+        error.filename = str(path)
+        raise
+    finally:
+        os.close(fd)
+
+
+def sync_names(path: Path) -> None:
+    """Make durable the name of `path` and those of the directories above, within its file system.
+    Raises OSError."""
+    above = Path(os.path.realpath(path)).parents
+    device = os.stat(above[0]).st_dev
+    for directory in above:
+        if os.stat(directory).st_dev != device:
+            return
+        try:
+            sync_directory(directory)
+        except OSError as error:
+            if error.errno not in _NOT_OURS:
+                raise
+
+
 def write_durable(path: Path, data: bytes, mode: int = 0o600) -> None:
-    """Replace `path` by `data`; on return it is on disk. Raises OSError: the old content stands."""
+    """Replace `path` by `data`; on return it is on disk. Raises OSError: then a start finds the
+    old content or this."""
     make_directory(path.parent)
     beside = path.with_name(path.name + ".new")
     fd = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, mode)
@@ -96,23 +134,19 @@ def write_durable(path: Path, data: bytes, mode: int = 0o600) -> None:
 
 
 def read_durable(path: Path) -> bytes | None:
-    """What `write_durable` left, None if the file does not exist. On return it is on disk: who was
-    killed after the rename has left a name that a power cut takes back. Raises OSError."""
+    """What `path` holds, None if it does not exist. On return it is on disk: whoever wrote it may
+    have been killed before it was, or have been an administrator. Raises OSError."""
     try:
-        data = path.read_bytes()
+        with open(path, "rb") as file:
+            data = file.read()
+            os.fsync(file.fileno())
     except FileNotFoundError:
         return None
+    except OSError as error:
+        error.filename = str(path)
+        raise
     sync_directory(path.parent)
     return data
-
-
-def sync_directory(path: Path) -> None:
-    """Make the names in a directory durable. Raises OSError."""
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def encode_store(payload: bytes) -> bytes:

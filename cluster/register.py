@@ -1,7 +1,9 @@
 """The voter's half of the register: a CASPaxos acceptor.
 
 Invariants:
-- promise and accepted value are durable before they are answered, and never go back;
+- promise and accepted value are durable before they are answered, and never go back; so the record
+  that a start gives to `Acceptor` is durable already (`paths_io.read_store`): a repeated request
+  is answered by it without a `Persist`;
 - a request with a config_epoch below that of the accepted value is refused (with that value);
 - without a store the acceptor answers `Uninitialised` and counts for nothing; a store is made
   only by `birth_record` (cluster init) or by `Initialise` with this start's `boot` number, which

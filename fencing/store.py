@@ -25,6 +25,10 @@ write later than its own was finished there, for that would have gone over it. I
 not finished either if a good older sector stands where it had to go, or a later one anywhere in
 the slot: after a finished write the other slot is next. What does not prove itself unfinished in
 this way stops the server; so do two slots that are not whole.
+
+A start may believe a slot that only the kernel's cache has, of a server that was killed before it
+was durable. So before it writes over the other one it writes out all that it has read, as it is
+(`store_io.py`): else the disk could have neither, or the one before both.
 `tests/fencing/test_store.py` tries every cut, any sectors, and decay on top of both.
 """
 

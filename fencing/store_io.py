@@ -23,14 +23,19 @@ class StateFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._next: Place | None = None
+        self._unsure = b""
+        """What was read, while it may be in the kernel's cache only."""
 
     def load(self) -> ServerState:
-        """The stored state, or a fresh one if the server never stored any."""
+        """The stored state, or a fresh one if the server never stored any. Nothing may be answered
+        by it before a `save`: the slot that counts may be what a killed server has left in the
+        kernel's cache, and what the disk has refused looks no other."""
         data = read_durable(self.path)
         if data is None:
             return ServerState()
         try:
             state, self._next = decode_file_untrusted(data)
+            self._unsure = data
         except CorruptionError as error:
             raise CorruptionError(
                 f"{self.path} is damaged: {error.message}",
@@ -47,9 +52,13 @@ class StateFile:
         written = encode_slot(payload, place) if place is not None else None
         if place is not None and written is not None:
             self._next = place.again()
-            if self._overwrite(written, place.offset):
+            # What was read goes to the disk before any of it is written over: the rules for a write
+            # that was cut short count on it that the other slot is there.
+            if self._overwrite(self._unsure, 0) and self._overwrite(written, place.offset):
+                self._unsure = b""
                 self._next = place.after()
                 return
+        self._unsure = b""
         data, following = encode_file(payload)
         write_durable(self.path, data)
         self._next = following
@@ -57,6 +66,8 @@ class StateFile:
     def _overwrite(self, data: bytes, offset: int) -> bool:
         """Write within the file, to the disk: one flush, where a new file takes three commits of
         the host's journal. False: somebody took the file away."""
+        if not data:
+            return True
         try:
             fd = os.open(self.path, os.O_WRONLY | os.O_DSYNC | os.O_CLOEXEC)
         except FileNotFoundError:

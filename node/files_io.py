@@ -9,6 +9,9 @@
 | fences | how putting nodes out went (fencing/records.py) |
 | mounts | what is mounted here and is to be mounted again after a failure (node/wanted.py), JSON |
 | known | the newest value of the register seen: says where the voters are, nothing more |
+
+A life begins with the incarnation, whose write makes all names in the directory durable: also those
+of files that an earlier life was killed over.
 """
 
 from __future__ import annotations
@@ -44,8 +47,8 @@ def _writing(path: Path) -> Iterator[None]:
 
 
 class NodeFiles:
-    """The files of one node. What writes raises StackError (NoSpaceError, ...); then the file has
-    its old content."""
+    """The files of one node. What writes raises StackError (NoSpaceError, ...); then a start finds
+    the old content or the new."""
 
     def __init__(self, directory: Path | str | None = None) -> None:
         self.directory = state_dir(directory)

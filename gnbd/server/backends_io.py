@@ -25,7 +25,7 @@ from cluster.errors import (
     os_failure,
 )
 from cluster.holders_io import lock_file
-from cluster.paths_io import make_directory
+from cluster.paths_io import make_directory, sync_names
 from gnbd.exports import SECTOR_BYTES, Export
 from native.integrity import BLOCK_BYTES, Area
 
@@ -217,6 +217,8 @@ class FileBackend(Backend):
             if direct:
                 self._go_direct()
             self._flush_fd = self.reopen(os.O_RDONLY)
+            if not read_only:
+                sync_names(path)  # also of a disk whose maker was killed before it had
         except (StackError, OSError):
             os.close(self.fd)
             raise

@@ -15,7 +15,7 @@ from urllib.parse import quote
 import msgspec
 
 from cluster.errors import CorruptionError, NotFoundError, os_failure
-from cluster.paths_io import make_directory, sync_directory
+from cluster.paths_io import make_directory, sync_directory, sync_names
 from gnbd.exports import Export
 from gnbd.server.backends_io import FileBackend
 from gnbd.server.integrity import HEADER_BYTES, Header, encode_header, file_bytes, newest_untrusted
@@ -120,7 +120,6 @@ def make_area(path: Path, header: Header, *, settled: bool) -> None:
             os.close(fd)
         os.replace(beside, path)
         sync_directory(path.parent)
-        sync_directory(path.parent.parent)  # its first file
     except OSError as error:
         beside.unlink(missing_ok=True)
         raise os_failure(error, f"cannot make {path}") from error
@@ -140,6 +139,7 @@ class Integrity:
             self._fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
             # Bits are made durable through the other one, which the kernel may tell of lost sums.
             self._sync_fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            sync_names(path)  # of an area whose maker was killed before it had
             self.area = Area(self._fd, header.size_bytes, self.events)
         except OSError as error:
             self._close_files()

@@ -24,7 +24,7 @@ import structlog
 
 from cluster.errors import ConfigError, ForeignError, ProtocolError, os_failure
 from cluster.holders_io import bind
-from cluster.paths_io import lock_directory, read_store, write_durable
+from cluster.paths_io import lock_directory, read_durable, read_store, write_durable
 from cluster.register import decode_record_untrusted
 from cluster.sizes import parse_size
 from fencing.store_io import StateFile
@@ -346,13 +346,12 @@ def load_identity(state_dir: Path) -> ServerIdentity | None:
     """server.toml, if this server has joined a cluster."""
     path = state_dir / "server.toml"
     try:
-        return decode_identity(path.read_bytes(), str(path))
-    except FileNotFoundError:
-        return None
+        data = read_durable(path)
     except PermissionError as error:
         raise os_failure(error, f"cannot read {path}") from error
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from error
+    return None if data is None else decode_identity(data, str(path))
 
 
 def join_cluster(state_dir: Path, identity: ServerIdentity) -> bool:

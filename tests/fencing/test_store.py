@@ -213,6 +213,12 @@ def test_round_trip(tmp_path):
         other.save(state(number))
         assert StateFile(path).load() == state(number)
     assert path.stat().st_ino == inodes[-1]
+    grown = StateFile(path)
+    grown.load()
+    for number in (10, 11):  # what was read does not come back into the new file
+        grown.save(state(number, 40_000))
+        assert StateFile(path).load() == state(number, 40_000)
+    assert path.stat().st_ino != inodes[-1]
 
 
 def test_a_file_that_a_killed_server_has_renamed_is_durable_once_it_was_loaded(
