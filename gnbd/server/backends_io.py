@@ -217,6 +217,7 @@ class FileBackend(Backend):
             if direct:
                 self._go_direct()
             self._flush_fd = self.reopen(os.O_RDONLY)
+            self.drop_refused()  # in an earlier life: whoever was told may be dead
             if not read_only:
                 sync_names(path)  # also of a disk whose maker was killed before it had
         except (StackError, OSError):

@@ -37,14 +37,20 @@ def serving(tmp_path: Path, filters: str) -> Iterator[tuple[GnbdServer, SmallDis
                 yield server, disk
 
 
-def write_back(server: GnbdServer) -> None:
-    """The kernel does so at any time, and finds out what the disk refuses."""
+@contextlib.contextmanager
+def open_disk(server: GnbdServer) -> Iterator[int]:
+    """In another program."""
     device = os.open(tomllib.loads(server.file.read_text())["exports"][0]["path"], os.O_RDONLY)
     try:
-        with pytest.raises(OSError, match="Input/output"):
-            os.fdatasync(device)
+        yield device
     finally:
         os.close(device)
+
+
+def write_back(server: GnbdServer) -> None:
+    """The kernel does so at any time, and finds out what the disk refuses."""
+    with open_disk(server) as device, pytest.raises(OSError, match="Input/output"):
+        os.fdatasync(device)
 
 
 @pytest.mark.parametrize("filters", ["", '"stats"'], ids=["C", "Python"])
@@ -66,6 +72,26 @@ def test_what_was_refused_is_not_read(tmp_path, how, filters):
             assert client.read(MIB, PIECE) == bytes(PIECE)
             assert client.read(0, PIECE) == b"n" * PIECE
             assert client.request(p.CMD_FLUSH) == 0
+
+
+def test_what_was_refused_in_an_earlier_life_is_not_read(tmp_path):
+    """Killed when another program had been told, and before its own next flush: nobody tells the
+    next one, whose flushes succeed."""
+    with serving(tmp_path, "") as (server, disk):
+        with RawClient(server, "disk") as client:
+            assert client.request(p.CMD_WRITE, 0, b"o" * PIECE, flags=p.CMD_FLAG_FUA) == 0
+            disk.fill()
+            assert client.request(p.CMD_WRITE, 0, b"n" * PIECE) == 0
+            assert client.request(p.CMD_WRITE, MIB, b"n" * PIECE) == 0
+            write_back(server)
+        with open_disk(server):  # as a file system below would: the last close forgets all
+            server.kill()
+            server.start()
+        with RawClient(server, "disk") as client:
+            found = client.read(MIB, PIECE)
+            assert client.request(p.CMD_FLUSH) == 0
+            assert found == bytes(PIECE)
+            assert client.read(0, PIECE) == b"n" * PIECE
 
 
 @pytest.mark.parametrize("filters", ["", '"stats"'], ids=["C", "Python"])
