@@ -31,7 +31,7 @@ from gnbd.control.session import Peer
 from gnbd.identity import ServerIdentity, encode_server_token
 from gnbd.server.server_io import join_cluster
 
-DEADLINE_S = 20.0
+DEADLINE_S = 60.0
 INCARNATION = Incarnation(7)
 
 
@@ -142,7 +142,11 @@ class GnbdServer:
             assert self.process.poll() is None, text
             return "gnbd-server: ready" in text
 
-        wait_for(ready, "server start")
+        try:
+            wait_for(ready, "server start")
+        except BaseException:  # the caller has nothing yet that it could stop
+            self.kill()
+            raise
 
     def kill(self) -> None:
         self._end(signal.SIGKILL)
