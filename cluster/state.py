@@ -15,6 +15,7 @@ Encoded as msgpack, at most `STATE_BYTES_MAX`.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import msgspec
@@ -241,7 +242,7 @@ def all_voters(state: ClusterState) -> list[VoterId]:
     return sorted({*state.voters, *state.old_voters})
 
 
-def is_majority(voters: list[VoterId], answered: list[int]) -> bool:
+def is_majority(voters: list[VoterId], answered: Collection[int]) -> bool:
     """Whether `answered` holds a majority of `voters`."""
     return 2 * sum(1 for voter in voters if voter in answered) > len(voters)
 
@@ -249,6 +250,24 @@ def is_majority(voters: list[VoterId], answered: list[int]) -> bool:
 def is_quorum(state: ClusterState, answered: list[int]) -> bool:
     """Whether `answered` can decide the register under this configuration."""
     return all(is_majority(voters, answered) for voters in electorates(state))
+
+
+def votes_to_drop(
+    state: ClusterState, leaver: VoterId, present: Collection[VoterId]
+) -> list[VoterId]:
+    """Whose votes must go, one after the other, so that those of `present` who stay can decide
+    without `leaver`. Empty when they can anyway, or could not even with it."""
+    stay = [voter for voter in state.voters if voter in present and voter != leaver]
+    if not stay or leaver not in state.voters or is_majority(state.voters, stay):
+        return []
+    if not is_majority(state.voters, [*stay, leaver]):
+        return []
+    if len(state.voters) % 2 == 0:
+        return [leaver]
+    # One vote less does not make the majority of an odd number smaller: somebody who is away
+    # loses his first (a node before a server).
+    away = [voter for voter in state.voters if voter not in present]
+    return [away[0], leaver]
 
 
 def apply_change(state: ClusterState, change: Change, writer: str) -> ClusterState:

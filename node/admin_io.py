@@ -34,9 +34,11 @@ from cluster.state import (
     NodeInfo,
     RemoveServer,
     StartVoterChange,
+    highest_incarnation,
     member_of,
     node_of,
     recovered_state,
+    votes_to_drop,
 )
 from cluster.wire import KEY_ID
 from gnbd.identity import ServerIdentity, encode_server_token
@@ -156,12 +158,11 @@ class Admin:
             raise BusyError(f"still running here: {names}", hint="unmount first, or say --force")
         for instance in live:
             self._daemon.end_instance(instance, clean=False, reason="the node leaves by force")
-        if params.get("give_up_vote", True):
-            await self._drop_vote_if_last_pair()
+        dropped = await self._drop_votes()
         await self._decide_leave()
         self._daemon.note(EventName.NODE_LEFT, f"{self._daemon.config.node.name} leaves")
         self._stop.set()
-        return {}
+        return {"votes_dropped": dropped}
 
     async def _decide_leave(self) -> None:
         """Ask until it is decided. Whoever gives up stays: a core that left later, with nobody to
@@ -177,20 +178,45 @@ class Admin:
         if not left:
             raise NotQuorateError("the cluster did not decide the leave in time")
 
-    async def _drop_vote_if_last_pair(self) -> None:
+    async def _drop_votes(self) -> list[str]:
         """The last leavers of a clean shutdown shrink the set of voters, down to one: without
-        this the other one could decide nothing any more."""
-        state = self._daemon.state
-        mine = VoterId(self._daemon.me)
-        present = [v for v in state.voters if v == mine or self._voter_answers(v)]
-        needed = len(state.voters) // 2 + 1
-        others = [m for m in self._daemon.view.members if m.node != self._daemon.me]
-        if mine in state.voters and others and len(present) - 1 < needed and len(present) > 1:
-            await self._change_voter(remove=mine)
+        this those who stay could decide nothing any more. Gives the names of who lost a vote."""
+        votes = self._votes_to_drop()
+        with trio.move_on_after(LEAVE_WAIT_S):
+            # A member that is not heard comes back or is put out: it may only be late.
+            while votes and any(not self._voter_answers(v) for v in self._members()):
+                await self._daemon.wait_changed()
+                votes = self._votes_to_drop()
+        for voter in votes:
+            await self._change_voter(remove=voter)
+        names = self._voter_names()
+        return [names[voter] for voter in votes]
 
-    def _voter_answers(self, voter: int) -> bool:
-        sighting = self._daemon.sighting
-        return sighting is not None and voter in sighting.voters
+    def _members(self) -> list[VoterId]:
+        """The voters who are members."""
+        state = self._daemon.state
+        return [voter for voter in state.voters if member_of(state.members, voter) is not None]
+
+    def _votes_to_drop(self) -> list[VoterId]:
+        state, mine = self._daemon.state, VoterId(self._daemon.me)
+        if all(member.node == self._daemon.me for member in state.members):
+            return []
+        return votes_to_drop(state, mine, [v for v in state.voters if self._voter_answers(v)])
+
+    def _voter_answers(self, voter: VoterId) -> bool:
+        """A node that has left is heard of for a while as a voter: of a node the life must be a
+        member, or come after all that the register has seen."""
+        state, sighting = self._daemon.state, self._daemon.sighting
+        if voter == VoterId(self._daemon.me):
+            return True
+        if sighting is None or voter not in sighting.voters:
+            return False
+        if node_of(state, voter) is None or member_of(state.members, voter) is not None:
+            return True
+        highest = highest_incarnation(state, voter)
+        return any(
+            int(p.node) == voter and p.alive and p.incarnation > highest for p in sighting.peers
+        )
 
     def _find_node(self, name: str) -> NodeInfo:
         for node in self._daemon.state.nodes:
@@ -200,11 +226,14 @@ class Admin:
 
     # --- voters
 
-    def _find_voter(self, name: str) -> VoterId:
+    def _voter_names(self) -> dict[int, str]:
+        """Of all nodes and servers, whether they have a vote or not."""
         state = self._daemon.state
-        known = [(int(info.id), info.name) for info in state.nodes]
-        known += [(int(info.id), info.name) for info in state.servers]
-        for number, called in known:
+        names = {int(info.id): info.name for info in state.nodes}
+        return names | {int(info.id): info.name for info in state.servers}
+
+    def _find_voter(self, name: str) -> VoterId:
+        for number, called in self._voter_names().items():
             if name in (called, str(number)):
                 return VoterId(number)
         raise NotFoundError(

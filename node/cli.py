@@ -121,9 +121,13 @@ def join(token: str, as_json: bool) -> None:
 @click.option("--force", is_flag=True, help="Also with mounts: their unsynced data is lost.")
 @_json_option
 def leave(force: bool, as_json: bool) -> None:
-    """Leave cleanly; clusterd ends. It comes back when clusterd is started again."""
+    """Leave cleanly; clusterd ends. It comes back when clusterd is started again. When too few
+    voters would stay to decide anything, it gives up its vote, and that of one who is away."""
     result = control_client_io.call("cluster.leave", {"force": force}, timeout_s=LONG_S)
-    _show(result, as_json, "left; clusterd ends")
+    text = "left; clusterd ends"
+    if result["votes_dropped"]:
+        text += f"; votes given up: {', '.join(result['votes_dropped'])} (clusterctl voter add)"
+    _show(result, as_json, text)
 
 
 @main.command()

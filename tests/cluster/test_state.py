@@ -31,6 +31,7 @@ from cluster.state import (
     initial_state,
     is_quorum,
     recovered_state,
+    votes_to_drop,
 )
 
 
@@ -156,6 +157,34 @@ def test_voters_change_in_two_steps():
 def test_the_last_voter_stays():
     with pytest.raises(RefusedError):
         apply_change(three(), StartVoterChange(remove=1), "a")
+
+
+@pytest.mark.parametrize("count", range(1, 8))
+def test_who_stays_can_decide_when_one_leaves(count):
+    """For all sets of voters who answer: each step can be decided, and what is left as well."""
+    state = initial_state("00" * 16, "demo", "fast", node(1))
+    for number in range(2, count + 1):
+        state = apply_change(state, AddNode(node(number)), "w")
+        state = apply_change(state, StartVoterChange(add=number), "w")
+        state = apply_change(state, FinishVoterChange(), "w")
+    for mask in range(1 << count):
+        present = [number for number in range(1, count + 1) if mask >> number - 1 & 1]
+        for leaver in present:
+            stay = [number for number in present if number != leaver]
+            after = state
+            for vote in votes_to_drop(state, leaver, present):
+                after = apply_change(after, StartVoterChange(remove=vote), "w")
+                assert is_quorum(after, present)
+                after = apply_change(after, FinishVoterChange(), "w")
+            assert is_quorum(after, stay) == (is_quorum(state, present) and bool(stay))
+            assert is_quorum(state, stay) <= (after is state)
+
+
+def test_of_those_who_are_away_a_node_loses_its_vote_before_a_server():
+    state = msgspec.structs.replace(three(), voters=[1, 2, 3, 129, 130])
+    assert votes_to_drop(state, 2, [1, 2, 129]) == [3, 2]
+    assert votes_to_drop(state, 2, [1, 2, 3, 129]) == []
+    assert votes_to_drop(three(), 2, [1, 2]) == []
 
 
 def test_voters_must_be_configured():

@@ -9,7 +9,7 @@ import sys
 import time
 
 import pytest
-from node_harness import Instance, wait_until
+from node_harness import WAIT_S, Instance, wait_until
 
 from cluster.control import Call, encode_line
 from cluster.errors import StackError
@@ -70,15 +70,29 @@ def test_a_guard_that_ends_is_not_in_the_way_of_the_next_one(cluster, tmp_path):
         os.kill(old, signal.SIGKILL)
 
 
-def test_clean_leave_and_return(cluster):
+def voters(node):
+    return [row["name"] for row in node.status()["voters"]]
+
+
+def unheard(node, name):
+    """Whether a voter answers no more, as far as this node knows."""
+    return not next(row["heard"] for row in node.status()["voters"] if row["name"] == name)
+
+
+@pytest.mark.parametrize("long_ago", [False, True])
+def test_clean_leave_and_return(cluster, long_ago):
+    """Who stays can decide, whether the other one has left just now or long ago."""
     first, second, third = cluster.up(3)
-    third.ctl("leave")
-    third.process.wait(20)
+    assert third.ctl("leave").stdout == "left; clusterd ends\n"
+    third.process.wait(WAIT_S)
     cluster.wait_view([1, 2])
-    second.ctl("leave")
-    second.process.wait(20)
+    assert voters(first) == ["n1", "n2", "n3"]
+    if long_ago:
+        wait_until(lambda: unheard(second, "n3"), "n3 is not heard as a voter any more")
+    assert "votes given up: n3, n2" in second.ctl("leave").stdout
+    second.process.wait(WAIT_S)
     cluster.wait_view([1])
-    assert first.status()["quorate"]
+    assert voters(first) == ["n1"]
     second.start()
     cluster.wait_view([1, 2])
 
