@@ -10,11 +10,14 @@ conditions with deadlines that a busy machine keeps.
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 import pytest
 from xdist.remote import Producer
 from xdist.scheduler.loadscope import LoadScopeScheduling
+
+from tests.fuse.mounting import enter_private_namespace
 
 FILE, TEST = "file", "test"
 """Each file is a group (it shares a mount or a cluster); each test is one (pure)."""
@@ -55,6 +58,13 @@ class Groups(LoadScopeScheduling):
 
 def _folder(path: Path) -> str:
     return path.relative_to(HERE).parts[0]
+
+
+def pytest_configure() -> None:
+    """Before anything is mounted: a lab that starts at another worker would take the mount along.
+    Who may not do this cannot mount anything either."""
+    with contextlib.suppress(OSError):
+        enter_private_namespace()
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> Groups:
