@@ -1,10 +1,11 @@
 """Circuits between members of a group that stay down while both ends are heard (rule R9). Pure.
 
 A lock request to a member that no connection of the mesh leads to waits for ever, so one end has to
-go. Each clusterd judges its own instances. It looks every T_dead: its instances and, when one of
-them misses somebody, those of the missed ones' nodes answer which members they do not reach, their
-*row*. A circuit is down in a look when the rows of both ends say so; what has no row (frozen, dead,
-leaving, of another life, behind a clusterd that does not answer) is the business of other rules.
+go. Each clusterd judges its own instances. It looks every few seconds: its instances and, when one
+of them misses somebody, those of the missed ones' nodes answer which members they do not reach,
+their *row*. A circuit is down in a look when the rows of both ends say so; what has no row (frozen,
+dead, leaving, of another life, behind a clusterd that does not answer) is the business of other
+rules.
 
 The end that goes is the one that misses more members; of two that miss as many, the greater
 instance. It goes when both rows were the same in every look for the time `limit_ns`. Both ends
@@ -21,6 +22,8 @@ from cluster.control import Timing
 from cluster.ids import Instance
 from cluster.timing import MS, stall_ns
 
+LOOK_MIN_MS = 3000
+"""Who answers must do so within a part of a look, also on a busy machine."""
 DOWN_MIN_MS = 15_000
 """Twice what one attempt to connect may take (cluster/channel_io.py: 2 s, 5 s, then a pause)."""
 
@@ -32,7 +35,7 @@ Rows = Mapping[Instance, Row]
 
 def look_ns(timing: Timing) -> int:
     """The time between two looks, and the most that one may take."""
-    return timing.dead_ms * MS
+    return max(timing.dead_ms, LOOK_MIN_MS) * MS
 
 
 def limit_ns(timing: Timing) -> int:
