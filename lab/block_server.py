@@ -245,7 +245,7 @@ async def opened(
     who: Instance,
     export: str,
     info: ServerInfo | None = None,
-    deadline_s: float = 30,
+    deadline_s: float = 120,
     **options: object,
 ) -> AsyncIterator[GnbdDevice]:
     """Our client on an export; `options` are those of `gnbd.client.device_io.Options`."""

@@ -134,7 +134,7 @@ class Cluster:
                     await trio.sleep_forever()
 
         self.nursery.start_soon(life)
-        with trio.fail_after(10):
+        with trio.fail_after(60):
             await started.wait()
         self.members[number] = box[0]
         return box[0].fs

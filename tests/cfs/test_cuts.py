@@ -68,7 +68,7 @@ async def test_what_was_given_to_a_file_behind_such_a_cut_is_kept() -> None:
         await fs.setattr(ino, SetAttributes(size=0))
         await fs.write(ino, 4 * BLOCK_BYTES, b"new")
         fs.close_ref(ino)
-        with trio.fail_after(20):
+        with trio.fail_after(60):
             while fs.orphans.holds(ino):  # noqa: ASYNC110
                 await trio.sleep(0.001)
         assert await fs.read(ino, 0, END) == bytes(4 * BLOCK_BYTES) + b"new"
@@ -99,7 +99,7 @@ async def test_a_cut_that_a_crash_ends_shows_nothing_old(growth: str) -> None:
 
         one.core.run = stopping  # type: ignore[method-assign, assignment]
         group.nursery.start_soon(cut)
-        with trio.fail_after(20):
+        with trio.fail_after(60):
             await waits.wait()
         await one.core.journal.commit()
         two.orphans.reap_soon = lambda ino: None  # type: ignore[method-assign]
@@ -110,7 +110,7 @@ async def test_a_cut_that_a_crash_ends_shows_nothing_old(growth: str) -> None:
         assert await three.read(ino, 0, END) == bytes(END)
         del two.orphans.reap_soon
         two.orphans.reap_all()
-        with trio.fail_after(20):
+        with trio.fail_after(60):
             while two.orphans.holds(ino):  # noqa: ASYNC110
                 await trio.sleep(0.001)
     await fsck(device)

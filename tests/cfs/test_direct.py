@@ -135,7 +135,7 @@ async def test_the_lock_stays_until_the_disk_has_answered() -> None:
             await trio.testing.wait_all_tasks_blocked()
             assert not seen
             slow.go_on()
-            with trio.fail_after(10):
+            with trio.fail_after(60):
                 while not seen:  # noqa: ASYNC110
                     await trio.sleep(0.001)
         assert seen == [b"new!new!"]
@@ -313,7 +313,7 @@ async def test_writes_of_one_block_go_one_after_another_and_wait_for_no_others()
         with pytest.raises(NotNow):
             fs.start_write(ino, 8 * BLOCK_BYTES, block, ends.wrote, kill=True)
         await fs.write(ino, 5 * BLOCK_BYTES, b"page" * (BLOCK_BYTES // 4))
-        with trio.fail_after(10):
+        with trio.fail_after(60):
             await fs.write(ino, 5 * BLOCK_BYTES, block, direct=True)
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(lambda: fs.write(ino, 0, b"2nd!" * 1024, direct=True))

@@ -39,7 +39,7 @@ async def free_blocks(fs: FileSystem) -> int:
 
 
 async def emptied(fs: FileSystem, others: list[FileSystem]) -> None:
-    with trio.fail_after(20):
+    with trio.fail_after(60):
         while any(each.orphans.where for each in [fs, *others]):  # noqa: ASYNC110
             await trio.sleep(0.001)
 

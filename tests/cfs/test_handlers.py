@@ -242,7 +242,7 @@ async def test_a_listing_waits_only_so_long_for_what_it_does_not_need(
     monkeypatch.setattr(fs, "prefetch", never)
     found = await fs.readdir(fs.root_ino, 0, 10)
     assert ino in [item.ino for item in found]
-    with trio.fail_after(10):
+    with trio.fail_after(60):
         await operations._prefetch(found, patient=True)
 
 

@@ -269,7 +269,7 @@ async def test_one_write_larger_than_the_bound_is_taken() -> None:
     options = MountOptions(background=False, dirty_bytes_start=1 << 16, dirty_bytes_max=1 << 18)
     async with mounted(device, options) as fs:
         ino = await make_file(fs, b"f")
-        with trio.fail_after(20):
+        with trio.fail_after(60):
             for step in range(4):
                 await fs.write(ino, step << 20, b"x" * (1 << 20))
         assert await fs.read(ino, 0, 4 << 20) == b"x" * (4 << 20)

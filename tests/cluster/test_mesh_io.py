@@ -37,7 +37,7 @@ class Log:
         self.changed = trio.Event()
 
     async def until(self, predicate):
-        with trio.fail_after(20):
+        with trio.fail_after(60):
             while not predicate(self.items):
                 await self.changed.wait()
 
@@ -124,7 +124,7 @@ async def test_members_that_no_connection_leads_to_are_known(monkeypatch):
     async with pair() as (meshes, _logs):
 
         async def until(mesh, expected):
-            with trio.fail_after(20):
+            with trio.fail_after(60):
                 while [peer for peer, _count in mesh.unreached()] != expected:  # noqa: ASYNC110
                     await trio.sleep(0.001)
 

@@ -47,7 +47,7 @@ async def test_order_across_steps_and_durability(tmp_path, nursery):
     runner.step("a")
     runner.step("b")
     assert seen == [(1, None)]
-    with trio.fail_after(10):
+    with trio.fail_after(60):
         while len(seen) < 4:  # noqa: ASYNC110
             await trio.sleep(0.001)
     assert seen == [(1, None), (2, b"one"), (3, b"one"), (4, b"two")]
@@ -75,7 +75,7 @@ async def test_ticks_at_the_deadline(nursery):
     core.due = boottime_ns() + 20_000_000
     runner = Runner(core, lambda _action: done.set(), None)
     await nursery.start(runner.run)
-    with trio.fail_after(10):
+    with trio.fail_after(60):
         await done.wait()
     assert core.ticks == 1
 
@@ -96,7 +96,7 @@ async def test_a_store_that_cannot_be_written_is_silence(tmp_path, nursery, auto
     runner = Runner(core, lambda action: seen.append(action.event), place / "store", told.append)
     await nursery.start(runner.run)
     runner.step("a")
-    with trio.fail_after(10):
+    with trio.fail_after(60):
         while not told:  # noqa: ASYNC110
             await trio.sleep(0.001)
     runner.step(message)
@@ -106,7 +106,7 @@ async def test_a_store_that_cannot_be_written_is_silence(tmp_path, nursery, auto
     assert len(told) == 1
     assert "store" in told[0] or "directory" in told[0]
     place.unlink()
-    with trio.fail_after(10):
+    with trio.fail_after(60):
         while len(seen) < 2:  # noqa: ASYNC110
             await trio.sleep(0.001)
     runner.step(message)

@@ -36,7 +36,7 @@ class Pair:
 
 
 async def until(condition, what):
-    with trio.fail_after(20):
+    with trio.fail_after(60):
         while not condition():  # noqa: ASYNC110
             await trio.sleep(0.01)
     assert condition(), what

@@ -70,7 +70,7 @@ class Worker:
         assert self.process.stdin is not None
         self.process.stdin.close()
         self._reader.join(60)
-        assert self.process.wait(20) == 0, self.log.read_text()
+        assert self.process.wait(60) == 0, self.log.read_text()
         return self.lines[-1]
 
 

@@ -157,7 +157,7 @@ async def test_over_the_real_mesh():
                 )  # fmt: skip
                 mesh_one.group_event(event)
                 mesh_two.group_event(event)
-                with trio.fail_after(20):
+                with trio.fail_after(60):
                     for number in range(50):
                         lock = (a, b)[number % 2].get(b"ping")
                         await lock.hold(Mode.EX)

@@ -233,7 +233,7 @@ async def test_giving_everything_back_ends_when_the_instance_is_barred_meanwhile
         for lock in locks:
             await lock.hold(EX)
             lock.release(EX)
-        with trio.fail_after(20):
+        with trio.fail_after(60):
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(one.cache.drop_all)
                 await until(lambda: hooks.running == 2)

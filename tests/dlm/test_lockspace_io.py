@@ -107,7 +107,7 @@ async def test_two_readers_that_both_want_to_write_never_block_each_other():
                 lock.release(Mode.EX)
             done.append(member)
 
-        with trio.fail_after(30):
+        with trio.fail_after(60):
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(work, one)
                 nursery.start_soon(work, two)

@@ -83,7 +83,7 @@ class KilledServer(GnbdServer):
         with contextlib.suppress(*BROKEN):
             work()
             answered = True
-        self.process.wait(20)
+        self.process.wait(60)
         self.armed.unlink()
         return answered
 

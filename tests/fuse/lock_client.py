@@ -22,7 +22,7 @@ FLOCK = struct.Struct("hhqqi4x")
 OFD_GETLK, OFD_SETLK, OFD_SETLKW = 36, 37, 38
 TYPES = {"r": fcntl.F_RDLCK, "w": fcntl.F_WRLCK, "u": fcntl.F_UNLCK}
 FLOCKS = {"r": fcntl.LOCK_SH, "w": fcntl.LOCK_EX, "u": fcntl.LOCK_UN}
-DEADLINE_S = 30
+DEADLINE_S = 60
 
 
 class Interrupted(Exception):

@@ -49,7 +49,7 @@ def as_user(*words, uid=1000, gid=1000, groups=()):
     return done.returncode, done.stdout + done.stderr
 
 
-def wait_until(condition, deadline_s=30):
+def wait_until(condition, deadline_s=60):
     """Wait for a condition."""
     end = time.monotonic() + deadline_s
     while not condition():

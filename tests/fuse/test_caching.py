@@ -74,7 +74,7 @@ def test_unmount_command_waits_for_the_last_write():
         mount.wait_for("is busy")
         assert file.read() == b"x" * 100_000
         file.close()
-        assert mount.process.wait(30) == 0
+        assert mount.process.wait(60) == 0
 
 
 def test_mmap_off_refuses_shared_writable_mappings():

@@ -420,7 +420,7 @@ def test_a_mount_without_clusterd_ends(mounts):
     fd = os.open(on[3].path / "cached", os.O_RDONLY)
     node.process.kill()
     node.process.wait()
-    assert on[3].process.wait(30) != 0
+    assert on[3].process.wait(60) != 0
     (on[1].path / "cached").write_bytes(b"newer")  # needs the dead node's caches to be empty
     with pytest.raises(OSError):
         os.pread(fd, 10, 0)
@@ -449,7 +449,7 @@ def test_a_stopped_mount_is_put_out(mounts):
     with contextlib.suppress(OSError):  # close() tells of the end, too
         os.close(fd)
     on[3].process.send_signal(signal.SIGCONT)
-    assert on[3].process.wait(30) != 0
+    assert on[3].process.wait(60) != 0
     on[3].destroy()
     on[3] = mount(cluster.node(3))
     assert (on[3].path / "held").read_bytes() == b"newer"
@@ -540,7 +540,7 @@ def test_a_mount_ended_by_force_comes_back(mounts):
     ended = subprocess.run([*words, "--yes"], **how, timeout=60)
     assert ended.returncode == 0, ended.stderr
     assert "not yet durable" in ended.stdout
-    assert on[3].process.wait(30) != 0
+    assert on[3].process.wait(60) != 0
     assert not os.path.ismount(on[3].path)
     on[3].destroy()
     for number in (3, 1, 2):

@@ -126,13 +126,13 @@ def test_flock_1_reports_who_is_not_first(places):
     holder = flock(places[1], command=("sh", "-c", "echo got; read x"))
     try:
         assert holder.stdout.readline() == "got\n"
-        assert flock(places[0], "-n").wait(30) == FLOCK_BUSY
-        assert flock(places[2], "-w", "0.2").wait(30) == FLOCK_BUSY
+        assert flock(places[0], "-n").wait(60) == FLOCK_BUSY
+        assert flock(places[2], "-w", "0.2").wait(60) == FLOCK_BUSY
     finally:
         os.killpg(holder.pid, signal.SIGKILL)  # the command has inherited the lock
         holder.wait()
         holder.stdout.close()
-    eventually(lambda: flock(places[0], "-n").wait(30) == 0, "the lock came free")
+    eventually(lambda: flock(places[0], "-n").wait(60) == 0, "the lock came free")
 
 
 @pytest.mark.parametrize("what", ["mount", "node"])

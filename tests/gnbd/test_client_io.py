@@ -26,7 +26,7 @@ from tests.gnbd.conftest import MEMBERS
 
 ME = instance(1)
 KIB = 1024
-DEADLINE_S = 30
+DEADLINE_S = 60
 
 
 def opened(server, who=ME, export="disk0", info=None, deadline_s=DEADLINE_S, **options):
@@ -197,7 +197,7 @@ def test_server_killed_again_and_again(server):
     async def body():
         async with AsyncExitStack() as stack:
             devices = [
-                await stack.enter_async_context(opened(server, instance(number), deadline_s=60))
+                await stack.enter_async_context(opened(server, instance(number)))
                 for number in range(1, 5)
             ]
             stop = trio.Event()

@@ -76,7 +76,7 @@ def test_a_torn_write_is_the_last_one(server, tmp_path, text):
         client.send(p.CMD_WRITE, 0, b"b" * 2048)
         with pytest.raises((EOFError, ConnectionError)):
             client.reply()
-    assert server.process.wait(20) == -signal.SIGKILL
+    assert server.process.wait(60) == -signal.SIGKILL
     server.start()
     kept = 700 if "bytes" in text else 1024
     with RawClient(server, "disk") as client:
@@ -139,7 +139,7 @@ def test_a_limited_client_does_not_delay_a_stop(server):
         cookie = client.send(p.CMD_WRITE, 0, b"b" * 4096)
         server.process.send_signal(signal.SIGTERM)
         assert client.reply() == (cookie, 0)
-        assert server.process.wait(20) == 0
+        assert server.process.wait(60) == 0
     assert (server.directory / "disk.img").read_bytes()[:4096] == b"b" * 4096
 
 

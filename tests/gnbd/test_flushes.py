@@ -6,7 +6,7 @@ import pytest
 
 from gnbd.server.flushes_io import Flushes
 
-WAIT_S = 10.0
+WAIT_S = 60.0
 
 
 class Store:

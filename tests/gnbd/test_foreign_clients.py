@@ -177,7 +177,7 @@ def test_ext4_through_nbdfuse(server, tmp_path):
             assert done.returncode == 0, done.stderr
         finally:
             run("fusermount3", "-u", str(mount))
-            assert fuse.wait(20) == 0
+            assert fuse.wait(60) == 0
     done = run("nbdcopy", f"{server.uri}/plain", str(tmp_path / "image"))
     assert done.returncode == 0, done.stderr
     done = run("e2fsck", "-f", "-n", str(tmp_path / "image"))

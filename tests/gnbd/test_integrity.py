@@ -135,7 +135,7 @@ def test_metrics_count_mismatches(tmp_path):
             assert client.request(p.CMD_WRITE, 0, b"x" * 4096) == 0
             damage(server, 0)
             assert client.request(p.CMD_READ, 0, length=1) == p.EIO
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=20) as answer:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=60) as answer:
             text = answer.read().decode()
     assert 'gnbd_checksum_mismatches_total{export="disk"} 1.0' in text
     assert 'gnbd_integrity_regions{export="disk",state="flux"} 1.0' in text

@@ -20,7 +20,7 @@ LONG = 8 * MIB
 def client(tmp_path):
     """A socket whose other end is served in C, with memory for nothing long."""
     near, far = socket.socketpair()
-    near.settimeout(20)
+    near.settimeout(60)
     fd = os.open(tmp_path / "disk", os.O_RDWR | os.O_CREAT)
     os.ftruncate(fd, 2 * LONG)
     export = nbd.Export()
@@ -32,7 +32,7 @@ def client(tmp_path):
     thread.start()
     yield near
     near.close()
-    thread.join(20)
+    thread.join(60)
     nbd.set_memory_max(1 << 30)
     served.free()
     far.close()

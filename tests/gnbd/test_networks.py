@@ -73,7 +73,7 @@ def test_a_path_that_acknowledges_nothing_is_given_up_soon(far_server, tmp_path,
         async with opened(server, dead_ms=100_000, tls=tls if secured else None) as device:
             await eventually(lambda: device.status()["paths"] == [1, 1])
             await trio.to_thread.run_sync(set_link, namespace, 0, False)
-            with trio.fail_after(20):
+            with trio.fail_after(60):
                 await device.write(0, b"x" * 4096)
                 await eventually(lambda: device.status()["paths"] == [0, 1])
             assert await device.read(0, 4096) == b"x" * 4096

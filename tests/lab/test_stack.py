@@ -192,7 +192,7 @@ import os, sys, time
 handle = os.open(sys.argv[1], os.O_RDONLY)
 os.pread(handle, 4096, 0)
 print("ready", flush=True)
-end = time.monotonic() + 30
+end = time.monotonic() + 60
 while time.monotonic() < end:
     try:
         os.pread(handle, 4096, 0)

@@ -14,7 +14,7 @@ from native.gate import Gate, create_gate_memory
 from node.fuse_connection_io import open_connections
 
 ROOT = Path(__file__).resolve().parents[2]
-DEADLINE_S = 20
+DEADLINE_S = 60
 SYS_PIDFD_GETFD = 438
 
 

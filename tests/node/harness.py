@@ -19,7 +19,7 @@ from cluster.control_io import open_session
 from cluster.errors import StackError
 
 ROOT = Path(__file__).resolve().parents[2]
-WAIT_S = 40.0
+WAIT_S = 90.0
 
 
 def wait_until(condition, what, timeout_s=WAIT_S):
@@ -320,7 +320,7 @@ class Instance:
     def stop(self, clean):
         self._clean = clean
         self._token.run_sync_soon(self._scope.cancel)
-        self._thread.join(20)
+        self._thread.join(60)
 
     def call(self, method, params):
         async def work():

@@ -113,7 +113,7 @@ def test_coordinator_dies(cluster):
 def test_guard_death_is_node_death(cluster):
     _first, second, _third = cluster.up(3)
     os.kill(second.guard, signal.SIGKILL)
-    second.process.wait(20)
+    second.process.wait(60)
     cluster.wait_view([1, 3])
 
 
@@ -247,11 +247,11 @@ def test_calls_are_forwarded_to_instances(cluster):
 def test_the_last_node_leaves_and_comes_back(cluster):
     node = cluster.found()
     node.ctl("leave")
-    assert node.process.wait(20) == 0
+    assert node.process.wait(60) == 0
     node.start()
     wait_until(lambda: node.members() == [1], "back")
     os.kill(node.process.pid, signal.SIGTERM)
-    assert node.process.wait(20) == 0
+    assert node.process.wait(60) == 0
 
 
 def test_leave_is_refused_while_something_is_mounted(cluster):
@@ -261,7 +261,7 @@ def test_leave_is_refused_while_something_is_mounted(cluster):
     assert (refused.returncode, "/m" in refused.stderr) == (5, True)
     instance.stop(clean=True)
     node.ctl("leave")
-    assert node.process.wait(20) == 0
+    assert node.process.wait(60) == 0
 
 
 def test_events_and_screens(cluster):

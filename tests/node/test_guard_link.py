@@ -29,7 +29,7 @@ def test_the_reason_of_a_guard_that_ended_is_heard(taken, unread):
     link = GuardLink(taken, lambda _message: None)
     for _ in range(unread):
         link.send(Alive())
-    assert link.process.wait(30) == BusyError.exit_code
+    assert link.process.wait(60) == BusyError.exit_code
     with pytest.RaisesGroup(pytest.RaisesExc(BusyError, match="cannot listen on UDP")):
         trio.run(link.run)
 
@@ -39,6 +39,6 @@ def test_a_guard_that_says_nothing_has_died(taken):
     link = GuardLink(taken, lambda _message: None)
     link.send(Alive())
     link.process.kill()
-    link.process.wait(30)
+    link.process.wait(60)
     with pytest.RaisesGroup(pytest.RaisesExc(match="clusterguard has died")):
         trio.run(link.run)

@@ -79,7 +79,7 @@ class Mounted:
         )  # fmt: skip
 
     def read(self):
-        output, errors = self.start_read().communicate(timeout=30)
+        output, errors = self.start_read().communicate(timeout=60)
         return output.strip() or errors.strip().splitlines()[-1]
 
     def blocked_read(self):
@@ -137,7 +137,7 @@ def test_clean_unmount(cluster, mounted):
     mount = mounted(node)
     mount.warm()
     subprocess.run(["fusermount3", "-u", str(mount.point)], check=True)
-    assert mount.process.wait(20) == 0
+    assert mount.process.wait(60) == 0
     wait_until(lambda: node.events("instance.left"), "it left")
     assert node.status()["instances"] == []
     assert not node.events("instance.purged")
@@ -175,7 +175,7 @@ def test_lapsed_lease_empties_the_caches_and_comes_back(cluster, mounted):
     reader = wait_until(mount.blocked_read, "the cached page is gone: a read waits")
     for pid in (second.guard, second.process.pid):
         os.kill(pid, signal.SIGCONT)
-    assert reader.communicate(timeout=30)[0].strip() == "4096"
+    assert reader.communicate(timeout=60)[0].strip() == "4096"
     assert first.events("lease.renewed")
     assert not first.events("instance.purged")
 
@@ -229,7 +229,7 @@ def test_lapse_goes_around_pages_of_unanswered_requests(cluster, mounted):
     for pid in (second.guard, second.process.pid):
         os.kill(pid, signal.SIGCONT)
     mount.process.send_signal(signal.SIGUSR1)
-    answers = [process.communicate(timeout=30)[0].strip() for process in requests]
+    answers = [process.communicate(timeout=60)[0].strip() for process in requests]
     assert answers == ["8192", "4096", "10", "20000"]
     assert [holder.answer() for holder in holders] == ["4096"] * 3
     assert first.events("lease.renewed")
@@ -244,7 +244,7 @@ def test_death_of_the_guard_purges_all_mounts(cluster, mounted):
     holder = Holder(mount)
     assert holder.read() == "4096"
     os.kill(node.guard, signal.SIGKILL)
-    node.process.wait(30)
+    node.process.wait(60)
     assert "not connected" in holder.read()
 
 

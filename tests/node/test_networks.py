@@ -176,7 +176,7 @@ def test_a_broken_circuit_between_two_mounts_puts_one_of_them_out(wired):
     wired.wires.tcp(2, 1, False, port=lowest.port)
     wait_until(lambda: len(middle.lines()) > 1, "one end is put out", JUDGED_S)
     assert "no circuit leads to n1.1." in middle.lines()[1]
-    assert middle.process.wait(20) == 0
+    assert middle.process.wait(60) == 0
     for one in (lowest, greatest):
         wait_until(lambda one=one: one.unreached() == [], "the others reach each other")
         assert one.process.poll() is None
