@@ -6,6 +6,7 @@ directory is `/`, and it never touches a path below its own mount: that would wa
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
 import logging
@@ -173,6 +174,15 @@ def _mount_on_top(mountpoint: str) -> tuple[int, str, str]:
         if place == mountpoint:
             found = minor, kind, source
     return found
+
+
+def seen_by(minor: int) -> int:
+    """A process in whose mount namespace a FUSE mount is; 0 if no process sees it."""
+    for path in Path("/proc").glob("[0-9]*/mountinfo"):
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            if f" 0:{minor} ".encode() in path.read_bytes():
+                return int(path.parent.name)
+    return 0
 
 
 def noted_process(directory: Path, minor: int) -> int:

@@ -18,6 +18,7 @@ from cfs.mount.system_io import (
     fuse_mounts,
     mounted_minor,
     noted_process,
+    seen_by,
     unmount,
 )
 from cluster.control_client_io import call
@@ -27,6 +28,7 @@ from cluster.paths_io import run_dir
 ANSWER_S = 10.0
 END_S = 30.0
 FORGET_S = 10.0
+QUIET_S = 2.0
 USAGE = """usage: umount.fuse.cfs [-f [--yes]] [-l] DIRECTORY
 
 Unmount; wait for the last write.
@@ -68,9 +70,23 @@ def main() -> None:
         _complain(f"{mountpoint}: {os.strerror(code)}")
         sys.exit(EXIT_FAILED)
     if watch >= 0 and not flags:
-        select.select([watch], [], [])
+        _wait(mountpoint, minor, watch)
     _forget(mountpoint)
     sys.exit(EXIT_MOUNTED)
+
+
+def _wait(mountpoint: str, minor: int, watch: int) -> None:
+    """Until the mount process has ended; says so if not the last bytes but a copy of the mount in
+    another mount namespace (a container that started meanwhile) keeps it."""
+    if select.select([watch], [], [], QUIET_S)[0]:
+        return
+    pid = seen_by(minor)
+    if pid:
+        _complain(
+            f"{mountpoint}: goes on in the mount namespace of process {pid}",
+            "waiting for the end of that namespace, or for its umount",
+        )
+    select.select([watch], [], [])
 
 
 def _complain(message: str, hint: str = "") -> None:

@@ -50,17 +50,26 @@ def place(tmp_path):
     return tmp_path
 
 
-def type_in(place, typed: str):
+def start(place, typed: str):
     tool, *words = typed.replace("{dir}", str(place)).split()
     code = f"from {ENTRY[tool]} import main; main()"
     environment = {
         **os.environ, "PYTHONPATH": str(ROOT), "CFS_RUN_DIR": str(place / "run"),
         "CFS_STATE_DIR": str(place / "state"),
     }  # fmt: skip
-    return subprocess.run(
-        [sys.executable, "-c", code, *words],
-        cwd="/", env=environment, capture_output=True, text=True, timeout=120, check=False,
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *words], cwd="/", env=environment,
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
+
+
+def type_in(place, typed: str):
+    with start(place, typed) as process:
+        try:
+            out, err = process.communicate(timeout=120)
+        finally:
+            process.kill()
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
 def refused(place, typed: str, code: int, words: str) -> None:
@@ -108,3 +117,23 @@ def test_mounting_twice(place):
         assert (place / "mnt/file").read_text() == "precious"
     finally:
         assert type_in(place, "umount.fuse.cfs {dir}/mnt").returncode == 0
+
+
+def test_an_unmount_says_that_another_mount_namespace_keeps_it_from_ending(place):
+    """A container that started meanwhile has a copy of the mount."""
+    done = type_in(place, MOUNT)
+    assert done.returncode == 0, done.stderr
+    shell = ["unshare", "--mount", "sh", "-c", "echo made; read line"]
+    with subprocess.Popen(
+        shell, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as container:
+        try:
+            assert container.stdout.readline() == "made\n"
+            with start(place, "umount.fuse.cfs {dir}/mnt") as umount:
+                said = f"{place}/mnt: goes on in the mount namespace of process {container.pid}"
+                assert said in umount.stderr.readline()
+                assert umount.poll() is None
+                container.communicate("\n", 60)
+                assert umount.wait(60) == 0
+        finally:
+            container.kill()
