@@ -19,8 +19,9 @@ PORT = 7400
 
 class Pair:
     def __init__(self):
-        octet = random.SystemRandom().randrange(20, 40)  # tests/node/harness.py has the others
-        self.hosts = {NodeId(n): [f"127.{octet}.{n}.{net}" for net in (1, 2)] for n in (1, 2)}
+        choose = random.SystemRandom()  # 127.40 and more belong to tests/node/harness.py
+        part = f"127.{choose.randrange(20, 40)}.{choose.randrange(256)}"
+        self.hosts = {NodeId(n): [f"{part}.{n}{net}" for net in (1, 2)] for n in (1, 2)}
         self.heard = {1: [], 2: []}
         self.nodes = {}
 

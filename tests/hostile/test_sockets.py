@@ -38,7 +38,7 @@ from gnbd import messages as m
 from gnbd import protocol as p
 from gnbd.server import server_io
 from gnbd.server.export_io import Connection
-from lab.block_server import export_toml, instance, member, running
+from lab.block_server import export_toml, instance, member, reserve_port, running
 from node.guard_mounts_io import MountSocket
 from tests.gnbd.raw import RawClient, logged_in
 
@@ -241,9 +241,8 @@ async def test_control_mesh(chooser, monkeypatch):
     """Strangers, wrong keys, replayed openings: closed in time, never believed."""
     monkeypatch.setattr(channel_io, "HANDSHAKE_S", 1.0)
     heard = []
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    reserved = reserve_port()
+    port = reserved.getsockname()[1]
     transport = Transport(
         identity(1), ["127.0.0.1"], port, timing_of("fast"), lambda *what: heard.append(what)
     )
@@ -254,15 +253,16 @@ async def test_control_mesh(chooser, monkeypatch):
     long[8:12] = (3 << 20).to_bytes(4, "little")
     tries.append(bytes(long))
     tries += [noise(chooser, replayed) for _ in range(20)]
-    async with trio.open_nursery() as nursery:
-        await nursery.start(transport.run)
+    with reserved:
+        async with trio.open_nursery() as nursery:
+            await nursery.start(transport.run)
 
-        async with trio.open_nursery() as attempts:
-            for data in tries:
-                attempts.start_soon(say, port, data)
-        assert heard == []
-        assert transport.nodes() == []
-        nursery.cancel_scope.cancel()
+            async with trio.open_nursery() as attempts:
+                for data in tries:
+                    attempts.start_soon(say, port, data)
+            assert heard == []
+            assert transport.nodes() == []
+            nursery.cancel_scope.cancel()
 
 
 @pytest.mark.trio
