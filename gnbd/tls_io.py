@@ -17,6 +17,7 @@ from cluster.tls import TlsSection
 from gnbd.exports import Tls
 
 PIECE_BYTES = 256 << 10
+HANDSHAKE_TURNS = 4
 
 
 def server_context(tls: Tls) -> ssl.SSLContext:
@@ -27,6 +28,26 @@ def server_context(tls: Tls) -> ssl.SSLContext:
     if tls.authority:
         context.verify_mode = ssl.CERT_REQUIRED
     return context
+
+
+def certificate_problem(tls: Tls) -> str:
+    """Why no client can believe the certificate at this time, whoever its authority is: it has
+    expired, say. Empty if nothing is wrong. Raises ConfigError."""
+    ours = server_context(Tls(tls.certificate, tls.key))
+    theirs = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    theirs.check_hostname = False
+    theirs.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN  # the certificate itself is enough
+    theirs.load_verify_locations(tls.certificate)
+    up, down = ssl.MemoryBIO(), ssl.MemoryBIO()
+    ends = [theirs.wrap_bio(down, up), ours.wrap_bio(up, down, server_side=True)]
+    for end in ends * HANDSHAKE_TURNS:
+        try:
+            end.do_handshake()
+        except ssl.SSLWantReadError:
+            continue
+        except ssl.SSLCertVerificationError as error:
+            return f"tls: no client believes {tls.certificate}: {error.verify_message}"
+    return ""
 
 
 def _load(

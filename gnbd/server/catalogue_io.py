@@ -25,7 +25,7 @@ from gnbd.server.filters.stack_io import changed_stack, filters_of
 from gnbd.server.protection_io import convert
 from gnbd.server.reload import plan_reload
 from gnbd.server.service_io import STOP_S, Service
-from gnbd.tls_io import server_context
+from gnbd.tls_io import certificate_problem, server_context
 
 log = structlog.get_logger("gnbd")
 
@@ -141,6 +141,8 @@ class Catalogue:
                 self._note(after.name, after)
             self._add_all(late)
             text = plan.summary()
+            if wanted.tls is not None and (problem := certificate_problem(wanted.tls)):
+                text += f"; {problem}"
             log.info("reloaded", what=text)
             return text
 

@@ -10,10 +10,12 @@ import click
 import structlog
 
 from cluster.config import read_config_text
+from cluster.errors import ConfigError
 from cluster.tool_cli import ToolCommand
 from gnbd.exports import decode_exports
 from gnbd.identity import decode_server_token_untrusted
 from gnbd.server.server_io import Server, check_before_start, join_cluster
+from gnbd.tls_io import certificate_problem
 
 
 def _configure_log() -> None:
@@ -39,6 +41,8 @@ def server_main(token: str | None, check_config: bool, exports: str) -> None:
     config = decode_exports(read_config_text(Path(exports)), exports)
     if check_config:
         check_before_start(config, Path(config.state_dir))
+        if config.tls is not None and (problem := certificate_problem(config.tls)):
+            raise ConfigError(problem)  # a start only says it: not everybody needs TLS
         print(f"{exports}: {len(config.exports)} exports, nothing wrong")
         return
     if token is not None:

@@ -61,7 +61,7 @@ from gnbd.server.service_io import Service
 from gnbd.server.systemd_io import inherited_sockets, notify
 from gnbd.server.transmission_io import Transmission
 from gnbd.server.voter_io import Voter
-from gnbd.tls_io import server_context
+from gnbd.tls_io import certificate_problem, server_context
 from native import nbd
 
 TICK_S = 0.1
@@ -172,6 +172,8 @@ class Server:
         self.config = config
         state_dir = Path(config.state_dir)
         check_before_start(config, state_dir)
+        if config.tls is not None and (problem := certificate_problem(config.tls)):
+            log.warning(problem)
         # A refusal makes no directory; but another server is a better reason than its port.
         used = (state_dir / "lock").exists()
         self._state_lock = lock_directory(state_dir, "gnbd-server") if used else -1

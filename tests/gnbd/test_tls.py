@@ -207,6 +207,24 @@ def test_a_reload_takes_over_that_tls_is_required(tmp_path, authority):
         assert run("nbdinfo", "--size", uri(server, "disk", authority)).returncode == 0
 
 
+def test_an_expired_certificate_is_told(tmp_path, authority):
+    """By --check-config and a reload, before a client finds out; who needs no TLS is served."""
+    exports = export_toml("disk", tmp_path / "disk.img", size="1M")
+    good = tls_head(authority)
+    authority.issue("s1", "server", place="late", expired=True)
+    with running(tmp_path, exports, head=good) as server:
+        assert run(*server.command("--check-config")).returncode == 0
+        server.head = good.replace("/s1/", "/late/")
+        server.write_config()
+        checked = run(*server.command("--check-config"))
+        assert (checked.returncode, "has expired" in checked.stderr) == (2, True), checked.stderr
+        reloaded = server.ctl("reload")
+        assert (reloaded.returncode, "has expired" in reloaded.stdout) == (0, True), reloaded
+        server.stop()
+        server.start()
+        assert run("nbdinfo", "--size", f"{server.uri}/disk").returncode == 0
+
+
 @pytest.mark.parametrize(
     ("text", "match"),
     [
