@@ -7,7 +7,7 @@ word or the revoker sees the actor.
 | offset | field |
 |---|---|
 | 0 | u64 lease end, CLOCK_BOOTTIME ns |
-| 8 | u32 word: 1 OPEN, 2 LAPSED, 3 BARRED (0, of fresh memory, is closed) |
+| 8 | u32 word: 0 CLOSED (fresh, or lapsed and purged), 1 OPEN, 2 LAPSED, 3 BARRED |
 | 12 | u32 in flight |
 | 16 | u64 progress stamp, CLOCK_BOOTTIME ns |
 | 24 | u64 generation: rises with every change of the word |

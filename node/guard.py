@@ -7,7 +7,7 @@ A mount is in one of these states:
 | OPEN | lease in force, gate open | lease end -> DRAINING |
 | DRAINING | word LAPSED, replies in flight are counted out | zero in flight -> SWEEPING |
 | SWEEPING | the kernel drops all pages and attributes | done -> CLEAN |
-| CLEAN | lapsed, the kernel caches nothing | lease renewed -> OPEN |
+| CLEAN | word CLOSED, the kernel caches nothing | lease renewed -> OPEN |
 | ABORTING | word BARRED, connection aborted, last sweep runs | done -> PURGED, or forgotten |
 | PURGED | dead, reported | detached |
 
@@ -17,6 +17,7 @@ outside, processes that still have files open could read its pages for ever.
 A lapsed mount that is not CLEAN within its budget is aborted. A lease that is renewed before the
 lapse was even noticed needs no purge: voters vouch only for who was never barred, so no lock was
 lost. A renewed lease opens the gate only after a running sweep has ended. BARRED is final.
+The word tells clusterd whether a purge is due (LAPSED) or done (CLOSED), should the guard stop.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ MOUNTS_MAX = 1024
 MS = 1_000_000
 DRAIN_POLL_NS = 2 * MS
 ABORT_PERCENT = 60
+WORD_CLOSED = 0
 WORD_OPEN = 1
 WORD_LAPSED = 2
 WORD_BARRED = 3
@@ -257,7 +259,7 @@ class MountGuard:
         if gone:
             return self._bar(number, "the kernel refuses to drop its caches")
         mount.state = State.CLEAN
-        return self._open(now_ns, number, mount)
+        return self._open(now_ns, number, mount) or [StoreWord(number, WORD_CLOSED)]
 
     def _bar(self, number: InstanceNo, reason: str) -> list[GuardAction]:
         mount = self.mounts.get(number)

@@ -1,8 +1,9 @@
 """clusterd's end of the socket pair to clusterguard, and the watch over a stuck guard (R9).
 
 clusterd holds a duplicate of every FUSE descriptor and of every lease page too. A mount whose
-lease lapsed and which the guard has not even stopped within half the purge budget is aborted and
-purged from here. When the guard dies, clusterd aborts and purges all mounts and ends.
+lease lapsed and which the guard has not even stopped within half the purge budget, or has stopped
+and neither purged nor aborted within most of it, is aborted and purged from here. When the guard
+dies, clusterd aborts and purges all mounts and ends.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from node.guard_messages import (
     Alive,
     Failed,
     FromGuard,
+    LeaseChanged,
     MountAttached,
     MountDetached,
     Ready,
@@ -46,6 +48,8 @@ READY_S = 20.0
 SOCKET_BYTES = 1 << 20
 MS = 1_000_000
 LATE_POLL_NS = 5 * MS
+PURGE_PERCENT = 75
+"""Of the purge budget: the guard itself aborts earlier (node/guard.py)."""
 LATE_LOOKS = 2
 """After a pause of the whole machine the guard gets a moment before we act in its place."""
 
@@ -61,6 +65,8 @@ class _Held:
     gate: Gate
     aborted: bool = False
     late: int = 0
+    lapsed_ns: int = 0
+    """Since when its word is LAPSED, as the guard told or as it was seen."""
     sweeper: threading.Thread | None = None
 
     def close(self) -> None:
@@ -151,6 +157,8 @@ class GuardLink:
                 task_status.started()
             if isinstance(message, MountAttached):
                 self._hold(message, fds)
+            elif isinstance(message, LeaseChanged) and message.number in self._held:
+                self._held[message.number].lapsed_ns = 0 if message.open else boottime_ns()
             elif isinstance(message, MountDetached):
                 self.forget(message.number)
             self._on_message(message)
@@ -212,14 +220,27 @@ class GuardLink:
             await trio.sleep(poll_ns / 1e9)
             poll_ns = half_ns
             for held in self._held.values():
-                left_ns = held.gate.lease_end() + half_ns - boottime_ns()
-                if held.aborted or held.gate.word() is not Word.OPEN:
+                left_ns = self._left_ns(held, boottime_ns())
+                if left_ns is None:
                     held.late = 0
                     continue
                 held.late = held.late + 1 if left_ns < 0 else 0
                 if held.late > LATE_LOOKS:
                     self._abort(held)
                 poll_ns = min(poll_ns, max(left_ns, LATE_POLL_NS))
+
+    def _left_ns(self, held: _Held, now_ns: int) -> int | None:
+        """How long until the guard has had its time for what it does now; None: for nothing."""
+        purge_ns = self._settings.timing.purge_ms * MS
+        word = held.gate.word()
+        if word is not Word.LAPSED:
+            held.lapsed_ns = 0
+        if held.aborted or word not in (Word.OPEN, Word.LAPSED):
+            return None
+        if word is Word.OPEN:
+            return held.gate.lease_end() + purge_ns // 2 - now_ns
+        held.lapsed_ns = held.lapsed_ns or now_ns
+        return held.lapsed_ns + purge_ns * PURGE_PERCENT // 100 - now_ns
 
     async def _write_loop(self) -> None:
         while True:

@@ -37,6 +37,16 @@ def test_lapse_counts_out_then_sweeps_then_renews():
     assert opens == [g.StoreWord(7, g.WORD_OPEN), g.Renewed(7)]
 
 
+def test_the_word_tells_when_nothing_is_left_to_purge():
+    core = g.MountGuard(TIMING)
+    opened(core)
+    core.step(1000 * MS, g.Tick({}))
+    core.step(1000 * MS, g.Tick({7: 0}))
+    assert core.step(1001 * MS, g.Swept(7, gone=False)) == [g.StoreWord(7, g.WORD_CLOSED)]
+    renewed = core.step(1002 * MS, g.LeaseMoved(7, 2000 * MS))
+    assert renewed[1:] == [g.StoreWord(7, g.WORD_OPEN), g.Renewed(7)]
+
+
 def test_reply_in_flight_beyond_the_budget_is_aborted():
     core = g.MountGuard(TIMING)
     opened(core)

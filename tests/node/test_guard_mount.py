@@ -180,6 +180,24 @@ def test_lapsed_lease_empties_the_caches_and_comes_back(cluster, mounted):
     assert not first.events("instance.purged")
 
 
+def test_a_guard_that_stops_before_its_purge_is_done_leaves_nothing_to_read(cluster, mounted):
+    """Rule G3: it has closed the gate, but waits for an answer that is under way. clusterd aborts
+    and purges the mount in its place."""
+    first, second = cluster.up(2)
+    mount = mounted(first)
+    mount.warm()
+    holder = Holder(mount)
+    mount.process.send_signal(signal.SIGUSR2)
+    assert mount.process.stdout.readline() == "under way True\n"
+    for pid in (second.process.pid, second.guard):
+        os.kill(pid, signal.SIGSTOP)
+    wait_until(lambda: first.events("lease.lapsed"), "the lease lapses without the other voter")
+    os.kill(first.guard, signal.SIGSTOP)
+    wait_until(lambda: "not connected" in holder.read(), "its page is gone")
+    for pid in (first.guard, second.guard, second.process.pid):
+        os.kill(pid, signal.SIGCONT)
+
+
 def spawn(mount, name, program):
     """A program that opens a file of the mount as `fd`."""
     code = f"import os,sys\nfd=os.open(sys.argv[1],os.O_RDWR)\n{program}"

@@ -3,7 +3,7 @@
 usage: tiny_mount.py MOUNTPOINT REPORT    (CFS_RUN_DIR names the node)
 The file `data` holds 64 KiB; its pages stay in the kernel's cache. Each read that reaches this
 process adds a byte to REPORT. The files `slow1` and `slow2` are like it, but writes, and reads at
-and above SLOW_FROM, wait until a SIGUSR1 comes.
+and above SLOW_FROM, wait until a SIGUSR1 comes. From a SIGUSR2 on an answer is under way for ever.
 """
 
 import errno
@@ -90,10 +90,13 @@ async def main(mountpoint, report):
                 await trio.sleep(0.02)
 
         async def release():
-            with trio.open_signal_receiver(signal.SIGUSR1) as signals:
+            with trio.open_signal_receiver(signal.SIGUSR1, signal.SIGUSR2) as signals:
                 print("ready", minor, flush=True)
-                async for _ in signals:
-                    operations.released.set()
+                async for number in signals:
+                    if number == signal.SIGUSR2:
+                        print("under way", guarded.gate.enter(), flush=True)
+                    else:
+                        operations.released.set()
 
         async with trio.open_nursery() as nursery:
             nursery.start_soon(stamp)
