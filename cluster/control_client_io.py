@@ -5,6 +5,7 @@ One connection per call. Errors of the daemon come back as StackError with hint 
 
 from __future__ import annotations
 
+import contextlib
 import socket
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -30,15 +31,22 @@ def _connect(path: Path, timeout_s: float | None) -> socket.socket:
     return sock
 
 
+@contextlib.contextmanager
+def _talking() -> Iterator[None]:
+    """clusterd may end, or start anew, at any moment."""
+    try:
+        yield
+    except TimeoutError as error:
+        raise UnreachableError("clusterd does not answer in time") from error
+    except OSError as error:
+        raise UnreachableError(f"the connection to clusterd broke: {error}") from error
+
+
 def _messages(sock: socket.socket) -> Iterator[Call | Reply | Event]:
     buffer = bytearray()
     while True:
-        try:
+        with _talking():
             data = sock.recv(_READ_BYTES)
-        except TimeoutError as error:
-            raise UnreachableError("clusterd does not answer in time") from error
-        except OSError as error:
-            raise UnreachableError(f"the connection to clusterd broke: {error}") from error
         if not data:
             return
         buffer += data
@@ -56,7 +64,8 @@ def call(
 ) -> Any:
     """Call one method of the local clusterd and return its result."""
     with _connect(control_socket(run_dir), timeout_s) as sock:
-        sock.sendall(encode_line(Call(1, method, dict(params or {}))))
+        with _talking():
+            sock.sendall(encode_line(Call(1, method, dict(params or {}))))
         for message in _messages(sock):
             if isinstance(message, Reply) and message.id == 1:
                 if message.error is not None:
@@ -70,7 +79,8 @@ def follow(
 ) -> Iterator[Event]:
     """Call a method and yield the events that clusterd pushes afterwards, until it closes."""
     with _connect(control_socket(run_dir), None) as sock:
-        sock.sendall(encode_line(Call(1, method, dict(params or {}))))
+        with _talking():
+            sock.sendall(encode_line(Call(1, method, dict(params or {}))))
         for message in _messages(sock):
             if isinstance(message, Event):
                 yield message

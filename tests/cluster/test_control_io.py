@@ -1,6 +1,7 @@
 """Control sessions: calls both ways, errors, descriptors, events in order, death of the peer."""
 
 import os
+import socket
 
 import pytest
 import trio
@@ -127,6 +128,14 @@ async def test_blocking_client(served):
         return [next(stream).data, next(stream).data]
 
     assert await trio.to_thread.run_sync(first_two) == [0, 1]
+
+
+def test_clusterd_starts_anew_between_connect_and_call(monkeypatch):
+    ours, theirs = socket.socketpair()
+    theirs.close()
+    monkeypatch.setattr(control_client_io, "_connect", lambda *_arguments: ours)
+    with pytest.raises(UnreachableError, match="broke"):
+        control_client_io.call("cluster.status")
 
 
 def test_unreachable(tmp_path):
