@@ -321,22 +321,26 @@ class Core:
         assert node is not None
         return node
 
-    async def refresh_superblock(self) -> None:
-        """See whether another mount has grown the file system: what the newer copy says."""
+    async def refresh_superblock(self) -> bool:
+        """See whether another mount has grown the file system: what the newer copy says. False: the
+        other one is older, because a crash came between the two."""
         places = (SUPERBLOCK_BLOCK, self.superblock.backup_block)
         ranges = [(block * BLOCK_BYTES, BLOCK_BYTES) for block in places]
         found = self.superblock
+        versions: set[int] = set()
         for block, data in zip(places, await self.device.read_many(ranges), strict=True):
             try:
                 copy = decode_superblock_untrusted(block, data)
             except CorruptionError as error:
                 self.damaged(error, block, "a copy of the superblock")
                 continue
+            versions.add(copy.version)
             if copy.uuid == found.uuid and copy.version > found.version:
                 found = copy
         if found.version > self.superblock.version:
             self.superblock = found
             self.space.extend(found)
+        return len(versions) < len(places)
 
     async def slots(self) -> SlotsNode:
         """The slot table; the caller holds the control lock."""

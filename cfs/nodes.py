@@ -57,7 +57,7 @@ import msgspec
 
 from cfs.attributes import BLOCK_BYTES, XATTR_BYTES_MAX, Attributes
 from cfs.errors import CorruptionError
-from cfs.format import HEADER_BYTES, SLOTS_MAX, Header, Kind, seal_block
+from cfs.format import HEADER_BYTES, SLOTS_MAX, Header, Kind, open_block_untrusted, seal_block
 
 INODE = struct.Struct("<IIIIIIQQqqqqQQBBHHH")
 CONTENT_OFFSET = 256
@@ -565,6 +565,13 @@ def _decode_xattr_root(data: bytes) -> Tree:
         raise CorruptionError("extended attributes that are cut short")
     level, count = XATTR_ROOT.unpack_from(data)
     return decode_tree_untrusted(Kind.XATTR_TREE, level, count, data[XATTR_ROOT.size :])
+
+
+def mapped_blocks_untrusted(fs: int, number: int, block: bytes) -> int:
+    """How many blocks the map of a group has, without unpacking it. Raises CorruptionError."""
+    if open_block_untrusted(fs, number, block).kind != Kind.GROUP:
+        raise CorruptionError(f"block {number} is no map")
+    return int(GROUP.unpack_from(block, HEADER_BYTES)[2])
 
 
 def _decode_group(header: Header, block: bytes) -> GroupNode:

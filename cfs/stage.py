@@ -46,6 +46,7 @@ from cfs.nodes import (
     OrphanNode,
     SlotsNode,
     decode_node_untrusted,
+    mapped_blocks_untrusted,
 )
 from cfs.orphans import Orphans, adopt
 from cfs.replay import Replayed, Replayer
@@ -57,22 +58,37 @@ from cluster.locks import Mode
 
 NOBODY = Instance(NodeId(0), Incarnation(0), InstanceNo(0))
 LAST_GROUP_BLOCKS_MIN = 16
-CLEAR_BLOCKS = 1024
 """A shorter last group is not worth its block: those blocks are left out."""
+CLEAR_BLOCKS = 1024
+MAPS_AT_ONCE = 256
 
 
 async def read_superblock(device: BlockDevice) -> Superblock:
-    """The superblock, or its copy. Raises CorruptionError if there is none."""
+    """The newer superblock of the two, or the one that can be read. Raises CorruptionError if there
+    is none."""
     if device.size_bytes < (SUPERBLOCK_BLOCK + 1) * BLOCK_BYTES:
         raise CorruptionError(f"no cfs file system fits into {device.size_bytes} bytes")
     data = await device.read(SUPERBLOCK_BLOCK * BLOCK_BYTES, BLOCK_BYTES)
     try:
-        return decode_superblock_untrusted(SUPERBLOCK_BLOCK, data)
+        found = decode_superblock_untrusted(SUPERBLOCK_BLOCK, data)
     except CorruptionError as error:
-        found = await find_superblock_copy(device)
-        if found is None:
+        copy = await find_superblock_copy(device)
+        if copy is None:
             raise error
-        return found
+        return copy
+    return await _newer_copy(device, found)
+
+
+async def _newer_copy(device: BlockDevice, found: Superblock) -> Superblock:
+    """The copy is written first: after a crash it alone may know how large the file system is."""
+    block = found.backup_block
+    if (block + 1) * BLOCK_BYTES <= device.size_bytes:
+        with contextlib.suppress(CorruptionError):  # told by whoever mounts or checks
+            data = await device.read(block * BLOCK_BYTES, BLOCK_BYTES)
+            copy = decode_superblock_untrusted(block, data)
+            if copy.uuid == found.uuid and copy.version > found.version:
+                return copy
+    return found
 
 
 def need_mountable(superblock: Superblock) -> None:
@@ -183,8 +199,7 @@ async def begin(core: Core) -> tuple[Journal, list[tuple[int, tuple[int, int]]]]
             chosen = header, place
         else:
             free.append((slot, place))
-    await core.refresh_superblock()
-    await _enable_features(core)
+    await _settle_superblock(core, same=await core.refresh_superblock())
     if chosen is None:
         raise BusyError(
             "all journals of this file system are in use",
@@ -316,17 +331,19 @@ def empty_group(superblock: Superblock, number: int, change: int = 1) -> GroupNo
 
 async def grow(core: Core) -> None:
     """Use all of the device. New groups first, then the superblock that names them, then the rest
-    of what was the last group: a crash in between costs nothing but another `grow`."""
+    of what was the last group, now or when a growth was ended by a crash: that costs nothing but
+    another `grow`."""
     lock = core.control.lock
     assert lock is not None
     await lock.hold(Mode.EX)
     try:
-        await core.refresh_superblock()
+        await _settle_superblock(core, same=await core.refresh_superblock())
         old = core.superblock
         total = usable_blocks(core.device.size_bytes // BLOCK_BYTES, old.group_blocks)
         if total > old.total_blocks:
             await _grow_to(core, old, total)
-        await _extend_group(core, old.group_count - 1)
+        for number in await _short_groups(core):
+            await _extend_group(core, number)
     finally:
         lock.release(Mode.EX)
 
@@ -339,12 +356,14 @@ async def _write_superblock(core: Core, new: Superblock) -> None:
     core.space.extend(new)
 
 
-async def _enable_features(core: Core) -> None:
-    """Let a file system of an older version have what this one may write into it."""
-    old = core.superblock
-    features = old.features_incompatible | FEATURES_MADE
-    if features != old.features_incompatible and not core.options.read_only:
-        new = msgspec.structs.replace(old, features_incompatible=features, version=old.version + 1)
+async def _settle_superblock(core: Core, *, same: bool) -> None:
+    """Both copies are the newer one (`same`: they are), and let a file system of an older version
+    have what this one may write into it."""
+    new = core.superblock
+    features = new.features_incompatible | FEATURES_MADE
+    if features != new.features_incompatible:
+        new = msgspec.structs.replace(new, features_incompatible=features, version=new.version + 1)
+    if (new != core.superblock or not same) and not core.options.read_only:
         await _write_superblock(core, new)
 
 
@@ -354,10 +373,25 @@ async def _grow_to(core: Core, old: Superblock, total: int) -> None:
     for number in range(old.group_count, new.group_count):
         node = empty_group(new, number)
         writes.append((node.block, node.encode(core.fs, 0)))
-    for start in range(0, len(writes), 256):
-        await write_blocks(core.device, writes[start : start + 256])
+    for start in range(0, len(writes), MAPS_AT_ONCE):
+        await write_blocks(core.device, writes[start : start + MAPS_AT_ONCE])
     await core.device.flush()
     await _write_superblock(core, new)
+
+
+async def _short_groups(core: Core) -> list[int]:
+    """Those whose map ends before they do."""
+    superblock, short = core.superblock, []
+    for start in range(0, superblock.group_count, MAPS_AT_ONCE):
+        numbers = range(start, min(start + MAPS_AT_ONCE, superblock.group_count))
+        blocks = [superblock.group_block(number) for number in numbers]
+        ranges = [(block * BLOCK_BYTES, BLOCK_BYTES) for block in blocks]
+        maps = await core.device.read_many(ranges)
+        for number, block, data in zip(numbers, blocks, maps, strict=True):
+            with contextlib.suppress(CorruptionError):  # told by whoever needs that map
+                if mapped_blocks_untrusted(core.fs, block, data) < superblock.group_length(number):
+                    short.append(number)
+    return short
 
 
 async def _extend_group(core: Core, number: int) -> None:

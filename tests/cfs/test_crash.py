@@ -12,8 +12,11 @@ import random
 import pytest
 import trio
 
-from cfs.attributes import MountOptions, SetAttributes
+from cfs.attributes import BLOCK_BYTES, MountOptions, SetAttributes
 from cfs.format import open_block_untrusted
+from cfs.fsck.checker import repair
+from cfs.fsck.report import Report
+from cfs.fsck.session import Consent, Session
 from cfs.journal_format import LOG_OFFSET
 from cfs.nodes import BlockState, GroupNode, decode_node_untrusted
 from cfs.replay import Replayer
@@ -180,6 +183,50 @@ async def test_a_power_cut_while_the_journal_of_a_killed_mount_is_replayed() -> 
             async with mounted(cut):
                 pass
             await fsck(cut)
+
+
+async def test_a_growth_that_a_crash_has_ended_costs_another_growth() -> None:
+    """After any of its writes: what is there mounts, and then everything is used."""
+    device = await make_device(9, group_blocks=512, log_writes=True)
+    async with mounted(device, unmount=False) as fs:
+        begin = len(device.log)
+        device.grow(23 << 20)
+        await fs.grow()
+        free = (await fs.statfs()).free_blocks
+    log = list(device.log)
+    for count in range(begin, len(log) + 1):
+        for choice in (None, random.Random(count)):
+            cut = image(device.size_bytes, log, count, choice)
+            async with mounted(cut) as fs:
+                await fs.grow()
+                assert (await fs.statfs()).free_blocks == free, count
+            await fsck(cut)
+
+
+async def test_of_two_superblocks_the_newer_one_counts_for_mounts_and_repairs() -> None:
+    """A crash within a growth: what goes into the new part is not cut off by a repair."""
+    device = await make_device(9, group_blocks=512, log_writes=True)
+    async with mounted(device, unmount=False) as fs:
+        begin = len(device.log)
+        device.grow(23 << 20)
+        await fs.grow()
+        copy, blocks = fs.core.superblock.backup_block, (await fs.statfs()).blocks
+    log = list(device.log)
+    copy_at = next(n for n in range(begin, len(log)) if is_write_to(log[n], copy))
+    cut = image(device.size_bytes, log, copy_at + 1, None)
+    repaired = cut.snapshot()
+    for each in (cut, repaired):
+        if each is repaired:
+            await repair(each, Session(Report(), Consent.ALL))
+        async with mounted(each) as fs:
+            assert (await fs.statfs()).blocks == blocks
+            made = await fs.create(fs.root_ino, b"f", 0o644, 0, 0)
+            await fs.write(made.ino, 0, b"x" * (12 << 20))
+        await fsck(each)
+
+
+def is_write_to(entry: LogEntry, block: int) -> bool:
+    return isinstance(entry, LoggedWrite) and entry.offset_bytes == block * BLOCK_BYTES
 
 
 async def test_freed_metadata_used_as_data_survives_replay() -> None:
