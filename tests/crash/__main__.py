@@ -140,13 +140,15 @@ def pure(
     mounts: int,
     kill: bool | None,
 ) -> None:
-    """The workload on the cores alone, in memory; many seeds in little time."""
+    """The workload on the cores alone, in memory; many seeds in little time. With every fourth seed
+    the mount that recovers a killed one is killed as well."""
     from tests.crash.pure import run_pure
 
     bad = 0
     for each in range(seed, seed + rounds):
         doomed = each % 2 == 0 if kill is None else kill
-        recorded = run_pure(each, changes=changes, mounts=mounts, kill=doomed)
+        again = doomed and mounts > 2 and not each % 4
+        recorded = run_pure(each, changes=changes, mounts=mounts, kill=doomed, again=again)
         good = check_points(
             Verifier(*recorded), points=points, at=at, share="1/1", variants=variants, seed=each
         )

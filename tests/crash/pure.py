@@ -21,7 +21,7 @@ from cfs.transaction import NotNow
 from cluster.device import Buffer
 from cluster.locks import Mode
 from gnbd.server.filters.log_io import LOG_FLUSH, LOG_WRITE
-from tests.cfs.harness import Cluster
+from tests.cfs.harness import Cluster, instance
 from tests.crash.agent import RANGES
 from tests.crash.content import attribute_bytes, block_bytes, commit_bytes, stream
 from tests.crash.disk import RamVolume
@@ -34,6 +34,10 @@ STRIPE_BYTES = 64 << 10
 SERVERS = (1, 2)
 FOLDERS = 3
 HELD_MAX = 3
+DISK_S = 0.0005
+"""What a disk takes, on average."""
+RECOVERY_S = 0.02
+"""So long a recovery takes, about."""
 
 
 class RecordingDevice:
@@ -52,8 +56,8 @@ class RecordingDevice:
         return self.clock
 
     async def _pause(self) -> None:
-        while self._rng.random() < 0.4:
-            await trio.lowlevel.checkpoint()
+        """Time passes: nobody who waits for it, as a lock that is about to leave, may starve."""
+        await trio.sleep(self._rng.expovariate(1 / DISK_S))
 
     async def read(self, offset_bytes: int, length_bytes: int) -> bytes:
         await self._pause()
@@ -272,6 +276,8 @@ class Workers:
         self.left = 0
         self.busy: set[int] = set()
         self.retired: set[int] = set()
+        self.scopes: dict[int, list[trio.CancelScope]] = {}
+        """Of the tasks of each mount."""
 
     async def apply(self, index: int, change: Change, client: Client) -> None:
         history = self.things[index].history
@@ -282,12 +288,34 @@ class Workers:
         if change.durable:
             history.marks.append((self.device.tick(), len(history.states) - 1))
 
-    async def work_until_killed(self, client: Client, cluster: Cluster, number: int) -> None:
-        try:
-            await self.work(client)
-        except RuntimeError:
-            if number in cluster.members:
-                raise  # Not because the disks no longer answer to the dead.
+    async def work_until_killed(
+        self, client: Client, cluster: Cluster, number: int, scope: trio.CancelScope
+    ) -> None:
+        with scope:
+            try:
+                await self.work(client)
+            except RuntimeError:
+                if number in cluster.members:
+                    raise  # Not because the disks no longer answer to the dead.
+
+    async def until_worth_a_death(self, left: int, fs: FileSystem) -> None:
+        """At `left` changes this mount has something to replay, or commits: most journals are empty
+        most of the time, as what is committed is soon in its place."""
+        journal = fs.core.journal
+        commits = self.rng.random() < 0.5
+
+        def worth_it() -> bool:
+            return bool(journal.sealed or (journal.committed and not commits))
+
+        while self.left > left or (self.left and not worth_it()):  # noqa: ASYNC110
+            await trio.sleep(DISK_S / 10)
+
+    def kill(self, number: int, cluster: Cluster) -> None:
+        """A mount dies, with whoever works on it."""
+        for scope in self.scopes[number]:
+            scope.cancel()
+        cluster.kill(number)
+        self.retire_unsynced()
 
     async def work(self, client: Client) -> None:
         while self.left > 0:
@@ -318,9 +346,11 @@ async def record_pure(
     mounts: int = 3,
     each: int = 1,
     kill: bool = False,
+    again: bool = False,
     kinds: Iterable[str] = tuple(KINDS),
 ) -> tuple[Recording, list[Entry], int]:
-    """Run the workload; (what is known, what the disks did, their size)."""
+    """Run the workload; (what is known, what the disks did, their size). `kill`: a mount dies half
+    way; `again`: so does another one while it replays the journal of the first."""
     rng = random.Random(seed)
     device = RecordingDevice(rng)
     choices = Choices(
@@ -338,8 +368,8 @@ async def record_pure(
             clients[number] = Client(await cluster.mount(number, options))
         await _prepare(workers, clients[1])
         workers.left = changes
-        victim = mounts if kill else 0
-        await _run(workers, cluster, clients, victim)
+        victims = [mounts, min(clients)] if again else [mounts] if kill else []
+        await _run(workers, cluster, clients, victims)
         for number, client in clients.items():
             client.close()
             await cluster.unmount(number)
@@ -356,21 +386,35 @@ async def _prepare(workers: Workers, client: Client) -> None:
         await workers.apply(index, thing.prepare(), client)
 
 
-async def _run(workers: Workers, cluster: Cluster, clients: dict[int, Client], victim: int) -> None:
-    async with trio.open_nursery() as others, trio.open_nursery() as doomed:
+async def _run(
+    workers: Workers, cluster: Cluster, clients: dict[int, Client], victims: list[int]
+) -> None:
+    """With the deaths of the victims half way; the second one replays the journal of the first."""
+    half = workers.left // 2
+    async with trio.open_nursery() as nursery:
         for number, client in clients.items():
-            nursery = doomed if number == victim else others
             for _ in range(2):
-                nursery.start_soon(workers.work_until_killed, client, cluster, number)
-        if victim:
-            half = workers.left // 2
-            while workers.left > half:
-                await trio.lowlevel.checkpoint()
-            doomed.cancel_scope.cancel()
-            cluster.kill(victim)
+                scope = trio.CancelScope()
+                workers.scopes.setdefault(number, []).append(scope)
+                nursery.start_soon(workers.work_until_killed, client, cluster, number, scope)
+        if victims:
+            await workers.until_worth_a_death(half, cluster.members[victims[0]].fs)
+        for victim in victims:
+            workers.kill(victim, cluster)
             del clients[victim]
-            workers.retire_unsynced()
-            await cluster.recover(victim)
+            if victim != victims[-1]:
+                await _begin_to_recover(workers, cluster, victim)
+        for victim in victims:
+            if instance(victim) in cluster.dead:
+                await cluster.recover(victim)
+
+
+async def _begin_to_recover(workers: Workers, cluster: Cluster, victim: int) -> None:
+    """Returns at some moment of the recovery, at the latest when it has ended."""
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(cluster.recover, victim)
+        await trio.sleep(workers.rng.uniform(0, RECOVERY_S))
+        nursery.cancel_scope.cancel()
 
 
 def run_pure(seed: int, **how: Any) -> tuple[Recording, list[Entry], int]:
