@@ -140,7 +140,11 @@ class AddServer(msgspec.Struct, frozen=True, tag="add_server"):
 
 
 class RemoveServer(msgspec.Struct, frozen=True, tag="remove_server"):
+    """Nobody installs views on it any more, so it soon serves nobody: refused while volume groups
+    have PVs there, unless `lost` says that the disks are gone anyhow."""
+
     server: ServerId
+    lost: bool = False
 
 
 class StartVoterChange(msgspec.Struct, frozen=True, tag="voters"):
@@ -295,11 +299,8 @@ def _changed_fields(state: ClusterState, change: Change) -> dict[str, Any]:
             return _hold_fields(state, change)
         case AddServer(server):
             return _add_server_fields(state, server)
-        case RemoveServer(server_id):
-            if VoterId(server_id) in all_voters(state):
-                raise RefusedError("the server is a voter", hint="clusterctl voter remove first")
-            kept = [server for server in state.servers if server.id != server_id]
-            return {"servers": kept} if len(kept) != len(state.servers) else {}
+        case RemoveServer():
+            return _remove_server_fields(state, change)
         case StartVoterChange(add, remove):
             return _voter_fields(state, add, remove)
         case FinishVoterChange():
@@ -428,6 +429,25 @@ def _add_server_fields(state: ClusterState, server: ServerInfo) -> dict[str, Any
             raise UsageError(f"server {other.name} already has id {other.id}")
     servers = [other for other in state.servers if other.id != server.id]
     return {"servers": sorted([*servers, server], key=lambda info: info.id)}
+
+
+def _remove_server_fields(state: ClusterState, change: RemoveServer) -> dict[str, Any]:
+    if VoterId(change.server) in all_voters(state):
+        raise RefusedError("the server is a voter", hint="clusterctl voter remove first")
+    gone = next((server for server in state.servers if server.id == change.server), None)
+    if gone is None:
+        return {}
+    using = [
+        group.name
+        for group in state.volume_groups
+        if any(pv.partition("/")[0] == gone.name for pv in group.data.get("pvs", ()))
+    ]
+    if using and not change.lost:
+        raise RefusedError(
+            f"server {gone.name} has physical volumes of volume group {', '.join(using)}",
+            hint="their volumes would freeze; if its disks are lost for good, say --force",
+        )
+    return {"servers": [server for server in state.servers if server is not gone]}
 
 
 def _voter_fields(

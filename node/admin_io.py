@@ -295,7 +295,7 @@ class Admin:
             found = next((s for s in self._daemon.state.servers if s.name == name), None)
             if found is None:
                 raise NotFoundError(f"no server is called {name}", hint="see: clusterctl status")
-            await self._daemon.command(RemoveServer(found.id))
+            await self._daemon.command(RemoveServer(found.id, bool(params.get("force"))))
             self._daemon.note(EventName.SERVER_REMOVED, f"server {name} removed")
             return {}
         if action != "add":

@@ -244,10 +244,12 @@ def server_add(
 
 @server.command("remove")
 @click.argument("name")
+@click.option("--force", is_flag=True, help="Also if volumes have their bytes there.")
 @_json_option
-def server_remove(name: str, as_json: bool) -> None:
+def server_remove(name: str, force: bool, as_json: bool) -> None:
     """Take server NAME out of the configuration."""
-    result = control_client_io.call("cluster.server", {"action": "remove", "name": name})
+    params = {"action": "remove", "name": name, "force": force}
+    result = control_client_io.call("cluster.server", params)
     _show(result, as_json, f"server {name} removed")
 
 

@@ -202,6 +202,11 @@ def test_servers():
     with pytest.raises(RefusedError):
         apply_change(voting, RemoveServer(129), "d")
     assert apply_change(state, RemoveServer(129), "d").servers == []
+    group = VolumeGroup("a", "vg0", 1, {"pvs": ["s1/disk0", "s2/disk0"]})
+    using = apply_change(state, SetVolumeGroup("a", 0, group), "d")
+    with pytest.raises(RefusedError, match="volume group vg0"):
+        apply_change(using, RemoveServer(129), "e")
+    assert apply_change(using, RemoveServer(129, lost=True), "e").servers == []
 
 
 def test_nodes():
