@@ -14,7 +14,8 @@ from lab.block_server import export_toml, instance, running
 from tests.gnbd.test_client_io import MEMBERS, eventually, opened, trio_test
 
 BLOCK = 4096
-LIMIT_MS = 400
+LIMIT_MS = 3000
+"""A busy machine serves a request in this time."""
 
 
 @pytest.fixture
@@ -38,7 +39,7 @@ def test_what_is_given_up_never_lands_later(server, relayed):
             for relay in relays:
                 relay.stall()
             for call in (device.write(0, b"old!" * 1024), device.read(0, BLOCK)):
-                with pytest.raises(UnreachableError, match=r"not served for 0\.4 s"):
+                with pytest.raises(UnreachableError, match="not served for 3 s"):
                     await call
             assert device.status()["failed"]
             for relay in relays:

@@ -291,7 +291,7 @@ def test_a_slow_server_is_not_dead(tmp_path):
     exports = export_toml("disk0", tmp_path / "d.img", "cluster", "64M", '"delay:write_ms=1500"')
 
     async def body(server):
-        async with opened(server, dead_ms=300) as device:
+        async with opened(server, dead_ms=1000) as device:
             path = device.core.paths[0]
             before = path.generation
             parts = [(i * REQUEST_BYTES_MAX, bytes([i]) * REQUEST_BYTES_MAX) for i in range(4)]

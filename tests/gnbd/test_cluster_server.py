@@ -253,12 +253,13 @@ def test_failed_flush_changes_the_cache_generation(tmp_path):
 
 def test_silence_stops_the_server(server):
     """R3's second line: without a member's message for dead_ms nobody is served."""
-    server.install(1, member(live=(1,), next_=2), dead_ms=300)
+    server.install(1, member(live=(1,), next_=2))
     client = logged_in(server, ME)
+    server.install(2, member(live=(1,), next_=2), dead_ms=300)
     wait_for(lambda: login_status(server, ME, generation=9) == m.LOGIN_NOT_SERVING, "silence")
     with pytest.raises((EOFError, ConnectionError)):
         client.request(p.CMD_PING)
-    server.install(1, member(live=(1,), next_=2))
+    server.install(3, member(live=(1,), next_=2))
     assert login_status(server, ME, generation=10) == m.LOGIN_OK
 
 

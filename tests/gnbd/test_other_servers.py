@@ -228,10 +228,10 @@ def test_errors_of_the_disk_are_told_from_those_of_the_path(tmp_path):
 
 def test_a_slow_disk_is_not_a_dead_path(tmp_path):
     """Each write takes longer than `dead_ms`."""
-    words = ("--filter=delay", "memory", str(SIZE_BYTES), "delay-write=600ms")
+    words = ("--filter=delay", "memory", str(SIZE_BYTES), "delay-write=1500ms")
 
     async def body(server):
-        async with opened(server.uri, dead_ms=200) as device:
+        async with opened(server.uri, dead_ms=1000) as device:
             generation = device.core.paths[0].generation
             await device.write_many([(n * BLOCK, bytes([n]) * BLOCK) for n in range(32)])
             assert device.core.paths[0].generation == generation
