@@ -92,7 +92,7 @@ def python(place: Path, whole: bool) -> Result:
     ignored = () if whole else PYTHON_LEFT_TO_WHOLE
     words = ["/usr/bin/python3", "-m", "test", "-j2", "--timeout=300", f"--tempdir={place}"]
     words += [f"--junit-xml={report}", *(f"--ignore={pattern}" for pattern in ignored)]
-    code, output = run([*words, *PYTHON_MODULES], place, 1800 if whole else 280)
+    code, output = run([*words, *PYTHON_MODULES], place, 1800 if whole else 600)
     result = Result()
     ran: dict[str, int] = dict.fromkeys(PYTHON_MODULES, 0)
     for case in ElementTree.parse(report).getroot().iter("testcase"):
@@ -126,7 +126,7 @@ def stress_ng(place: Path, whole: bool) -> Result:
     else:
         asked = set(STRESSORS)
         words += ["-t", "4s", *(word for name in STRESSORS for word in (f"--{name}", "1"))]
-    code, output = run(words, place, 3000 if whole else 280)
+    code, output = run(words, place, 3000 if whole else 600)
     result = Result()
     # A stressor that gave up is not among the metrics.
     metrics = re.findall(r"metrc: \[\d+\] (\S+) +(\d+) +([\d.]+) +[\d.]+ +[\d.]+ +[\d.]+", output)
@@ -153,7 +153,7 @@ def simple(name: str, code: int, output: str, wanted: str) -> Result:
 def dbench(place: Path, whole: bool) -> Result:
     """The load of an office's file server; it stops at the first unexpected answer."""
     words = ["dbench", "-D", str(place), "-t", "60" if whole else "3", "4" if whole else "2"]
-    return simple("dbench", *run(words, place, 600 if whole else 200), r"^Throughput")
+    return simple("dbench", *run(words, place, 600), r"^Throughput")
 
 
 def fsmark(place: Path, whole: bool) -> Result:
@@ -161,7 +161,7 @@ def fsmark(place: Path, whole: bool) -> Result:
     words = ["fs_mark", "-d", str(place), "-s", "4096", "-t", "2", "-S", "1"]
     words += ["-l", str(place / "log"), "-n", "5000" if whole else "100"]
     words += ["-L", "3" if whole else "1", "-D", "16"]
-    return simple("fsmark", *run(words, place, 1800 if whole else 200), r"^ *\d+ +\d+ +4096 ")
+    return simple("fsmark", *run(words, place, 1800 if whole else 600), r"^ *\d+ +\d+ +4096 ")
 
 
 def bonnie(place: Path, whole: bool) -> Result:
@@ -169,7 +169,7 @@ def bonnie(place: Path, whole: bool) -> Result:
     words = ["bonnie++", "-d", str(place), "-u", "root", "-f", "-m", "cfs", "-z", "1"]
     words += ["-s", "512", "-r", "256"] if whole else ["-s", "16", "-r", "8"]
     words += ["-n", "4:16384:0:16"] if whole else ["-n", "0"]
-    return simple("bonnie++", *run(words, place, 1800 if whole else 200), r"^[\d.]+,2\.00a,cfs,")
+    return simple("bonnie++", *run(words, place, 1800 if whole else 600), r"^[\d.]+,2\.00a,cfs,")
 
 
 SUITES: dict[str, Callable[[Path, bool], Result]] = {

@@ -24,7 +24,7 @@ def check(image):
     """No suite leaves damage behind."""
     done = subprocess.run(
         [sys.executable, "-m", "cfs.fsck.cli", "-n", image],
-        cwd=ROOT, capture_output=True, text=True, timeout=280,
+        cwd=ROOT, capture_output=True, text=True, timeout=600,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
 

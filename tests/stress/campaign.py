@@ -135,9 +135,9 @@ class Campaign:
         plan = self.plan
         with cluster_mounts(self._base, *plan.options, count=plan.nodes) as (cluster, mounts):
             self.cluster, self.mounts = cluster, mounts
+            self._prepare()
             begin = time.monotonic()
             self.end = begin + plan.seconds
-            self._prepare()
             share = -(-plan.reads // (plan.nodes * plan.workers))
             try:
                 for node in mounts:
