@@ -298,12 +298,16 @@ class Manager:
         with contextlib.suppress(CorruptionError):
             label = await self._store.read_label(pv)
             if label is not None and label.cluster_id == self._me.cluster_id:
+                await self._check_free(pv, label)
                 return label
             what = f"physical volume of another cluster ({label.cluster_id})" if label else ""
         what = what or await self._node.devices.signature(pv)
         if what and not overwrite:
             raise RefusedError(f'"{pv}" holds data: {what}.', hint="say --yes to overwrite it")
         return None
+
+    async def _check_free(self, pv: str, label: PvLabel) -> None:
+        await self._store.check_free(pv, label, (await self._node.register.read()).values())
 
     async def _make_pv(self, pv: str) -> PvLabel:
         size = await self._store.device_bytes(pv)
@@ -343,8 +347,10 @@ class Manager:
                         hint=f"see: cvmctl vgs {vg}",
                     )
                 await self._known_export(pv)
-                if await self._store.read_label(pv) is None:
+                label = await self._store.read_label(pv)
+                if label is None:
                     raise StackError(f'No PV found on device "{pv}".', hint="see: cvmctl pvs")
+                await self._check_free(pv, label)
             for pv in request.pvs:
                 if not request.dry_run:
                     await self._store.wipe_label(pv)
@@ -358,6 +364,12 @@ class Manager:
         if len(set(request.pvs)) != len(request.pvs):
             raise UsageError("A physical volume is named twice.")
         labels = [await self._check_usable(pv, overwrite=request.yes) for pv in request.pvs]
+        uuids = [label.uuid for label in labels if label is not None]
+        if len(set(uuids)) != len(uuids):
+            raise RefusedError(
+                "Two of these devices have one label: they are one disk, or a copy of another.",
+                hint="give a copy a label of its own: cvmctl pvcreate",
+            )
         exports = {export.pv: export for export in await self._node.devices.exports()}
         records, messages = [], []
         for pv, known in zip(request.pvs, labels, strict=True):

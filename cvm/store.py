@@ -9,14 +9,18 @@ up could land after a later one. So all PVs are asked for their labels before th
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterable
+
 from cluster.device import BlockDevice
-from cluster.errors import CorruptionError, StackError
+from cluster.errors import BusyError, CorruptionError, StackError
 from cvm.metadata import (
     ARCHIVE_CELL_BYTES,
     ARCHIVE_OFFSET_BYTES,
     DATA_OFFSET_BYTES,
     LABEL_BYTES,
     SLOT_BYTES,
+    SLOT_COUNT,
     PvLabel,
     PvRecord,
     SlotContent,
@@ -148,6 +152,24 @@ class MetadataStore:
         """The label of a device, None when it has none. Raises CorruptionError if damaged."""
         device = await self._devices.open(pv)
         return decode_label_untrusted(await device.read(0, LABEL_BYTES))
+
+    async def check_free(self, pv: str, label: PvLabel, entries: Iterable[VgEntry]) -> None:
+        """Raise BusyError if a volume group has this PV, under whatever name: the export may be
+        called otherwise now, or another server shows the same disk."""
+        device = await self._devices.open(pv)
+        groups = set()
+        for sequence in range(SLOT_COUNT):
+            with contextlib.suppress(CorruptionError):
+                content = await self._read_slot(device, slot_offset(sequence))
+                groups.add(content.vg_uuid if content is not None else "")
+        for entry in entries:
+            record = await self.load(entry) if entry.uuid in groups and entry.sequence else None
+            for one in record.pvs if record is not None else ():
+                if one.uuid == label.uuid:
+                    raise BusyError(
+                        f'"{pv}" is physical volume "{one.name}" of volume group "{entry.name}".',
+                        hint="a disk keeps its export's name: see exports.toml of the server",
+                    )
 
     async def device_bytes(self, pv: str) -> int:
         return (await self._devices.open(pv)).size_bytes

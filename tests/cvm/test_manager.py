@@ -307,6 +307,43 @@ def test_what_an_interrupted_command_has_sent_comes_over_nothing_later() -> None
     run(scenario)
 
 
+def test_a_disk_that_has_another_name_now_is_not_taken_for_a_free_one() -> None:
+    """Its export was renamed, or two servers show it: the group that has it would lose its data."""
+
+    async def scenario() -> None:
+        for verb, params in (
+            ("pvcreate", {"pvs": ["s3/new"], "yes": True}),
+            ("pvremove", {"pvs": ["s3/new"], "yes": True}),
+            ("vgcreate", {"vg": "vg1", "pvs": ["s3/new"], "yes": True}),
+            ("vgextend", {"vg": "vg0", "pvs": ["s3/new"], "yes": True}),
+        ):
+            cluster = Cluster({f"s{number}/disk0": 64 * MIB for number in range(1, 4)})
+            await make_volume(cluster, "32m")
+            cluster.disks["s3/new"] = cluster.disks["s1/disk0"]
+            before = cluster.disks["s1/disk0"].snapshot()
+            with pytest.raises(BusyError, match='physical volume "s1/disk0" of volume group "vg0"'):
+                await cluster.manager().call(verb, params)
+            whole = before.size_bytes
+            assert await before.read(0, whole) == await cluster.disks["s3/new"].read(0, whole)
+
+    run(scenario)
+
+
+def test_copies_of_a_disk_are_not_two_disks() -> None:
+    async def scenario() -> None:
+        cluster = Cluster({f"s{number}/disk0": 64 * MIB for number in range(1, 3)})
+        manager = cluster.manager()
+        await manager.call("pvcreate", {"pvs": ["s1/disk0"]})
+        cluster.disks["s2/disk0"] = cluster.disks["s1/disk0"].snapshot()
+        pvs = ["s1/disk0", "s2/disk0"]
+        with pytest.raises(RefusedError, match="one label"):
+            await manager.call("vgcreate", {"vg": "vg0", "pvs": pvs})
+        await manager.call("pvcreate", {"pvs": ["s2/disk0"]})
+        await manager.call("vgcreate", {"vg": "vg0", "pvs": pvs})
+
+    run(scenario)
+
+
 def test_a_device_with_foreign_data_needs_yes() -> None:
     async def scenario() -> None:
         cluster = Cluster()
