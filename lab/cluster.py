@@ -28,7 +28,7 @@ from lab.topology import (
     LabState,
 )
 
-START_TIMEOUT_S = 60.0
+START_TIMEOUT_S = 120.0
 CRASH_TARGETS = {"mount": "mount.cfs", "clusterd": "clusterd", "guard": "clusterguard"}
 Say = Callable[[str], None]
 

@@ -27,6 +27,8 @@ from pathlib import Path
 from cluster.errors import StackError
 from lab.topology import MOUNT_POINT, Host, Lab
 
+END_S = 60.0
+"""The most that processes take to stop or to end on a busy machine."""
 BIN = Path(sys.executable).parent
 INSTALL = Path(__file__).resolve().parent.parent / "packaging" / "install"
 _ENTER = 'echo $$ > "$1/cgroup.procs"; pid=$2; shift 2; exec nsenter -t "$pid" -m -n -u -- "$@"'
@@ -239,7 +241,7 @@ def freeze(lab: Lab, host: Host, *, frozen: bool) -> None:
             return True
         return frozen and any(_state(pid) == "D" for pid in processes(lab, host))
 
-    wait_for(settled, 10.0, f"{host.name}: {wanted}")
+    wait_for(settled, END_S, f"{host.name}: {wanted}")
 
 
 def is_frozen(lab: Lab, host: Host) -> bool:
@@ -259,7 +261,7 @@ def kill_all(group: Path) -> None:
         (group / "cgroup.kill").write_text("1")
         return "populated 0" in (group / "cgroup.events").read_text().splitlines()
 
-    wait_for(empty, 30.0, f"{group} empty")
+    wait_for(empty, END_S, f"{group} empty")
 
 
 def remove_group(tag: str) -> None:
@@ -269,7 +271,7 @@ def remove_group(tag: str) -> None:
         return
     kill_all(top)
     for group in [*(child for child in sorted(top.iterdir()) if child.is_dir()), top]:
-        wait_for(lambda group=group: _removed(group), 10.0, f"{group} removed")  # type: ignore[misc]
+        wait_for(lambda group=group: _removed(group), END_S, f"{group} removed")  # type: ignore[misc]
 
 
 def _removed(group: Path) -> bool:

@@ -19,7 +19,7 @@ def explained(lab: Lab, node: Host, name: str) -> dict:
         done = hosts.run(lab, node, "fencectl", "explain", name, "--json", check=False)
         return json.loads(done.stdout) if done.returncode == 0 else {"verdict": ""}
 
-    hosts.wait_for(lambda: bool(record()["verdict"]), 30, f"{name} is fenced")
+    hosts.wait_for(lambda: bool(record()["verdict"]), 90, f"{name} is fenced")
     return record()
 
 
@@ -55,7 +55,7 @@ def test_a_mount_of_a_node_that_is_fenced_by_hand_ends_and_comes_back_when_let_i
     late = hosts.run(ready, victim, "sh", "-c", f"echo after > {path}", check=False)
     assert hosts.run(ready, first, "cat", path).stdout == "before\n"
     assert late.returncode != 0 or not cluster.is_mounted(ready, victim)
-    hosts.wait_for(lambda: held(ready, first) == [victim.name], 20, "it is shown as held out")
+    hosts.wait_for(lambda: held(ready, first) == [victim.name], 90, "it is shown as held out")
     keys = json.loads(fencectl(ready, first, "keys", "--json"))
     assert {row["server"] for row in keys} == {"s1", "s2"}
     registered = {one[0][0] for row in keys for one in row["registrations"]}

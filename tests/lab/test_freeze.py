@@ -24,7 +24,7 @@ def test_loss_of_quorum_is_a_freeze_that_ends(ready: Lab) -> None:
             answer = hosts.run(ready, first, "clusterctl", "status", "--json", check=False)
             return '"quorate": false' in answer.stdout
 
-        hosts.wait_for(frozen, 30, "n1 is not quorate")
+        hosts.wait_for(frozen, 90, "n1 is not quorate")
         for node in others:
             cluster.start(ready, node)
         back = time.monotonic()
