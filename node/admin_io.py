@@ -336,11 +336,12 @@ class Admin:
         promised = record.promised.counter if record is not None else 0
         ballot = Ballot(promised + RECOVER_COUNTER, int(daemon.me), int(daemon.incarnation))
         state = recovered_state(newest, voters, {}, f"recover|n{daemon.me}|{daemon.incarnation}")
+        # In this order: with the record the register decides again, and this life writes `known`.
+        await trio.to_thread.run_sync(daemon.files.save_known, state)
         with trio.move_on_after(VOTER_WAIT_S) as scope:
             await daemon.replace_record(Record(ballot, ballot, state))
         if scope.cancelled_caught:
             raise StackError("the register cannot be stored", hint="see: clusterctl status")
-        await trio.to_thread.run_sync(daemon.files.save_known, state)
         assert daemon.nursery is not None
         daemon.nursery.start_soon(self._start_anew)
         return {"voters": list(state.voters), "epoch": state.epoch}
