@@ -545,9 +545,10 @@ class FileSystem(RangeCalls):
         self._beliefs_at = -STATFS_MAX_AGE_NS
         return await self.statfs()
 
-    async def recover(self, dead: Instance) -> int:
-        """Replay the journals of a dead mount that is silent; how many. Repeatable."""
-        return len(await stage.recover(self.core, self.orphans, dead))
+    async def recover(self, dead: Instance, others: frozenset[Instance] = frozenset()) -> int:
+        """Replay the journals of a dead mount that is silent; how many. `others`: all that are dead
+        and not yet recovered. Repeatable; one at a time."""
+        return len(await stage.recover(self.core, self.orphans, dead, others))
 
     def set_recovering(self, recovering: bool) -> None:
         """True from a view with failed members until all of them are released: meanwhile no freed

@@ -239,10 +239,18 @@ async def journals_of(
     return found
 
 
-async def recover(core: Core, orphans: Orphans, dead: Instance) -> list[Replayed]:
-    """Replay the journals of a dead instance and take its orphans over."""
+async def recover(
+    core: Core, orphans: Orphans, dead: Instance, others: frozenset[Instance] = frozenset()
+) -> list[Replayed]:
+    """Replay the journals of a dead instance and take its orphans over. `others`: all who are dead.
+    One of them may have died while it did the same: what it has taken out of the list of orphans,
+    and put into its own, is in its journal only, which is therefore replayed first."""
     await core.refresh_superblock()  # the dead one may have grown the file system
     replayer = Replayer(core.device, core.superblock)
+    for other in sorted(others - {dead}):
+        with contextlib.suppress(CorruptionError):  # told when it is this one's turn
+            for place, header in await journals_of(core.device, replayer, core.fs, other):
+                await replayer.replay(place, header)
     done = []
     for place, header in await journals_of(core.device, replayer, core.fs, dead):
         done.append(await replayer.replay(place, header))

@@ -75,6 +75,7 @@ class ClusterBackend:
         self._mesh: TrioMesh | None = None
         self._early: list[GroupEvent] = []
         self._recovery: RecoveryCore
+        self._replaying = trio.Lock()
         self._nursery: trio.Nursery
         self._guard: GuardSession | None = None
         self._group = ""
@@ -233,13 +234,14 @@ class ClusterBackend:
     recovering = False
 
     async def _replay(self, dead: Instance) -> None:
-        log.info("replaying the journals of %s", dead)
-        fs = self._mount.fs
         try:
-            if fs is not None:
-                count = await fs.recover(dead)
-            else:
-                count = await replay_unmounted(self.device, dead)
+            async with self._replaying:
+                log.info("replaying the journals of %s", dead)
+                fs = self._mount.fs
+                if fs is not None:
+                    count = await fs.recover(dead, self._recovery.dead)
+                else:
+                    count = await replay_unmounted(self.device, dead)
         except CorruptionError as error:
             # What it had locked stays locked; all else goes on. Nothing may be released unreplayed.
             log.error("the journal of %s is damaged: %s", dead, error)

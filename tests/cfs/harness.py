@@ -162,7 +162,7 @@ class Cluster:
         for member in self.members.values():
             member.fs.set_recovering(True)
         survivor = self.members[min(self.members)]
-        await survivor.fs.recover(instance(number))
+        await survivor.fs.recover(instance(number), frozenset(self.dead))
         self.dead.discard(instance(number))
         self.table.release_dead(self.engines[number])
         for member in self.members.values():

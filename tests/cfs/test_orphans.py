@@ -7,6 +7,7 @@ import errno
 import pytest
 import trio
 
+from cfs.attributes import BLOCK_BYTES
 from cfs.filesystem import FileSystem
 from cfs.fsck.checker import check
 from cfs.orphans import REAPERS_MAX
@@ -157,6 +158,41 @@ async def test_the_list_of_a_dead_mount_may_be_more_than_ours_takes() -> None:
         three = await group.mount(3)  # takes the slot, and what still stands in its list
         await emptied(three, [one])
         assert await free_blocks(three) == before
+    await fsck(device)
+
+
+async def test_who_takes_the_list_of_a_dead_mount_over_dies_too() -> None:
+    """Its change of both lists is in its journal only, and the first dead one is recovered first:
+    an orphan does not come to stand in two lists, and in one of them after it is gone."""
+    device = await make_device()
+    async with cluster(device) as group:
+        one, two, three = [await group.mount(number) for number in (1, 2, 3)]
+        before = await free_blocks(one)
+        (ino,) = await unlinked(three, 1)
+        await three.sync()
+        await three.core.journal.checkpoint()
+        place = three.orphans.where[ino][0] * BLOCK_BYTES
+        group.kill(3)
+        reached = trio.Event()
+
+        async def never(kind: str, offset: int, length: int) -> None:
+            if kind == "write" and offset <= place < offset + length:
+                reached.set()
+                await trio.sleep_forever()
+
+        async with trio.open_nursery() as nursery:
+            device.hook = never
+            nursery.start_soon(group.recover, 3)
+            with trio.fail_after(60):
+                await reached.wait()
+            group.kill(1)
+            nursery.cancel_scope.cancel()
+        device.hook = None
+        for dead in (3, 1):
+            await group.recover(dead)
+            await fsck(device)
+        await emptied(two, [])
+        assert await free_blocks(two) == before
     await fsck(device)
 
 
