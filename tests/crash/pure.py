@@ -26,7 +26,7 @@ from tests.crash.agent import RANGES
 from tests.crash.content import attribute_bytes, block_bytes, commit_bytes, stream
 from tests.crash.disk import RamVolume
 from tests.crash.record import Recording, make_things
-from tests.crash.things import KINDS, Change, Thing
+from tests.crash.things import KINDS, NEVER_NS, Change, Thing
 from tests.crash.writelog import Entry
 
 SIZE_BYTES = 32 << 20
@@ -274,7 +274,8 @@ class Workers:
         self.device = device
         self.rng = rng
         self.left = 0
-        self.busy: set[int] = set()
+        self.busy: dict[int, tuple[int, int]] = {}
+        """What is being changed: through which mount, and how many states it had before."""
         self.retired: set[int] = set()
         self.scopes: dict[int, list[trio.CancelScope]] = {}
         """Of the tasks of each mount."""
@@ -293,7 +294,7 @@ class Workers:
     ) -> None:
         with scope:
             try:
-                await self.work(client)
+                await self.work(client, number)
             except RuntimeError:
                 if number in cluster.members:
                     raise  # Not because the disks no longer answer to the dead.
@@ -315,27 +316,35 @@ class Workers:
         for scope in self.scopes[number]:
             scope.cancel()
         cluster.kill(number)
-        self.retire_unsynced()
+        self.retire_unsynced(number)
 
-    async def work(self, client: Client) -> None:
+    async def work(self, client: Client, number: int) -> None:
         while self.left > 0:
             self.left -= 1
-            free = [i for i in range(len(self.things)) if i not in self.busy | self.retired]
+            free = [i for i in range(len(self.things)) if i not in self.busy.keys() | self.retired]
             if not free:
                 return
             index = self.rng.choice(free)
-            self.busy.add(index)
-            await self.apply(index, self.things[index].change(self.rng), client)
-            self.busy.discard(index)
+            self.busy[index] = number, len(self.things[index].history.states)
+            try:
+                await self.apply(index, self.things[index].change(self.rng), client)
+            except FsError:
+                if self.things[index].history.until_ns == NEVER_NS:
+                    raise  # Not because what was to be changed had gone with a mount.
+            self.busy.pop(index, None)
             if self.rng.random() < 0.1:
                 await client.fs.tick(checkpoint=self.rng.random() < 0.3)
 
-    def retire_unsynced(self) -> None:
+    def retire_unsynced(self, dead: int) -> None:
         """A mount has died: what nobody synced may have gone with it."""
         for index, thing in enumerate(self.things):
             history = thing.history
             if index in self.busy or history.marks[-1][1] < len(history.states) - 1:
                 self.retired.add(index)
+        for index, (number, states) in self.busy.items():
+            history = self.things[index].history
+            if number != dead and history.marks[-1][1] < states - 1:
+                history.until_ns = min(history.until_ns, self.device.tick())
         self.busy.clear()
 
 

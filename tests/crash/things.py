@@ -39,10 +39,13 @@ class History(msgspec.Struct):
     begins: list[int] = []
     states: list[Any] = []
     marks: list[tuple[int, int]] = []
+    until_ns: int = NEVER_NS
+    """From then on nobody can say what is to be found: a change was under way to something of which
+    a part had gone with a mount."""
 
     def is_ready(self, crash_ns: int) -> bool:
-        """Whether it had been made by then."""
-        return bool(self.marks) and self.marks[0][0] < crash_ns
+        """Whether it had been made by then, and can be judged."""
+        return bool(self.marks) and self.marks[0][0] < crash_ns <= self.until_ns
 
     def allowed(self, crash_ns: int) -> list[Any]:
         """The states that may be found after a crash at that moment."""
