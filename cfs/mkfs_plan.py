@@ -22,7 +22,13 @@ from cfs.format import (
 )
 from cfs.journal_format import JOURNAL_BLOCKS_MIN
 from cfs.nodes import BlockState, GroupNode, InodeNode, SlotsNode, Tree
-from cfs.stage import clear_log, empty_group, format_journal, usable_blocks
+from cfs.stage import (
+    clear_log,
+    empty_group,
+    find_superblock_copy,
+    format_journal,
+    usable_blocks,
+)
 from cluster.device import BlockDevice, Buffer
 from cluster.errors import NoSpaceError, UsageError
 
@@ -151,11 +157,20 @@ def _place_journal(
     )
 
 
+async def _destroy_superblocks(device: BlockDevice) -> None:
+    """Also the copy of an earlier file system: who is interrupted leaves nothing that a mount would
+    take for it and show with holes."""
+    block = SUPERBLOCK_BLOCK
+    while block:
+        await device.write(block * BLOCK_BYTES, bytes(BLOCK_BYTES))
+        await device.flush()
+        copy = await find_superblock_copy(device)
+        block = copy.backup_block if copy is not None else 0
+
+
 async def write_plan(device: BlockDevice, whole: Plan) -> None:
     """Destroy what is recognisable, write everything, and the superblock behind a flush."""
-    zero = bytes(BLOCK_BYTES)
-    await device.write(SUPERBLOCK_BLOCK * BLOCK_BYTES, zero)
-    await device.flush()
+    await _destroy_superblocks(device)
     for place in whole.journals:
         await clear_log(device, place)
     body, last = whole.writes[:-1], whole.writes[-1]

@@ -13,13 +13,16 @@ import pytest
 import trio
 
 from cfs.attributes import BLOCK_BYTES, MountOptions, SetAttributes
+from cfs.errors import CorruptionError
 from cfs.format import open_block_untrusted
 from cfs.fsck.checker import repair
 from cfs.fsck.report import Report
 from cfs.fsck.session import Consent, Session
 from cfs.journal_format import LOG_OFFSET
+from cfs.mkfs_plan import Choices, plan, write_plan
 from cfs.nodes import BlockState, GroupNode, decode_node_untrusted
 from cfs.replay import Replayer
+from cfs.stage import read_superblock
 from cluster.device_memory import (
     LogEntry,
     LoggedAnswer,
@@ -201,6 +204,34 @@ async def test_a_growth_that_a_crash_has_ended_costs_another_growth() -> None:
                 await fs.grow()
                 assert (await fs.statfs()).free_blocks == free, count
             await fsck(cut)
+
+
+async def test_a_mkfs_that_was_interrupted_leaves_nothing_to_mount() -> None:
+    """Or all of what was there: no file with holes where the new journals are."""
+    device = await make_device(16, log_writes=True)
+    async with mounted(device) as fs:
+        made = await fs.create(fs.root_ino, b"f", 0o644, 0, 0)
+        await fs.write(made.ino, 0, b"x" * (10 << 20))
+    begin, before, rng = len(device.log), device.snapshot(), random.Random(1)
+    other = Choices(uuid=b"another one uuid", hash_seed=bytes(16), now_ns=1, journals=2,
+                    journal_bytes=640 << 10)  # fmt: skip
+    await write_plan(device, plan(device.size_bytes // BLOCK_BYTES, other))
+    log = list(device.log)
+    for count in range(begin, begin + 20):
+        durable = durable_positions(log, count)
+        for share in (0.5, 1.0):
+            cut = before.snapshot()
+            for position, entry in enumerate(log[begin:count], begin):
+                if isinstance(entry, LoggedWrite) and (position in durable or rng.random() < share):
+                    cut._current.write(entry.offset_bytes, entry.data)
+            try:
+                found = await read_superblock(cut)
+            except CorruptionError:
+                continue
+            if found.uuid != other.uuid:
+                async with mounted(cut) as fs:
+                    ino = (await fs.lookup(fs.root_ino, b"f")).ino
+                    assert await fs.read(ino, 0, 10 << 20) == b"x" * (10 << 20), count
 
 
 async def test_of_two_superblocks_the_newer_one_counts_for_mounts_and_repairs() -> None:
