@@ -479,13 +479,13 @@ def _voter_fields(
 
 def _volume_group_fields(state: ClusterState, change: SetVolumeGroup) -> dict[str, Any]:
     present = next((group for group in state.volume_groups if group.uuid == change.uuid), None)
-    if present is not None and present == change.group:
+    if present == change.group:
         return {}
     if (present.sequence if present is not None else 0) != change.expected:
         raise StateError(f"volume group {change.uuid} has changed", hint="read it again")
     others = [group for group in state.volume_groups if group.uuid != change.uuid]
     if change.group is None:
-        return {"volume_groups": others} if present is not None else {}
+        return {"volume_groups": others}
     if any(group.name == change.group.name for group in others):
         raise UsageError(f"a volume group called {change.group.name} exists")
     if change.group.uuid != change.uuid or change.group.sequence <= change.expected:

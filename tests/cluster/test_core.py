@@ -30,7 +30,9 @@ from cluster.state import (
     AddNode,
     AddServer,
     NodeInfo,
+    SetVolumeGroup,
     ViewChange,
+    VolumeGroup,
     apply_change,
     initial_state,
 )
@@ -133,6 +135,18 @@ def test_commands_are_decided_or_refused():
     assert node.replies[3].error is None
     node.step(ReadState(4))
     assert node.replies[4].result == node.core.state
+
+
+def test_the_end_of_a_volume_group_is_told_as_done():
+    """A command is judged once more on the value that has it."""
+    node = OneNode()
+    node.run(300)
+    group = VolumeGroup("a", "vg0", 1)
+    node.step(Command(1, SetVolumeGroup("a", 0, group)))
+    node.step(Command(2, SetVolumeGroup("a", 1, None)))
+    assert node.replies[1].error is None
+    assert node.replies[2].error is None
+    assert node.replies[2].result.volume_groups == []
 
 
 def test_without_voters_commands_end_in_time():
