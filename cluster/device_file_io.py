@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import mmap
 import os
 import stat
@@ -66,7 +67,9 @@ class FileDevice:
         self.path = path
         self._direct = direct
         self._offload = offload
+        self._has_lost = False
         self._size_bytes = _device_bytes(self._descriptor)
+        self._drop_refused()  # in an earlier life: whoever was told may be dead
 
     @property
     def size_bytes(self) -> int:
@@ -88,6 +91,23 @@ class FileDevice:
         assert length_bytes % SECTOR_BYTES == 0, f"length {length_bytes} is not aligned"
         assert offset_bytes >= 0, "negative offset"
         assert offset_bytes + length_bytes <= self._size_bytes, "beyond the end of the device"
+
+    def _make_durable(self) -> None:
+        """Fails for ever once it has failed: whose writes were lost the kernel does not say, and it
+        says so only once."""
+        if self._has_lost:
+            raise OSError(errno.EIO, "an earlier flush has failed, and what it lost is not known")
+        try:
+            os.fdatasync(self._descriptor)
+        except OSError:
+            self._has_lost = True
+            self._drop_refused()
+            raise
+
+    def _drop_refused(self) -> None:
+        """The kernel keeps what the disk has refused as if it was written: it would be read until
+        memory runs short, and a replay would take it for the block that is in place."""
+        os.posix_fadvise(self._descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
 
     async def _run(self, work: Callable[[], T]) -> T:
         try:
@@ -134,7 +154,7 @@ class FileDevice:
         else:
             self._write_all(offset_bytes, view)
         if fua:
-            os.fdatasync(self._descriptor)
+            self._make_durable()
 
     def _write_all(self, offset_bytes: int, view: memoryview) -> None:
         done = 0
@@ -192,12 +212,12 @@ class FileDevice:
             for offset, data in parts:
                 self._write_now(offset, data, False)
             if fua:
-                os.fdatasync(self._descriptor)
+                self._make_durable()
 
         await self._run(work)
 
     async def flush(self) -> None:
-        await self._run(lambda: os.fdatasync(self._descriptor))
+        await self._run(self._make_durable)
 
     def _punch(self, offset_bytes: int, length_bytes: int) -> bool:
         """Deallocate a range; it then reads as zeroes. False where that is not supported."""

@@ -14,7 +14,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import trio
 
+from cluster.device_file_io import FileDevice
+from cluster.errors import DeviceError
 from gnbd import protocol as p
 from lab.block_server import GnbdServer, running
 from tests.gnbd.raw import RawClient
@@ -25,16 +28,23 @@ PIECE = 64 << 10
 
 
 @contextlib.contextmanager
-def serving(tmp_path: Path, filters: str) -> Iterator[tuple[GnbdServer, SmallDisk]]:
+def device_on(tmp_path: Path) -> Iterator[tuple[Path, SmallDisk]]:
     """A block device whose blocks have no place yet in the small file system below."""
     with small_disk(tmp_path / "small", "8m") as disk:
         image = disk.place / "image"
         with image.open("wb") as file:
             file.truncate(32 * MIB)
         with loop_device(image) as device:
-            exports = f'[[exports]]\nname = "disk"\npath = "{device}"\nfilters = [{filters}]\n'
-            with running(tmp_path, exports, joined=False) as server:
-                yield server, disk
+            yield device, disk
+
+
+@contextlib.contextmanager
+def serving(tmp_path: Path, filters: str) -> Iterator[tuple[GnbdServer, SmallDisk]]:
+    """The same, exported."""
+    with device_on(tmp_path) as (device, disk):
+        exports = f'[[exports]]\nname = "disk"\npath = "{device}"\nfilters = [{filters}]\n'
+        with running(tmp_path, exports, joined=False) as server:
+            yield server, disk
 
 
 @contextlib.contextmanager
@@ -119,3 +129,41 @@ def test_whoever_lost_something_is_told(tmp_path, other, filters):
         with RawClient(server, "disk") as third:
             assert third.request(p.CMD_FLUSH) == 0
             assert third.request(p.CMD_WRITE, 0, b"t" * PIECE, flags=p.CMD_FLAG_FUA) == 0
+
+
+@pytest.mark.parametrize("how", ["flush", "fua"])
+def test_a_local_disk_does_not_read_what_was_refused(tmp_path, how):
+    """Else a replay would find newer blocks in place than its journal has, and leave them out. Nor
+    does the next flush say that all is well: another file's data was lost, too."""
+
+    async def written(path):
+        with FileDevice(path) as device:
+            await device.write(0, b"o" * PIECE, fua=True)
+            disk.fill()
+            if how == "flush":
+                await device.write(MIB, b"n" * PIECE)
+                done = device.flush()
+            else:
+                done = device.write(MIB, b"n" * PIECE, fua=True)
+            with pytest.raises(DeviceError, match="Input/output"):
+                await done
+            assert await device.read(MIB, PIECE) == bytes(PIECE)
+            for done in (device.flush(), device.write(0, b"a" * PIECE, fua=True)):
+                with pytest.raises(DeviceError, match="earlier"):
+                    await done
+
+    async def left(path):
+        with FileDevice(path) as device:
+            await device.write(2 * MIB, b"n" * PIECE)
+            told = os.open(path, os.O_RDONLY)  # another program, which goes on
+            with pytest.raises(OSError, match="Input/output"):
+                os.fdatasync(told)
+        with FileDevice(path) as device:
+            found = await device.read(2 * MIB, PIECE)
+            await device.flush()
+        os.close(told)
+        assert found == bytes(PIECE)
+
+    with device_on(tmp_path) as (path, disk):
+        trio.run(written, str(path))
+        trio.run(left, str(path))
