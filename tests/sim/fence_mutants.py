@@ -79,6 +79,11 @@ def ban_not_durable_before_the_answer(patch: Patch) -> None:
     patch(Server, "save", mutant)
 
 
+def a_start_believes_the_cache(patch: Patch) -> None:
+    """What a killed life had not made durable is taken for durable by the next one."""
+    patch(Server, "settle", lambda self: None)
+
+
 def ban_by_node(patch: Patch) -> None:
     """A node that was put out is out for ever, not only its life."""
     real = a.Admission._requested
@@ -214,6 +219,7 @@ MUTANTS: list[Callable[[Patch], None]] = [
     words_stored_after_the_drain,
     ban_forgotten_at_restart,
     ban_not_durable_before_the_answer,
+    a_start_believes_the_cache,
     ban_by_node,
     ban_of_the_node_only,
     ban_of_the_newest_life_only,

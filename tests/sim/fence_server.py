@@ -15,10 +15,12 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from cluster.control import MemberInfo
+from cluster.errors import CorruptionError
 from cluster.ids import Epoch, Incarnation, Instance, NodeId
 from fencing import admission as a
 from fencing import store
 from fencing.reservations import WRITE, Request, Reservations, ServiceAction, Status
+from tests.sim.world import Violation
 
 if TYPE_CHECKING:
     from tests.sim.fence_world import FenceWorld
@@ -58,6 +60,8 @@ class Server:
     def __init__(self, world: FenceWorld, name: int) -> None:
         self.world, self.name = world, name
         self.disk = bytearray(store.encode_file(store.encode_state(store.ServerState()))[0])
+        self.cache: dict[int, bytes] = {}
+        """Sectors that only its host's kernel has: a killed life had not made them durable."""
         self.life = 0
         self.up = False
         self.boot()
@@ -66,13 +70,27 @@ class Server:
 
     def load(self) -> store.ServerState:
         """What a start finds."""
-        state, self.place = store.decode_file_untrusted(bytes(self.disk))
+        data = bytearray(self.disk)
+        for at, sector in self.cache.items():
+            data[at : at + store.SECTOR_BYTES] = sector
+        try:
+            state, self.place = store.decode_file_untrusted(bytes(data))
+        except CorruptionError as error:
+            raise Violation(f"s{self.name} cannot start: {error}") from error
         return state
+
+    def settle(self) -> None:
+        """A start makes what it has found durable, before it writes or answers anything."""
+        for at, sector in self.cache.items():
+            self.disk[at : at + store.SECTOR_BYTES] = sector
+        self.cache.clear()
 
     def boot(self) -> None:
         """A new life begins."""
         state = self.load()
+        self.settle()
         self.saving = b""
+        self.has_saved = False
         self.life += 1
         self.up = True
         export = state.exports.get("disk", store.ExportState())
@@ -86,18 +104,38 @@ class Server:
         self.sequence_min = export.sequence_min
 
     def crash(self) -> None:
-        """What is in flight may still land, at once."""
-        self.tear()
+        """What is in flight may still land, at once. A kill, or a power cut."""
+        if self.world.rng.random() < 0.5:
+            self.leave()
+        else:
+            self.tear()
+            self.cut_power()
         for write in self.flying:
             if self.world.rng.random() < 0.5:
                 self.effect(write)
         self.up = False
+
+    def leave(self) -> None:
+        """The first sectors of a state that is being saved are in the cache, mostly all of them."""
+        sectors = len(self.saving) // store.SECTOR_BYTES
+        if self.world.rng.random() < 0.3:
+            sectors = self.world.rng.randrange(sectors + 1)
+        for at in range(0, sectors * store.SECTOR_BYTES, store.SECTOR_BYTES):
+            sector = self.saving[at : at + store.SECTOR_BYTES]
+            self.cache[self.place.offset + at] = sector
 
     def tear(self) -> None:
         """Any sectors of a state that is being saved are on the disk."""
         for at in range(0, len(self.saving), store.SECTOR_BYTES):
             if self.world.rng.random() < 0.5:
                 self.write(self.saving, at)
+
+    def cut_power(self) -> None:
+        """Any sectors of what is in the cache are on the disk; the others are gone."""
+        for at, sector in self.cache.items():
+            if self.world.rng.random() < 0.5:
+                self.disk[at : at + store.SECTOR_BYTES] = sector
+        self.cache.clear()
 
     def later(self, mean_ms: float, action: Callable[[], None]) -> None:
         """In this life."""
@@ -122,11 +160,14 @@ class Server:
             then()
 
         self.later(4, done)
+        self.world.saving(self)
+        self.has_saved = True
 
     def write(self, data: bytes, at: int) -> None:
         """One sector of a state reaches the disk."""
         to = self.place.offset + at
         self.disk[to : to + store.SECTOR_BYTES] = data[at : at + store.SECTOR_BYTES]
+        self.cache.pop(to, None)
 
     # --- requests
 

@@ -28,6 +28,7 @@ from tests.sim.fence_server import DEAD_MS, Server, View, Write
 from tests.sim.world import MS, LivenessFailure, Violation, World
 
 NODES = (1, 2, 3)
+DIES_SAVING, DIES_SAVING_FIRST = 0.06, 0.3
 RUN = 12_000 * MS
 SETTLE = 6_000 * MS
 
@@ -240,12 +241,23 @@ class FenceWorld:
             return
         kind = self.rng.random()
         server = self.rng.choice(self.servers)
-        if kind < 0.3 and server.up:
-            server.crash()
-            self.later(100, server.boot)
+        if kind < 0.3:
+            self.end(server)
         elif kind < 0.85:
             self.change_view()
         self.later(200, self.nemesis)
+
+    def end(self, server: Server) -> None:
+        """A server dies, and comes back."""
+        if server.up:
+            server.crash()
+            self.later(100, server.boot)
+
+    def saving(self, server: Server) -> None:
+        """A server begins to save its state: some die over it, mostly over the first one."""
+        chance = DIES_SAVING if server.has_saved else DIES_SAVING_FIRST
+        if self.faults and self.rng.random() < chance:
+            self.later(2, lambda: self.end(server))
 
     def coordinating(self) -> None:
         """Installs come again and again, with long silences while there are faults."""
