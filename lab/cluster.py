@@ -54,7 +54,7 @@ def _quiet(_text: str) -> None:
     """Say nothing."""
 
 
-def _status(lab: Lab, node: Host) -> dict[str, Any] | None:
+def member_status(lab: Lab, node: Host) -> dict[str, Any] | None:
     """What `clusterctl status` says on a node, or None while clusterd does not answer."""
     if hosts.holder_pid(lab, node) is None or hosts.is_frozen(lab, node):
         return None
@@ -70,7 +70,7 @@ def _member_names(status: dict[str, Any] | None) -> list[str]:
 
 
 def _is_member(lab: Lab, node: Host) -> bool:
-    status = _status(lab, node)
+    status = member_status(lab, node)
     return bool(status and status["quorate"] and node.name in _member_names(status))
 
 
@@ -157,7 +157,7 @@ def _wait_servers(lab: Lab) -> None:
     wanted = {s.cluster_id_number for s in lab.servers}
 
     def installed() -> bool:
-        status = _status(lab, lab.nodes[0])
+        status = member_status(lab, lab.nodes[0])
         return status is not None and wanted <= set(status["installed"])
 
     hosts.wait_for(installed, START_TIMEOUT_S, "every block server has installed the view")
@@ -168,7 +168,7 @@ def _add_voters(lab: Lab) -> None:
     voters = [n.name for n in lab.nodes[1:]]
     if len(lab.nodes) == 2:
         voters.append(lab.servers[0].name)
-    status = _status(lab, lab.nodes[0])
+    status = member_status(lab, lab.nodes[0])
     assert status is not None
     present = {v["name"] for v in status["voters"]}
     for name in voters:
@@ -216,7 +216,7 @@ def is_mounted(lab: Lab, node: Host) -> bool:
 
 def is_remembered(lab: Lab, node: Host) -> bool:
     """True when clusterd of a node mounts the file system by itself."""
-    status = _status(lab, node)
+    status = member_status(lab, node)
     return status is not None and any(m["mountpoint"] == MOUNT_POINT for m in status["mounts"])
 
 
@@ -351,7 +351,7 @@ def status(lab: Lab) -> dict[str, Any]:
         }
         if host.kind == "node":
             row["mounted"] = on and hosts.mount_point_in_use(lab, host)
-            answer = _status(lab, host)
+            answer = member_status(lab, host)
             row["quorate"] = bool(answer and answer["quorate"])
             row["epoch"] = answer["epoch"] if answer else None
         rows.append(row)

@@ -14,6 +14,8 @@ reader may see a write that still waits for its lock); one above `started` is in
 a process in one life of its node. When it is to be killed, it is marked dead on the board first:
 what it had committed but not made durable may be lost, so the bound of its cells is `durable`, and
 what it was writing may be torn. Writers of one cell take turns by a lock on the board.
+
+Besides there are files whose whole content is known (`lab.judge_history`).
 """
 
 from __future__ import annotations
@@ -34,15 +36,16 @@ from typing import NamedTuple
 import click
 
 from lab.judge_cells import Cell, open_cells
+from lab.judge_history import NODES_MAX, Ledger, PutOutError, WrongContentError
 
 ENTRY = struct.Struct("<QQQQQ")
 WRITERS_MAX = 4096
-NODES_MAX = 16
-"""A writer is `node + NODES_MAX * life`."""
 TORN_S = 30.0
 TORN_LOOKS = 20
 FEW_CELLS = 4
 BURST_MAX = 400
+HISTORY_STEPS_MAX = 30
+HISTORY_WRITE_SHARE = 0.4
 DURABLE_SHARE = 0.25
 EXAMPLES_MAX = 5
 SAY_EVERY = 5000
@@ -85,6 +88,13 @@ class Board:
         """For good; a new life has a new number."""
         self.map[writer] = 1
 
+    def is_over(self, writer: int) -> bool:
+        return self.map[writer] == 2
+
+    def mark_over(self, writer: int) -> None:
+        """It is dead here, but its node may have survived: it is to end."""
+        self.map[writer] = 2
+
     def bound(self, cell: int) -> int:
         """The least version that a read starting now must see."""
         entry = self.get(cell)
@@ -113,9 +123,12 @@ class Board:
 class Judge:
     """One process on one node that reads, checks and now and then writes."""
 
-    def __init__(self, board: Board, cells: list[Cell], writer: int, seed: int) -> None:
+    def __init__(
+        self, board: Board, cells: list[Cell], ledgers: list[Ledger], writer: int, seed: int
+    ) -> None:
         self.board = board
         self.cells = cells
+        self.ledgers = ledgers
         self.writer = writer
         self.random = random.Random(f"{seed}/{writer}")
         self.seen = [0] * len(cells)
@@ -158,6 +171,23 @@ class Judge:
             )
         elif not cell.parity and not self._local_write(entry, found):
             self.seen[index] = found
+
+    def turn(self) -> None:
+        """Read or change a file with a history, and judge."""
+        ledger = self.random.choice(self.ledgers)
+        try:
+            if self.random.random() < HISTORY_WRITE_SHARE:
+                self.writes.update(f"history {how}" for how in ledger.write())
+            else:
+                self.checks[f"history {ledger.read()}"] += 1
+        except WrongContentError as error:
+            if self.board.is_dead(self.writer):  # what it has locked may be others' by now
+                self.ledgers.clear()
+            else:
+                self.stale.append(str(error))
+                self.ledgers.remove(ledger)
+        except PutOutError:
+            self.ledgers.clear()
 
     def _whole(self, index: int, how: str) -> int | None:
         """What a read gives, once it is not torn by a write that is under way."""
@@ -213,13 +243,26 @@ def run_judge(
         for _ in range(judge.random.randrange(1, BURST_MAX)):
             judge.check(judge.random.choice(few))
             done += 1
+        for _ in range(judge.random.randrange(HISTORY_STEPS_MAX)):
+            if judge.ledgers:
+                judge.turn()
 
 
-def prepare(top: Path, count: int) -> None:
-    """Make the files of all cells at version 0."""
+def open_ledgers(top: Path, board: Path, count: int, writer: int) -> list[Ledger]:
+    """The files with a history, whose histories lie beside the board."""
+    dead = Board(board, 0).is_dead
+    sides = [board.with_name(f"{board.name}-history-{number}") for number in range(count)]
+    return [Ledger(top, side, number, writer, dead) for number, side in enumerate(sides)]
+
+
+def prepare(top: Path, board: Path, cells: int, histories: int) -> None:
+    """Make the files of all cells at version 0, the files with a history, and the board."""
     top.mkdir(exist_ok=True)
-    for cell in open_cells(top, count):
+    for cell in open_cells(top, cells):
         cell.prepare()
+    Board(board, cells)
+    for ledger in open_ledgers(top, board, histories, 0):
+        ledger.prepare()
 
 
 @click.command()
@@ -228,6 +271,8 @@ def prepare(top: Path, count: int) -> None:
 @click.option("--writer", type=click.IntRange(1, WRITERS_MAX - 1), default=1,
               help=f"Node + {NODES_MAX} * life.")  # fmt: skip
 @click.option("--cells", default=64)
+@click.option("--histories", default=0, help="Files with a history besides.")
+@click.option("--uring/--no-uring", default=True, help="Change them by io_uring, too.")
 @click.option("--checks", default=40_000)
 @click.option("--write-share", default=0.5)
 @click.option("--seconds", default=120.0)
@@ -238,6 +283,8 @@ def main(
     board: Path,
     writer: int,
     cells: int,
+    histories: int,
+    uring: bool,
     checks: int,
     write_share: float,
     seconds: float,
@@ -247,19 +294,24 @@ def main(
     """Judge the coherence of the files below TOP. The last line printed is the result. Exit code 1:
     something was stale; 3: the mount has gone."""
     if only_prepare:
-        prepare(top, cells)
-        Board(board, cells)
+        prepare(top, board, cells, histories)
         return
-    judge = Judge(Board(board, cells), open_cells(top, cells), writer, seed)
+    ledgers = open_ledgers(top, board, histories, writer)
+    for ledger in ledgers:
+        ledger.begin(f"{seed}/{writer}", uring=uring)
+    judge = Judge(Board(board, cells), open_cells(top, cells), ledgers, writer, seed)
     end = time.monotonic() + seconds
     print("started", flush=True)
+
+    def over() -> bool:
+        return time.monotonic() > end or judge.board.is_over(writer)
 
     def say(lost: str = "") -> None:
         print(json.dumps({**judge.result(), "lost": lost}), flush=True)
 
     lost = ""
     try:
-        run_judge(judge, checks, write_share, lambda: time.monotonic() > end, say)
+        run_judge(judge, checks, write_share, over, say)
     except OSError as error:
         lost = str(error)
     say(lost)
