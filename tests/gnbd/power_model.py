@@ -67,6 +67,8 @@ class Machine:
 
     def __getattr__(self, name: str) -> Any:
         real = getattr(os, name)
+        if name == "eventfd":
+            return self._make_event
         if name not in COUNTED:
             return real
 
@@ -129,9 +131,15 @@ class Machine:
             self._inode(f"/proc/self/fd/{fd}")
         return fd
 
+    def _make_event(self, count: int, flags: int) -> int:
+        fd = os.eventfd(count, flags)
+        self._open.add(fd)
+        return fd
+
     def _close(self, fd: int) -> None:
-        self._open.discard(fd)
-        os.close(fd)
+        if fd in self._open:  # else of a life that has ended: the number may be another file's
+            self._open.discard(fd)
+            os.close(fd)
 
     def _write(
         self, real: Callable[..., int], fd: int, data: Any, at: int | None = None, flags: int = 0
@@ -213,10 +221,18 @@ class Machine:
         self._rebuild(self._inode(str(self.place)), beside, all_lost)
         shutil.rmtree(self.place)
         beside.rename(self.place)
+        self._forget()
+        self._settle(self.place)
+
+    def dispose(self) -> None:
+        """Nobody looks at it any more."""
+        self.end()
+        self._forget()
+
+    def _forget(self) -> None:
         for inode in self.inodes.values():
             os.close(inode.fd)
         self.inodes.clear()
-        self._settle(self.place)
 
     def _rebuild(self, key: Key, path: Path, all_lost: bool) -> None:
         inode = self.inodes[key]
@@ -258,7 +274,11 @@ def kill_everywhere(
             seed += 1
             shutil.rmtree(place, ignore_errors=True)
             place.mkdir()
-            ended = story(Machine(place, seed, prompt), point, all_lost)
+            machine = Machine(place, seed, prompt)
+            try:
+                ended = story(machine, point, all_lost)
+            finally:
+                machine.dispose()
         if ended:
             assert point > 0, "no call was counted"
             return

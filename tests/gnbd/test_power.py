@@ -125,6 +125,7 @@ def test_a_directory_that_had_to_be_made_stays(tmp_path, monkeypatch):
     machine.life(lambda: write_durable(path, b"data"))
     machine.cut_power(all_lost=True)
     assert path.read_bytes() == b"data"
+    machine.dispose()
 
 
 # --- bars
