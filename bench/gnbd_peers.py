@@ -50,9 +50,7 @@ def foreign(command: list[str], path: Path) -> Iterator[Peer]:
         process.wait()
 
 
-def fio(
-    uri: str, rw: str, size: str, depth: int, writes_per_flush: int = 0
-) -> tuple[float, int]:
+def fio(uri: str, rw: str, size: str, depth: int, writes_per_flush: int = 0) -> tuple[float, int]:
     """Rate (IOPS, or MiB/s for large requests), and how many requests there were."""
     done = subprocess.run(
         ["fio", "--output-format=json", "--name=b", "--ioengine=nbd", f"--uri={uri}", f"--rw={rw}",

@@ -25,9 +25,7 @@ Mapped = tuple[int, Extent]
 """First logical block and what is there."""
 
 
-def from_block(
-    reader: Reader, covered: Covered, inode: InodeNode, first: int
-) -> Iterator[Mapped]:
+def from_block(reader: Reader, covered: Covered, inode: InodeNode, first: int) -> Iterator[Mapped]:
     """The extents that end beyond `first`, in order."""
     before = tree.floor(reader, covered, inode, first)
     start = first if before is None else before[0]

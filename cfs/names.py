@@ -382,9 +382,7 @@ class Names:
         both = [(pstate, Mode.EX), (state, Mode.EX)]
         await hold_all(both)
         try:
-            return await core.run(
-                lambda tx: self._link_body(tx, state, pstate, name, generation)
-            )
+            return await core.run(lambda tx: self._link_body(tx, state, pstate, name, generation))
         finally:
             release_all(both)
 

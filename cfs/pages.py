@@ -268,9 +268,7 @@ class DirtyPages:
             event.set()
             self._wake()
 
-    async def _write_out(
-        self, batch: dict[int, Page], *, durable: bool
-    ) -> tuple[set[int], bool]:
+    async def _write_out(self, batch: dict[int, Page], *, durable: bool) -> tuple[set[int], bool]:
         """Write a batch; the pages that the device refuses, and whether the others are durable."""
         device = self._counter.device
         runs = joined([(block, data) for data, block in batch.values()])

@@ -63,9 +63,7 @@ class RangeCalls:
             elif what == FALLOC_ZERO_RANGE:
                 await self.ranges.zero(state, offset, end, keep_size=keep_size, stopped=stopped)
             else:
-                await self.ranges.allocate(
-                    state, offset, end, keep_size=keep_size, stopped=stopped
-                )
+                await self.ranges.allocate(state, offset, end, keep_size=keep_size, stopped=stopped)
         finally:
             state.release(Mode.EX)
 

@@ -194,9 +194,7 @@ class FileReader:
         return found, until
 
     @staticmethod
-    def _segment(
-        state: InodeState, offset: int, unwritten_is_data: bool
-    ) -> tuple[bool, int, int]:
+    def _segment(state: InodeState, offset: int, unwritten_is_data: bool) -> tuple[bool, int, int]:
         """(data?, up to which byte at least, size of the file)."""
         inode = READER.inode(state)
         need_regular(inode)

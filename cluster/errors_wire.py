@@ -23,8 +23,16 @@ from cluster.errors import (
 _CLASSES: dict[int, type[StackError]] = {
     kind.exit_code: kind
     for kind in (
-        UsageError, NotQuorateError, RefusedError, BusyError, UnreachableError, NotFoundError,
-        ForeignError, NotPermittedError, NoSpaceError, CorruptionError,
+        UsageError,
+        NotQuorateError,
+        RefusedError,
+        BusyError,
+        UnreachableError,
+        NotFoundError,
+        ForeignError,
+        NotPermittedError,
+        NoSpaceError,
+        CorruptionError,
     )
 }
 

@@ -195,9 +195,7 @@ class SilenceBook:
         """When `dead` is silent by time; 0 if it is purged; None while it is not barred.
 
         A value that has not seen its life yet says nothing about its echoes."""
-        bounds = [
-            bar.echo_ns.get(dead, bar.rest_ns) for bar in self._bars if bars(bar.state, dead)
-        ]
+        bounds = [bar.echo_ns.get(dead, bar.rest_ns) for bar in self._bars if bars(bar.state, dead)]
         if not bounds:
             return None
         if dead in self._purged:

@@ -92,9 +92,7 @@ class LockManager(Protocol):
         """The cached lock called `name` (1..64 bytes); made on first use. Never a message."""
         ...
 
-    async def try_lock(
-        self, name: bytes, mode: Mode, *, poke: bool = False
-    ) -> CachedLock | None:
+    async def try_lock(self, name: bytes, mode: Mode, *, poke: bool = False) -> CachedLock | None:
         """NOQUEUE: hold `name` in `mode` now, or None at once if another member is in the way.
         `poke`: that one is told, and gives the lock up as soon as it does not use it."""
         ...

@@ -221,5 +221,3 @@ class MemoryHub:
             if not self.step(pick):
                 return
         raise AssertionError("the mesh does not come to rest")
-
-

@@ -27,6 +27,7 @@ from cluster.errors import (
 EXIT_INTERRUPTED = 130
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
+
 def need_root(program: str, why: str) -> None:
     """Raise NotPermittedError unless this is root."""
     if os.geteuid() != 0:

@@ -191,7 +191,10 @@ def size_options(function: F) -> F:
             "-l", "--extents", default="", metavar="[+]N[%WHAT]", help="100, 100%FREE, 50%VG."
         ),
         click.option(
-            "-i", "--stripes", type=click.IntRange(1, STRIPES_MAX), metavar="N",
+            "-i",
+            "--stripes",
+            type=click.IntRange(1, STRIPES_MAX),
+            metavar="N",
             help=f"Number of stripes, 1 to {STRIPES_MAX}.",
         ),
         click.option("-I", "--stripesize", default="", metavar="SIZE", help="Stripe unit (64k)."),

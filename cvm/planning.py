@@ -101,9 +101,7 @@ def _amount(size: str, extents: str) -> Amount:
     return parse_size_amount(size) if size else parse_extent_amount(extents)
 
 
-def _next(
-    vg: VgRecord, purpose: str, node: str, *, least: int = 0, **changes: object
-) -> VgRecord:
+def _next(vg: VgRecord, purpose: str, node: str, *, least: int = 0, **changes: object) -> VgRecord:
     """The record of the next sequence number, which is `least` or higher, checked."""
     sequence = vg.sequence + 1
     if least > sequence:  # still in the other slot than the present one

@@ -103,9 +103,7 @@ class KeeperSide:
         if kind == READ and table.waiters:
             self.settle(file)
 
-    def _ask_holders(
-        self, file: RangeFile, source: Instance, one: m.RangeLock | Operation
-    ) -> bool:
+    def _ask_holders(self, file: RangeFile, source: Instance, one: m.RangeLock | Operation) -> bool:
         """Ask the members whose locks are in the way. What the asker's own member holds, and ours,
         is known; what a dead one held is gone when that member is silent."""
         owner = Owner(source, one.key)

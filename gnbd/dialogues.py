@@ -120,9 +120,7 @@ class Found(msgspec.Struct, frozen=True):
     flags: int
 
 
-def go_dialogue(
-    export: str, infos: tuple[int, ...] = ()
-) -> Generator[bytes | int, bytes, Found]:
+def go_dialogue(export: str, infos: tuple[int, ...] = ()) -> Generator[bytes | int, bytes, Found]:
     """GO. Transmission begins with the return. `infos`: what is asked for beside."""
     yield p.option(p.OPT_GO, p.go_data(export, infos))
     found = None

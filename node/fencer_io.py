@@ -168,9 +168,7 @@ class Fencing:
         text = f"{life} is fenced, level {record.level}" if good else f"{life} could not be fenced"
         last = record.attempts[-1].text if record.attempts else ""
         name = EventName.FENCED if good else EventName.FENCE_FAILED
-        self._daemon.note(
-            name, f"{text}: {last}", victim=int(record.node), took_ms=record.took_ms
-        )
+        self._daemon.note(name, f"{text}: {last}", victim=int(record.node), took_ms=record.took_ms)
         self._changed()
 
     def _changed(self) -> None:

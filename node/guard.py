@@ -322,6 +322,6 @@ class MountGuard:
     def check(self) -> None:
         """Assert the invariants."""
         for mount in self.mounts.values():
-            assert mount.sweeping == (
-                mount.state in (State.SWEEPING, State.ABORTING)
-            ), "a sweep runs exactly in these states"
+            assert mount.sweeping == (mount.state in (State.SWEEPING, State.ABORTING)), (
+                "a sweep runs exactly in these states"
+            )

@@ -120,6 +120,7 @@ FromGuard = (
     | WrongKey
 )
 
+
 class Attach(msgspec.Struct, frozen=True):
     """First packet of a mount on guard.sock (JSON; see node/guard_mounts_io.py)."""
 

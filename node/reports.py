@@ -16,9 +16,7 @@ _NAMES = {
 }
 
 
-def describe_report(
-    kind: str, data: Mapping[str, object], state: ClusterState
-) -> tuple[str, str]:
+def describe_report(kind: str, data: Mapping[str, object], state: ClusterState) -> tuple[str, str]:
     """Event name and text of a report."""
     name = str(_NAMES.get(kind, kind))
     node = data.get("node")

@@ -139,9 +139,7 @@ class ServerLinks:
         link = self._links.get(server)
         return "unknown" if link is None else ("" if link.up else link.problem)
 
-    async def ask(
-        self, server: ServerId, work: Callable[[Control], Awaitable[T]], what: str
-    ) -> T:
+    async def ask(self, server: ServerId, work: Callable[[Control], Awaitable[T]], what: str) -> T:
         """Run `work` on a session of its own (administration). Raises UnreachableError."""
         link = self._links.get(server)
         if link is None:

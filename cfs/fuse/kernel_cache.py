@@ -219,9 +219,7 @@ class KernelInode:
         them for a WRITE past the page cache, which arrived at `arrived_ns`. It drops them once more
         behind a WRITE that its caller waits for, unless that fails, but not behind one of io_submit
         or io_uring."""
-        return self.filled_ns > arrived_ns - NEAR_NS and self.pages.overlaps(
-            *page_span(start, end)
-        )
+        return self.filled_ns > arrived_ns - NEAR_NS and self.pages.overlaps(*page_span(start, end))
 
     def near_invalidation(self, arrived_ns: int) -> bool:
         """Whether pages could have been dropped under a WRITE that arrived at `arrived_ns`."""

@@ -16,9 +16,7 @@ EXIT_SYSTEM = 2
 EXIT_BUG = 4
 EXIT_FAILED = 32
 
-KERNEL_OPTIONS = frozenset(
-    {"ro", "rw", "suid", "nosuid", "dev", "nodev", "exec", "noexec", "sync"}
-)
+KERNEL_OPTIONS = frozenset({"ro", "rw", "suid", "nosuid", "dev", "nodev", "exec", "noexec", "sync"})
 IGNORED_OPTIONS = frozenset(
     {"defaults", "auto", "noauto", "user", "nouser", "_netdev", "nofail", "users",
      "allow_other", "default_permissions"}

@@ -58,9 +58,7 @@ class NameOperations(LookupOperations, OpenOperations):
         try:
             handle = self.try_open_handle(inode, flags & ~os.O_TRUNC)
         except (NotNow, FsError):  # the waiting way meets an error again, and knows what to do
-            raise Later(
-                lambda r, _: self._open_created(r, parent, revision, made, flags)
-            ) from None
+            raise Later(lambda r, _: self._open_created(r, parent, revision, made, flags)) from None
         entry = self.encode_named(parent, revision, made)
         return entry + self.encode_opened(handle)
 
@@ -142,9 +140,7 @@ class NameOperations(LookupOperations, OpenOperations):
         revision = parent.revision
         name = body[layout.LINK_IN.size : -1]
         meant = self.known(node)
-        made = await self.fs.link(
-            meant.number, parent.number, name, generation=self.life_of(meant)
-        )
+        made = await self.fs.link(meant.number, parent.number, name, generation=self.life_of(meant))
         return self._made(request, parent, revision, made)
 
     # -- names that go ---------------------------------------------------------------------------

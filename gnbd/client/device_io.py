@@ -568,9 +568,7 @@ class GnbdDevice(Starter):
             except OldGenerationError as error:
                 self.core.generation_floor(path, error.least)
                 return False
-        cut = self.core.logged_in(
-            path, entered.epoch, entered.cache_generation, entered.size_bytes
-        )
+        cut = self.core.logged_in(path, entered.epoch, entered.cache_generation, entered.size_bytes)
         connection.checked = entered.checksums
         self.flags = entered.flags
         self.core.can_flush = bool(self.flags & p.FLAG_SEND_FLUSH)

@@ -214,6 +214,4 @@ class CoreSwapper:
 
         data = old.to_bytes(WIDTH, "big") + new.to_bytes(WIDTH, "big")
         kind, flags = p.CMD_COMPARE_AND_WRITE, p.CMD_FLAG_FUA
-        self.client.submit(
-            self.name, Request(kind, SWAPPED * WIDTH, len(data), data, flags), done
-        )
+        self.client.submit(self.name, Request(kind, SWAPPED * WIDTH, len(data), data, flags), done)
