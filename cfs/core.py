@@ -153,7 +153,9 @@ class Core:
                     return result
                 except Missing as missing:
                     tx.close()
-                    await self.load(missing)
+                    if isinstance(missing.covered, GroupState):
+                        await self._hold_group(missing.covered.number, groups, held)
+                    await self._load_missing(missing)
                 except NeedGroup as need:
                     tx.close()
                     await self._hold_group(need.number, groups, held)
@@ -189,9 +191,10 @@ class Core:
         return result
 
     async def _hold_group(self, number: int, groups: list[GroupState], held: set[int]) -> None:
-        """Hold one more group for the whole operation; always in ascending order."""
+        """Hold one more group for the whole operation; always in ascending order, and never twice:
+        who holds a group that another mount wants would wait for himself."""
         wanted = sorted({number, *held})
-        if groups and number < groups[-1].number:
+        if number not in held and groups and number < groups[-1].number:
             self._release_groups(groups, held)
         for each in wanted:
             if each in held:
@@ -216,19 +219,27 @@ class Core:
     # -- blocks ----------------------------------------------------------------------------------
 
     async def load(self, missing: Missing) -> None:
-        """Bring a block into the cache, once for all who wait for it."""
-        covered, block = missing.covered, missing.block
-        if isinstance(covered, GroupState):
-            await covered.lock.hold(Mode.EX)
-            try:
-                await self._load(covered, block, missing.kinds)
-            except FsError:
-                covered.damaged = True  # Space is found elsewhere; frees are put off or refused.
-                covered.believed_free = 0
-            finally:
-                covered.lock.release(Mode.EX)
+        """Bring a block into the cache, once for all who wait for it. The caller holds no group."""
+        covered = missing.covered
+        if not isinstance(covered, GroupState):
+            await self._load_missing(missing)
             return
-        await self._load(covered, block, missing.kinds)
+        await covered.lock.hold(Mode.EX)
+        try:
+            await self._load_missing(missing)
+        finally:
+            covered.lock.release(Mode.EX)
+
+    async def _load_missing(self, missing: Missing) -> None:
+        """As `load`, under the lock of the block, which the caller holds."""
+        covered = missing.covered
+        try:
+            await self._load(covered, missing.block, missing.kinds)
+        except FsError:
+            if not isinstance(covered, GroupState):
+                raise
+            covered.damaged = True  # Space is found elsewhere; frees are put off or refused.
+            covered.believed_free = 0
 
     async def _load(self, covered: Covered, block: int, kinds: tuple[Kind, ...]) -> None:
         if block in covered.nodes:

@@ -10,6 +10,7 @@ import trio
 import trio.testing
 
 from cfs.attributes import BLOCK_BYTES, NOW, RENAME_NOREPLACE, MountOptions, SetAttributes
+from cfs.cache import GroupState
 from cfs.errors import FsError
 from cfs.filesystem import FileSystem
 from cfs.journal_format import LOG_OFFSET
@@ -391,6 +392,33 @@ async def test_making_a_file_waits_for_a_group_that_leaves(monkeypatch: pytest.M
             await trio.testing.wait_all_tasks_blocked()
             for state in states:
                 state.pins -= 1
+    await fsck(device)
+
+
+async def test_who_holds_a_group_that_leaves_does_not_wait_for_himself(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Another mount wants a group when its lock is here and its map is not yet."""
+    device = await make_device(8, group_blocks=512)
+    async with mounted(device) as fs:
+        ino = await make_file(fs, b"f", b"x" * 100_000)
+        await fs.sync()
+        core = fs.core
+        hold_group = core._hold_group
+        lost: list[int] = []
+
+        async def hold_and_be_asked(number: int, groups: list[GroupState], held: set[int]) -> None:
+            await hold_group(number, groups, held)
+            if core.group(number).node is None:
+                lost.append(number)
+                core.group(number).lock.send_away()  # type: ignore[attr-defined]
+
+        monkeypatch.setattr(core, "_hold_group", hold_and_be_asked)
+        for group in list(core.space.mine.values()):
+            group.lock.send_away()  # type: ignore[attr-defined]
+        with trio.fail_after(10):
+            await fs.setattr(ino, SetAttributes(size=0))
+        assert lost
     await fsck(device)
 
 
