@@ -148,7 +148,8 @@ class Core:
                 try:
                     result = body(tx)
                     tx.apply()
-                    if self.demand.untold:
+                    # Others wait for nothing here: the recovery of who holds `S` is one of them.
+                    if self.demand.untold and tx.changes_maps:
                         await self.demand.announced()
                     return result
                 except Missing as missing:

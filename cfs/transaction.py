@@ -121,6 +121,10 @@ class Tx(Reader):
     def changed(self) -> bool:
         return bool(self._nodes)
 
+    @property
+    def changes_maps(self) -> bool:
+        return any(isinstance(node, GroupNode) for _, node in self._nodes.values())
+
     def get(self, covered: Covered, block: int, kind: Kind) -> Node:
         mine = self._nodes.get(block)
         if mine is not None:

@@ -9,6 +9,7 @@ import random
 
 import pytest
 import trio
+import trio.testing
 
 from cfs.attributes import BLOCK_BYTES, MountOptions, SetAttributes
 from cfs.errors import FsError
@@ -371,6 +372,28 @@ async def test_orphans_of_the_dead_are_freed() -> None:
         await one.tick(checkpoint=True)
         one._beliefs_at = -(1 << 62)
         assert (await one.statfs()).free_blocks == free
+    await fsck(device)
+
+
+async def test_the_recovery_of_who_looked_for_space_waits_for_no_lock() -> None:
+    """A survivor has changed maps since, and cannot say so: the dead one has lock `S`."""
+    device = await make_device(32)
+    async with cluster(device) as group:
+        one, two = await group.mount(1), await group.mount(2)
+        mine = await one.create(one.root_ino, b"mine", 0o644, 0, 0)
+        made = await two.create(two.root_ino, b"f", 0o644, 0, 0)
+        await two.open_ref(made.ino)
+        await two.unlink(two.root_ino, b"f")
+        await two.sync()
+        await two.core.demand.lock.hold(Mode.EX)
+        two.core.demand.lock.release(Mode.EX)
+        group.kill(2)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(one.write, mine.ino, 0, b"x" * 10_000)
+            await trio.testing.wait_all_tasks_blocked()
+            assert one.core.demand.untold
+            with trio.fail_after(10):
+                await group.recover(2)
     await fsck(device)
 
 
