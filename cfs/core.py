@@ -194,8 +194,10 @@ class Core:
     async def _hold_group(self, number: int, groups: list[GroupState], held: set[int]) -> None:
         """Hold one more group for the whole operation; always in ascending order, and never twice:
         who holds a group that another mount wants would wait for himself."""
+        if number in held:
+            return
         wanted = sorted({number, *held})
-        if number not in held and groups and number < groups[-1].number:
+        if groups and number < groups[-1].number:
             self._release_groups(groups, held)
         for each in wanted:
             if each in held:

@@ -70,7 +70,8 @@ class SpaceDemand:
 
     async def announced(self) -> None:
         """Wait until others can learn of the changes. Who holds `S` in EX waits only for the disk,
-        so any lock may be held."""
+        or is dead, and its recovery changes no maps and so never waits here: any lock may be
+        held."""
         while self._announcing is not None:
             await self._announcing.wait()
 

@@ -187,9 +187,15 @@ class Machine:
         if inode.is_directory:
             inode.names = self._names(inode)
         else:
-            kept, lost = inode.data, inode.refused
-            inode.data = inode.visible()
-            self._put(inode, lost.start, kept[lost.start : lost.stop])
+            inode.data = self._taken(inode)
+
+    @staticmethod
+    def _taken(inode: Inode) -> bytes:
+        """What is seen, but for what the disk has refused."""
+        start, data = inode.refused.start, bytearray(inode.visible())
+        kept = inode.data[start : inode.refused.stop]
+        data[start : start + len(kept)] = kept
+        return bytes(data)
 
     def _patch(self, fd: int, offset: int, length: int) -> None:
         inode = self._of(fd)
@@ -249,9 +255,9 @@ class Machine:
                 self._rebuild(found, path / name, all_lost)
 
     def _content(self, inode: Inode, all_lost: bool) -> bytes:
-        now = inode.visible()
         if all_lost:
             return inode.data
+        now = self._taken(inode)
         length = self.rng.choice((len(now), len(inode.data)))
         return b"".join(
             self.rng.choice((now, inode.data))[at : at + SECTOR_BYTES].ljust(SECTOR_BYTES, b"\0")

@@ -221,7 +221,7 @@ def test_the_slot_that_a_killed_server_has_left_counts_for_nothing(everywhere, h
             assert count in (3, found, found + 1) if killed else count == found + 1
             return not killed
 
-        everywhere(story, cuts=4)
+        everywhere(story, cuts=10)
     assert first > 1
 
 
