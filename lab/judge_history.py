@@ -18,7 +18,6 @@ has seen is durable.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
 import fcntl
 import mmap
@@ -31,6 +30,7 @@ from typing import NamedTuple
 
 import msgspec
 
+from gnbd.server.backends_io import fallocate
 from lab.submitted import PARTS_MAX, read_many, write_many
 
 NODES_MAX = 16
@@ -489,7 +489,7 @@ class Ledger:
         if mode & (_PUNCH_HOLE | _ZERO_RANGE):
             end = min(offset + size, len(image))
             image = _patched(image, offset, bytes(end - offset)) if offset < end else image
-        return Change(image, lambda: _fallocate(self._descriptor(os.O_WRONLY), mode, offset, size))
+        return Change(image, lambda: fallocate(self._descriptor(os.O_WRONLY), mode, offset, size))
 
     def _mapped_store(self, _how: str, old: bytes) -> Change:
         offset, size = self._inside(old)
@@ -537,11 +537,3 @@ class Ledger:
             self._renew()
 
         return Change(data, make)
-
-
-def _fallocate(descriptor: int, mode: int, offset: int, size: int) -> None:
-    libc = ctypes.CDLL(None, use_errno=True)
-    wide = ctypes.c_int64
-    if libc.fallocate(descriptor, mode, wide(offset), wide(size)):
-        error = ctypes.get_errno()
-        raise OSError(error, os.strerror(error))
